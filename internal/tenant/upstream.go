@@ -1,0 +1,71 @@
+package tenant
+
+import (
+	"strings"
+
+	"github.com/google/uuid"
+)
+
+// A Marker is what Tenantry writes into the metadata of every app it makes, to
+// know it again.
+type Marker struct {
+	Deployment string `json:"deployment"`
+	App        AppID  `json:"app"`
+}
+
+// An UpstreamApp is an app as Clarifai shows it.
+type UpstreamApp struct {
+	ID     AppID
+	UserID UserID
+	Marker *Marker // nil when the app has none: it is not ours
+}
+
+// A NewApp is an app to be made at Clarifai.
+type NewApp struct {
+	ID           AppID
+	BaseWorkflow string // id of a workflow of clarifai/main, or Empty
+	Marker       Marker
+}
+
+// An UpstreamKey is a key as Clarifai lists it.
+type UpstreamKey struct {
+	// Secret is unset where the listing masks ids: the key cannot be addressed.
+	Secret      Secret
+	Description string
+	Scopes      []string
+}
+
+// A NewKey is an app-specific key to be made at Clarifai.
+type NewKey struct {
+	AppID  AppID
+	Scopes []string
+	Marker KeyMarker
+}
+
+// A KeyMarker is the description Tenantry gives every key it makes: the only
+// place at Clarifai where a key can be told by something other than its secret.
+type KeyMarker struct {
+	Deployment string
+	KeyID      uuid.UUID
+}
+
+const keyMarkerPrefix = "tenantry"
+
+// String returns the marker as it stands in a key's description.
+func (m KeyMarker) String() string {
+	return keyMarkerPrefix + ":" + m.Deployment + ":" + m.KeyID.String()
+}
+
+// ParseKeyMarker reads the marker in a key's description. It reports false for
+// the description of a key that Tenantry did not make.
+func ParseKeyMarker(description string) (KeyMarker, bool) {
+	parts := strings.Split(description, ":")
+	if len(parts) != 3 || parts[0] != keyMarkerPrefix {
+		return KeyMarker{}, false
+	}
+	id, err := uuid.Parse(parts[2])
+	if err != nil {
+		return KeyMarker{}, false
+	}
+	return KeyMarker{Deployment: parts[1], KeyID: id}, true
+}
