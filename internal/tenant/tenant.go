@@ -4,8 +4,10 @@
 package tenant
 
 import (
+	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"io"
 	"maps"
 	"slices"
 	"time"
@@ -100,21 +102,46 @@ type Problem struct {
 	NextAttemptAt     time.Time `json:"next_attempt_at,omitzero"`
 }
 
-// An App is a row of the apps table as a worker sees it.
+// An App is an app that a worker has leased.
 type App struct {
 	ID       AppID
 	Profile  string
 	State    AppState
-	Attempts int // tries that failed since the last step forward
+	Attempts int      // tries that failed since the last step forward
+	Problem  *Problem // why the last try failed
 
-	// InDoubt says that a call that may have made or removed the app upstream
-	// was begun and its outcome was never recorded.
-	InDoubt bool
+	// LeasedUntil is the lease, and its fencing token: an update by a worker
+	// names it, and finds no row once another worker took the lease.
+	LeasedUntil time.Time
 	// Made says that the app is known to exist upstream.
 	Made bool
+	// InDoubt says that, before this lease, a call was begun that may have made
+	// the app, and that its outcome was never recorded.
+	InDoubt bool
+	// Creating is the key that is being made for the app; its ID is zero when
+	// there is none.
+	Creating CreatingKey
 }
 
-// A Key is a row of the keys table, without its secret.
+// A CreatingKey is a key whose making has begun.
+type CreatingKey struct {
+	ID      uuid.UUID
+	InDoubt bool // a call that may have made it was begun, its outcome never recorded
+}
+
+// A RevokingKey is a key that shall work no longer, leased by a worker.
+type RevokingKey struct {
+	ID          uuid.UUID
+	AppID       AppID
+	Name        string
+	Ciphertext  []byte // nil for a key whose secret was never learnt
+	InDoubtFor  time.Duration
+	Attempts    int
+	Problem     *Problem
+	LeasedUntil time.Time // as App.LeasedUntil
+}
+
+// A Key is one of a tenant's keys, without its secret.
 type Key struct {
 	ID          uuid.UUID
 	AppID       AppID
@@ -122,18 +149,18 @@ type Key struct {
 	State       KeyState
 	Hint        string // the last four characters of the secret
 	Scopes      []string
-	InDoubt     bool // as App.InDoubt
-	Attempts    int
 	CreatedAt   time.Time
 	ActivatedAt time.Time // zero before the key worked
 	RevokedAt   time.Time // zero while the key may work
 	ExpiresAt   time.Time // zero means never
 }
 
-// A SealedKey is a key with its secret as Postgres holds it.
+// A SealedKey is a secret as Postgres holds it.
 type SealedKey struct {
-	Key
-	Ciphertext []byte // opened by the keyring with the key's id
+	ID          uuid.UUID
+	Ciphertext  []byte // sealed for ID
+	Fingerprint []byte // keyed hash: tells a leaked string's key
+	Hint        string
 }
 
 // A Profile is a template for tenants.
@@ -173,22 +200,57 @@ func (s SignUp) ProfileName() string {
 	return *s.Profile
 }
 
-// AttributesHash names the attributes a tenant was signed up with, so that the
-// same sign-up is recognised after the attributes were changed.
-func AttributesHash(displayName string, labels map[string]string) []byte {
-	h := sha256.New()
-	hashText(h, displayName)
-	for _, k := range slices.Sorted(maps.Keys(labels)) {
-		hashText(h, k)
-		hashText(h, labels[k])
-	}
-	return h.Sum(nil)
+// Attributes are what a sign-up says of a tenant and a caller may change later.
+type Attributes struct {
+	DisplayName string
+	Labels      map[string]string
 }
 
-type writer interface{ Write([]byte) (int, error) }
+// Attributes returns what s asks for, with defaults for what it left out.
+func (s SignUp) Attributes() Attributes {
+	a := Attributes{Labels: s.Labels}
+	if s.DisplayName != nil {
+		a.DisplayName = *s.DisplayName
+	}
+	if a.Labels == nil {
+		a.Labels = map[string]string{}
+	}
+	return a
+}
+
+// Hash names a, so that a sign-up that is sent again is recognised after its
+// attributes were changed. Its two halves of 32 bytes are SHA-256 of the
+// display name and of the labels: a sign-up may leave either out.
+func (a Attributes) Hash() []byte {
+	name := sha256.New()
+	hashText(name, a.DisplayName)
+	labels := sha256.New()
+	for _, k := range slices.Sorted(maps.Keys(a.Labels)) {
+		hashText(labels, k)
+		hashText(labels, a.Labels[k])
+	}
+	return append(name.Sum(nil), labels.Sum(nil)...)
+}
+
+// Differs lists the fields in which s asks for something other than t has and
+// than first, the hash of t's first sign-up, had. Fields left out never differ.
+func (s SignUp) Differs(t Tenant, first []byte) []string {
+	var fields []string
+	if s.Profile != nil && *s.Profile != t.Profile {
+		fields = append(fields, "profile")
+	}
+	hash, half := s.Attributes().Hash(), sha256.Size
+	if s.DisplayName != nil && *s.DisplayName != t.DisplayName && !bytes.Equal(hash[:half], first[:half]) {
+		fields = append(fields, "display_name")
+	}
+	if s.Labels != nil && !maps.Equal(s.Labels, t.Labels) && !bytes.Equal(hash[half:], first[half:]) {
+		fields = append(fields, "labels")
+	}
+	return fields
+}
 
 // hashText writes s with its length, so that no two lists of texts hash alike.
-func hashText(w writer, s string) {
+func hashText(w io.Writer, s string) {
 	var n [8]byte
 	binary.BigEndian.PutUint64(n[:], uint64(len(s)))
 	_, _ = w.Write(n[:])

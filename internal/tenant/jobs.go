@@ -1,0 +1,22 @@
+package tenant
+
+import "github.com/google/uuid"
+
+// Jobs say which row to look at and nothing more: what is to be done stands in
+// the row. A job that comes twice, late or never does no harm.
+
+// AppJob asks a worker to look at an app that is building or purging.
+type AppJob struct {
+	AppID AppID `json:"app_id"`
+}
+
+// Kind names the job in the queue.
+func (AppJob) Kind() string { return "app" }
+
+// KeyJob asks a worker to look at a key that is revoking.
+type KeyJob struct {
+	KeyID uuid.UUID `json:"key_id"`
+}
+
+// Kind names the job in the queue.
+func (KeyJob) Kind() string { return "key" }

@@ -1,0 +1,11 @@
+DROP TABLE audit_events;
+DROP FUNCTION audit_events_make_partitions(integer);
+DROP FUNCTION audit_events_guard();
+DROP TABLE callers;
+DROP TABLE keys;
+DROP TABLE tenants;
+DROP TABLE apps;
+DROP FUNCTION apps_guard();
+DROP TABLE upstream_budget;
+DROP TABLE deployment;
+DROP FUNCTION tenantry_oldest_code();
