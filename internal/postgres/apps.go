@@ -1,0 +1,257 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// ErrLeaseLost is answered to a worker whose row was taken by another, or moved
+// on: what the worker meant to write no longer holds.
+var ErrLeaseLost = errors.New("the row's lease was lost")
+
+// LeaseApp takes an app that is due, building or purging, for at most lease. It
+// reports tenant.NotFound if there is nothing to do or another worker does it.
+//
+// It also notes the intent to make the app, if it is not made yet: from here on
+// until the outcome is recorded, the app may exist upstream.
+func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
+	var a tenant.App
+	var keyID *uuid.UUID
+	var keyInDoubt *bool
+	err := db.pool.QueryRow(ctx, `
+		WITH due AS (
+			SELECT id, in_doubt_since IS NOT NULL AS in_doubt FROM apps
+			WHERE id = $1 AND state IN ('building', 'purging') AND leased_until < now() AND next_attempt_at <= now()
+			FOR UPDATE SKIP LOCKED
+		), leased AS (
+			UPDATE apps a
+			SET leased_until = now() + $2,
+				in_doubt_since = CASE WHEN a.state = 'building' AND a.made_at IS NULL
+					THEN coalesce(a.in_doubt_since, now()) END
+			FROM due WHERE a.id = due.id
+			RETURNING a.*, due.in_doubt
+		)
+		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt,
+			k.id, k.in_doubt_since IS NOT NULL
+		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating'`,
+		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt,
+		&keyID, &keyInDoubt)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return a, errNotFound("app")
+	}
+	if keyID != nil {
+		a.Creating = tenant.CreatingKey{ID: *keyID, InDoubt: *keyInDoubt}
+	}
+	return a, translate("lease app", err)
+}
+
+// A NewKeyRow is the intent to make a key.
+type NewKeyRow struct {
+	ID     uuid.UUID
+	Name   string
+	Scopes []string
+}
+
+// AppMade records that the app of a leased build exists upstream, and the intent
+// to make its key: from here on the key may exist upstream. A key that is being
+// made already keeps its row; the id of the row that stands is returned.
+func (db *DB) AppMade(ctx context.Context, a tenant.App, key NewKeyRow) (uuid.UUID, error) {
+	var id uuid.UUID
+	err := db.pool.QueryRow(ctx, `
+		WITH made AS (
+			UPDATE apps SET made_at = coalesce(made_at, now()), in_doubt_since = NULL, updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'building'
+			RETURNING id)
+		INSERT INTO keys AS k (id, app_id, name, scopes, in_doubt_since)
+		SELECT $3, id, $4, $5, now() FROM made
+		ON CONFLICT (app_id, name) WHERE state = 'creating' DO UPDATE
+		SET in_doubt_since = now(), scopes = excluded.scopes, updated_at = now()
+		RETURNING k.id`,
+		a.ID, a.LeasedUntil, key.ID, key.Name, key.Scopes).Scan(&id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return id, ErrLeaseLost
+	}
+	return id, translate("record app as made", err)
+}
+
+// GiveUpKey turns the key that is being made for a leased build, and that could
+// not be found upstream, into one to be revoked: it may still land there.
+func (db *DB) GiveUpKey(ctx context.Context, a tenant.App, settle time.Duration) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE keys SET state = 'revoking', next_attempt_at = in_doubt_since + $4, updated_at = now()
+		WHERE id = $1 AND state = 'creating'
+			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state = 'building')`,
+		a.Creating.ID, a.ID, a.LeasedUntil, settle)
+	return oneRow("give up key", tag, err)
+}
+
+// A BuildEnd is the last step of a build.
+type BuildEnd struct {
+	Key     tenant.SealedKey
+	Profile tenant.Profile
+	// NextBuilds names the apps to be built next if tenants still wait; at most
+	// MaxBuilds are built at once.
+	NextBuilds []tenant.AppID
+	MaxBuilds  int
+}
+
+// FinishBuild stores the key of a leased build, makes the app ready, gives it to
+// the tenant that waited longest, wakes who waits for that, and begins the next
+// build if tenants still wait: all or nothing.
+func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end BuildEnd, actor tenant.Actor) error {
+	var began []tenant.AppID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		batch := &pgx.Batch{}
+		var ready, active int64
+		batch.Queue(`
+			UPDATE keys
+			SET state = 'active', ciphertext = $2, fingerprint = $3, hint = $4, in_doubt_since = NULL, attempts = 0,
+				problem = NULL, activated_at = now(), updated_at = now()
+			WHERE id = $1 AND app_id = $5 AND state = 'creating'`,
+			end.Key.ID, end.Key.Ciphertext, end.Key.Fingerprint, end.Key.Hint, a.ID,
+		).Exec(func(tag pgconn.CommandTag) error { active = tag.RowsAffected(); return nil })
+		batch.Queue(`
+			UPDATE apps
+			SET state = 'ready', ready_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
+				updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
+			a.ID, a.LeasedUntil,
+		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
+		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID)
+		batch.Queue(startBuildsSQL, end.NextBuilds, end.Profile.Name, end.Profile.Revision(), end.MaxBuilds).
+			Query(func(rows pgx.Rows) (err error) {
+				began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+				return err
+			})
+		if err := tx.SendBatch(ctx, batch).Close(); err != nil {
+			return err
+		}
+		if ready != 1 || active != 1 {
+			return ErrLeaseLost
+		}
+		return nil
+	})
+	if err != nil {
+		return translate("finish build", err)
+	}
+	return db.enqueueApps(ctx, QueueInteractive, began)
+}
+
+// A Setback is a try that failed.
+type Setback struct {
+	Problem tenant.Problem // its NextAttemptAt is set by the store
+	Delay   time.Duration  // until the next try
+	// Settled says that the failed call certainly made nothing, neither then nor
+	// later: the row is not in doubt because of it.
+	Settled bool
+	// Counts says that the try counts for the back-off.
+	Counts bool
+}
+
+// AppSetback records a failed try on a leased app and lets the lease go.
+func (db *DB) AppSetback(ctx context.Context, a tenant.App, s Setback) error {
+	tag, err := db.pool.Exec(ctx, `
+		WITH app AS (
+			UPDATE apps
+			SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
+				next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
+				in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
+				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging')
+			RETURNING id
+		), key AS (
+			UPDATE keys SET in_doubt_since = NULL, updated_at = now()
+			FROM app WHERE keys.app_id = app.id AND keys.state = 'creating' AND $6
+		)
+		SELECT FROM app`,
+		a.ID, a.LeasedUntil, s.Problem, s.Delay, count(s.Counts), s.Settled)
+	return oneRow("record setback of app", tag, err)
+}
+
+// DeferApp lets the lease of an app go, to be looked at again after delay. Nothing
+// failed and nothing was called.
+func (db *DB) DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error {
+	tag, err := db.pool.Exec(ctx, `
+		WITH app AS (
+			UPDATE apps
+			SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity',
+				in_doubt_since = CASE WHEN $4 THEN in_doubt_since END
+			WHERE id = $1 AND leased_until = $2
+			RETURNING id
+		), key AS (
+			UPDATE keys SET in_doubt_since = NULL
+			FROM app WHERE keys.app_id = app.id AND keys.state = 'creating' AND NOT $5
+		)
+		SELECT FROM app`,
+		a.ID, a.LeasedUntil, delay, a.InDoubt, a.Creating.InDoubt)
+	return oneRow("defer app", tag, err)
+}
+
+// AbandonApp gives up a leased build for good; another build takes its place.
+// An app that is ours is purged, one that is not ours is left alone upstream.
+func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error {
+	state := tenant.AppPurging
+	if !ours {
+		state = tenant.AppDeleted
+	}
+	tag, err := db.pool.Exec(ctx, `
+		WITH abandoned AS (
+			UPDATE apps
+			SET state = $3, attempts = 0, problem = NULL, in_doubt_since = NULL, next_attempt_at = now(),
+				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'building'
+			RETURNING id)
+		INSERT INTO audit_events (actor, action, app_id, detail)
+		SELECT $4, 'app.abandoned', id, jsonb_build_object('reason', $5::text) FROM abandoned`,
+		a.ID, a.LeasedUntil, state, actor.Name, reason)
+	return oneRow("abandon app", tag, err)
+}
+
+// AppDeleted records that a leased app that was purging is gone upstream, and
+// its keys with it.
+func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error {
+	tag, err := db.pool.Exec(ctx, `
+		WITH gone AS (
+			UPDATE apps
+			SET state = 'deleted', attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'purging'
+			RETURNING id
+		), keys_gone AS (
+			UPDATE keys k
+			SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, problem = NULL,
+				updated_at = now()
+			FROM gone WHERE k.app_id = gone.id AND k.state <> 'revoked'
+			RETURNING k.id, k.app_id
+		), audited AS (
+			INSERT INTO audit_events (actor, action, app_id, key_id)
+			SELECT $3, 'app.deleted', id, NULL::uuid FROM gone
+			UNION ALL SELECT $3, 'key.revoked', app_id, id FROM keys_gone
+		)
+		SELECT FROM gone`,
+		a.ID, a.LeasedUntil, actor.Name)
+	return oneRow("record app as deleted", tag, err)
+}
+
+func oneRow(act string, tag pgconn.CommandTag, err error) error {
+	if err != nil {
+		return translate(act, err)
+	}
+	if tag.RowsAffected() != 1 {
+		return ErrLeaseLost
+	}
+	return nil
+}
+
+func count(b bool) int {
+	if b {
+		return 1
+	}
+	return 0
+}

@@ -1,0 +1,48 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A Deployment is which operator and keyset a database belongs to.
+type Deployment struct {
+	ID          string // 16 characters of 0-9 a-z; stands in every marker upstream
+	Operator    tenant.UserID
+	KeysetProbe []byte // a known text sealed by the keyset in use
+}
+
+// Deployment reads what the database belongs to. It reports tenant.NotFound on
+// a database that no service has started on yet.
+func (db *DB) Deployment(ctx context.Context) (Deployment, error) {
+	var d Deployment
+	err := db.pool.QueryRow(ctx, `SELECT id, operator_user_id, keyset_probe FROM deployment`).
+		Scan(&d.ID, &d.Operator, &d.KeysetProbe)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return d, errNotFound("deployment")
+	}
+	return d, translate("read deployment", err)
+}
+
+// PinDeployment writes d if the database belongs to none yet, and returns what
+// stands there: of several first starts at once, one wins.
+func (db *DB) PinDeployment(ctx context.Context, d Deployment) (Deployment, error) {
+	_, err := db.pool.Exec(ctx, `
+		WITH pinned AS (
+			INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline)
+			SELECT $1, $2, $3, s.system_identifier, c.timeline_id
+			FROM pg_control_system() s, pg_control_checkpoint() c
+			ON CONFLICT (only_row) DO NOTHING
+			RETURNING id)
+		INSERT INTO audit_events (actor, action, detail)
+		SELECT 'operator', 'deployment.pinned', jsonb_build_object('deployment', id, 'operator_user_id', $2::text) FROM pinned`,
+		d.ID, d.Operator, d.KeysetProbe)
+	if err != nil {
+		return d, translate("pin deployment", err)
+	}
+	return db.Deployment(ctx)
+}

@@ -1,0 +1,205 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/golang-migrate/migrate/v4"
+	migratepgx "github.com/golang-migrate/migrate/v4/database/pgx/v5"
+	"github.com/golang-migrate/migrate/v4/source/iofs"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/stdlib"
+	"github.com/riverqueue/river/riverdriver/riverpgxv5"
+	"github.com/riverqueue/river/rivermigrate"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+	"github.com/tenantry/tenantry/migrations"
+)
+
+// migrationLock keeps several replicas that migrate at once apart, for the
+// service's tables and River's together.
+const migrationLock = 0x74656e616e747279 // "tenantry"
+
+// A SchemaStatus says how the database's schema stands to this binary.
+type SchemaStatus struct {
+	Version    int   // the schema's version; 0 means none
+	Known      int   // the version this binary was built for
+	Dirty      bool  // a migration was cut off
+	OldestCode int   // the lowest Known that still runs on the schema
+	Jobs       []int // versions of the job tables that are missing
+}
+
+// Err returns nil if this binary can serve on the schema, or else an error that
+// says what to do.
+func (s SchemaStatus) Err() error {
+	switch {
+	case s.Dirty:
+		return fmt.Errorf("migration %d was cut off: look whether its statements took effect (each file is one transaction), "+
+			"then set schema_migrations to version %d, or to %d if they did not, with dirty = false", s.Version, s.Version, s.Version-1)
+	case s.Version == 0:
+		return errors.New("the database has no schema: run `tenantry migrate up`")
+	case s.Version < s.Known:
+		return fmt.Errorf("the schema is at version %d and this binary needs %d: run `tenantry migrate up`", s.Version, s.Known)
+	case len(s.Jobs) > 0:
+		return errors.New("the job tables are behind: run `tenantry migrate up`")
+	case s.OldestCode > s.Known:
+		return fmt.Errorf("the schema is at version %d, which needs a binary built for version %d or newer, and this one knows %d: "+
+			"run a newer tenantry, or `tenantry migrate down` with the newer one", s.Version, s.OldestCode, s.Known)
+	}
+	return nil
+}
+
+// KnownSchema returns the schema version this binary was built for.
+func KnownSchema() int {
+	entries, err := migrations.FS.ReadDir(".")
+	if err != nil {
+		panic(err) // embedded: cannot fail
+	}
+	newest := 0
+	for _, e := range entries {
+		number, _, _ := strings.Cut(e.Name(), "_")
+		if n, err := strconv.Atoi(number); err == nil {
+			newest = max(newest, n)
+		}
+	}
+	return newest
+}
+
+// Schema reads how the schema stands. It works on an empty database.
+func (db *DB) Schema(ctx context.Context) (SchemaStatus, error) {
+	s := SchemaStatus{Known: KnownSchema()}
+	err := db.pool.QueryRow(ctx, `SELECT version, dirty FROM schema_migrations`).Scan(&s.Version, &s.Dirty)
+	if isUndefined(err) || errors.Is(err, pgx.ErrNoRows) {
+		return s, nil
+	}
+	if err != nil {
+		return s, translate("read schema version", err)
+	}
+	if s.Dirty {
+		return s, nil
+	}
+	if err := db.pool.QueryRow(ctx, `SELECT tenantry_oldest_code()`).Scan(&s.OldestCode); err != nil {
+		return s, translate("read oldest code of the schema", err)
+	}
+	jobs, err := db.jobMigrator()
+	if err != nil {
+		return s, err
+	}
+	have, err := jobs.ExistingVersions(ctx)
+	if err != nil {
+		return s, translate("read job schema version", err)
+	}
+	for _, want := range jobs.AllVersions() {
+		if !slices.ContainsFunc(have, func(m rivermigrate.Migration) bool { return m.Version == want.Version }) {
+			s.Jobs = append(s.Jobs, want.Version)
+		}
+	}
+	return s, nil
+}
+
+// isUndefined reports whether err says that a table or function does not exist.
+func isUndefined(err error) bool {
+	pg, ok := errors.AsType[*pgconn.PgError](err)
+	return ok && (pg.Code == "42P01" || pg.Code == "42883")
+}
+
+func (db *DB) jobMigrator() (*rivermigrate.Migrator[pgx.Tx], error) {
+	m, err := rivermigrate.New(riverpgxv5.New(db.direct), &rivermigrate.Config{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return nil, fmt.Errorf("open job migrations: %w", err)
+	}
+	return m, nil
+}
+
+// MigrateUp brings the schema to the version this binary was built for. Several
+// processes may call it at once: one works, the others wait and find it done.
+func MigrateUp(ctx context.Context, direct tenant.Secret) error {
+	return underMigrationLock(ctx, direct, func(db *DB, m *migrate.Migrate) error {
+		if err := m.Up(); err != nil && !errors.Is(err, migrate.ErrNoChange) {
+			return explainDirty(err)
+		}
+		jobs, err := db.jobMigrator()
+		if err != nil {
+			return err
+		}
+		if _, err := jobs.Migrate(ctx, rivermigrate.DirectionUp, nil); err != nil {
+			return fmt.Errorf("migrate job tables: %w", err)
+		}
+		return nil
+	})
+}
+
+// MigrateDown takes back the newest steps migrations, and the job tables with
+// the first of them. It loses what those tables hold.
+func MigrateDown(ctx context.Context, direct tenant.Secret, steps int) error {
+	return underMigrationLock(ctx, direct, func(db *DB, m *migrate.Migrate) error {
+		version, dirty, err := m.Version()
+		if errors.Is(err, migrate.ErrNilVersion) {
+			return errors.New("the database has no schema: there is nothing to take back")
+		}
+		if err != nil {
+			return fmt.Errorf("read schema version: %w", err)
+		}
+		if dirty {
+			return explainDirty(migrate.ErrDirty{Version: int(version)})
+		}
+		if steps >= int(version) {
+			jobs, err := db.jobMigrator()
+			if err != nil {
+				return err
+			}
+			if _, err := jobs.Migrate(ctx, rivermigrate.DirectionDown, &rivermigrate.MigrateOpts{TargetVersion: -1}); err != nil {
+				return fmt.Errorf("take back job tables: %w", err)
+			}
+			return m.Down()
+		}
+		return m.Steps(-steps)
+	})
+}
+
+func explainDirty(err error) error {
+	if dirty, ok := errors.AsType[migrate.ErrDirty](err); ok {
+		return SchemaStatus{Version: dirty.Version, Dirty: true}.Err()
+	}
+	return fmt.Errorf("migrate: %w", err)
+}
+
+func underMigrationLock(ctx context.Context, direct tenant.Secret, act func(*DB, *migrate.Migrate) error) error {
+	db, err := Open(ctx, Config{URL: direct, MaxConns: 4})
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+	conn, err := db.direct.Acquire(ctx)
+	if err != nil {
+		return translate("connect", err)
+	}
+	// Closing the session releases the lock, also when this process is killed.
+	defer func() { _ = conn.Conn().Close(context.WithoutCancel(ctx)); conn.Release() }()
+	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock($1)`, int64(migrationLock)); err != nil {
+		return translate("wait for the migration lock", err)
+	}
+
+	source, err := iofs.New(migrations.FS, ".")
+	if err != nil {
+		return fmt.Errorf("read embedded migrations: %w", err)
+	}
+	sqlDB := stdlib.OpenDB(*db.direct.Config().ConnConfig)
+	driver, err := migratepgx.WithInstance(sqlDB, &migratepgx.Config{})
+	if err != nil {
+		_ = sqlDB.Close()
+		return translate("open migrations", err)
+	}
+	m, err := migrate.NewWithInstance("iofs", source, "pgx5", driver)
+	if err != nil {
+		return fmt.Errorf("open migrations: %w", err)
+	}
+	defer func() { _, _ = m.Close() }() // closes sqlDB too
+	return act(db, m)
+}

@@ -1,0 +1,266 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A waiting tenant has no app whose problem could be its own: it shows that of
+// a build that could serve it.
+const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), t.display_name, t.labels,
+	coalesce(t.problem, CASE WHEN t.state = 'provisioning' THEN (
+		SELECT a.problem FROM apps a
+		WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL
+		ORDER BY a.next_attempt_at LIMIT 1) END),
+	t.version, t.created_at, t.updated_at`
+
+func scanTenant(row pgx.CollectableRow) (tenant.Tenant, error) {
+	var t tenant.Tenant
+	err := row.Scan(tenantFields(&t)...)
+	return t, err
+}
+
+func tenantFields(t *tenant.Tenant) []any {
+	return []any{&t.ID, &t.Generation, &t.State, &t.Profile, &t.AppID, &t.DisplayName, &t.Labels,
+		&t.Problem, &t.Version, &t.CreatedAt, &t.UpdatedAt}
+}
+
+func oneTenant(rows pgx.Rows) (tenant.Tenant, error) {
+	t, err := pgx.CollectExactlyOneRow(rows, scanTenant)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return t, errNotFound("tenant")
+	}
+	return t, translate("read tenant", err)
+}
+
+// Tenant reads one tenant. It reports tenant.NotFound for an id that never
+// signed up.
+func (db *DB) Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
+	return oneTenant(rows)
+}
+
+// TenantOfApp reads the tenant that was given the app, now or before. It
+// reports tenant.NotFound for an app that is unknown or was given to nobody.
+func (db *DB) TenantOfApp(ctx context.Context, id tenant.AppID) (tenant.Tenant, error) {
+	rows, _ := db.pool.Query(ctx, `
+		SELECT `+tenantColumns+` FROM apps a JOIN tenants t ON t.id = a.tenant_id WHERE a.id = $1`, id)
+	t, err := oneTenant(rows)
+	if errors.Is(err, tenant.NotFound) {
+		return t, errNotFound("app")
+	}
+	return t, err
+}
+
+// A TenantFilter selects tenants. Zero fields select all.
+type TenantFilter struct {
+	State         tenant.State
+	Profile       string
+	Labels        map[string]string // all of them
+	IDPrefix      string
+	CreatedAfter  time.Time // inclusive
+	CreatedBefore time.Time // exclusive
+	HasProblem    *bool
+}
+
+// A Position is a place in the order of tenants: after the tenant it names. The
+// zero Position is before the first.
+type Position struct {
+	CreatedAt time.Time
+	ID        tenant.ID
+}
+
+// Tenants lists up to limit tenants that f selects, oldest first, after a
+// position. Its cost does not grow with the position.
+func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit int) ([]tenant.Tenant, error) {
+	var where []string
+	var args []any
+	add := func(condition string, values ...any) {
+		for _, v := range values {
+			args = append(args, v)
+			condition = strings.Replace(condition, "?", fmt.Sprintf("$%d", len(args)), 1)
+		}
+		where = append(where, condition)
+	}
+	if f.State != "" {
+		add("t.state = ?", f.State)
+	}
+	if f.Profile != "" {
+		add("t.profile = ?", f.Profile)
+	}
+	if len(f.Labels) > 0 {
+		add("t.labels @> ?", f.Labels)
+	}
+	if f.IDPrefix != "" {
+		add("starts_with(t.id, ?)", f.IDPrefix)
+	}
+	if !f.CreatedAfter.IsZero() {
+		add("t.created_at >= ?", f.CreatedAfter)
+	}
+	if !f.CreatedBefore.IsZero() {
+		add("t.created_at < ?", f.CreatedBefore)
+	}
+	if f.HasProblem != nil {
+		condition := `(t.problem IS NOT NULL OR t.state = 'provisioning' AND EXISTS (SELECT FROM apps a
+			WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL))`
+		if !*f.HasProblem {
+			condition = "NOT " + condition
+		}
+		add(condition)
+	}
+	if after != (Position{}) {
+		add("(t.created_at, t.id) > (?, ?)", after.CreatedAt, after.ID)
+	}
+	sql := `SELECT ` + tenantColumns + ` FROM tenants t`
+	if len(where) > 0 {
+		sql += ` WHERE ` + strings.Join(where, " AND ")
+	}
+	args = append(args, limit)
+	sql += fmt.Sprintf(` ORDER BY t.created_at, t.id LIMIT $%d`, len(args))
+	rows, _ := db.pool.Query(ctx, sql, args...)
+	tenants, err := pgx.CollectRows(rows, scanTenant)
+	return tenants, translate("list tenants", err)
+}
+
+// CountTenants counts tenants by state.
+func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT state, count(*) FROM tenants GROUP BY state`)
+	counts := map[tenant.State]int{}
+	var s tenant.State
+	var n int
+	_, err := pgx.ForEachRow(rows, []any{&s, &n}, func() error { counts[s] = n; return nil })
+	return counts, translate("count tenants", err)
+}
+
+// A NewTenant is a sign-up as it is written.
+type NewTenant struct {
+	ID         tenant.ID
+	Profile    tenant.Profile
+	Attributes tenant.Attributes
+	// BuildID names the app that is built if none is ready; MaxBuilds bounds how
+	// many apps of the profile are built at once.
+	BuildID   tenant.AppID
+	MaxBuilds int
+}
+
+// A SignedUp is what came of a sign-up.
+type SignedUp struct {
+	Tenant tenant.Tenant
+	// Created says that this sign-up made the tenant, rather than found it.
+	Created bool
+	// FirstHash is the hash of the attributes of the first sign-up.
+	FirstHash []byte
+}
+
+// claimSQL gives the ready app that waited longest to the tenant of the profile
+// that waited longest; it is the only way to an app that is held. Tenants and
+// apps that another transaction is at are passed over: whoever holds them
+// finishes them. $1 is the profile, $2 the actor, $3 the request id.
+const claimSQL = `
+	WITH waiter AS (
+		SELECT id, generation FROM tenants
+		WHERE state = 'provisioning' AND profile = $1
+		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
+	), picked AS (
+		SELECT id FROM apps
+		WHERE state = 'ready' AND profile = $1 AND EXISTS (SELECT FROM waiter)
+		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+	), given AS (
+		UPDATE apps a
+		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, updated_at = now()
+		FROM waiter w, picked p WHERE a.id = p.id
+		RETURNING a.id, a.tenant_id, a.tenant_generation
+	), activated AS (
+		UPDATE tenants t
+		SET state = 'active', state_since = now(), app_id = g.id, problem = NULL,
+			version = version + 1, updated_at = now()
+		FROM given g WHERE t.id = g.tenant_id
+		RETURNING t.id, t.generation, t.app_id
+	), audited AS (
+		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, detail)
+		SELECT $2, nullif($3, ''), 'tenant.activated', id, app_id, jsonb_build_object('generation', generation)
+		FROM activated
+	)`
+
+// claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
+// every replica.
+const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', id) FROM activated`
+
+// startBuildsSQL begins builds for the tenants that wait, as many as do not run
+// yet, with the ids given in $1. $2 is the profile, $3 its revision, $4 how many
+// may run at once.
+const startBuildsSQL = `
+	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
+	SELECT unnest($1::text[]), $2, $3, now()
+	LIMIT greatest(0,
+		(SELECT count(*) FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) waiting)
+		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'building' AND profile = $2 LIMIT $4) running))
+	RETURNING id`
+
+// SignUp makes a tenant, gives it a ready app if there is one, and begins a
+// build if there is none: one round trip and one transaction, which neither
+// notifies nor enqueues where an app was ready. A tenant that is there already
+// is returned as it stands.
+func (db *DB) SignUp(ctx context.Context, n NewTenant, actor tenant.Actor) (SignedUp, error) {
+	s := SignedUp{}
+	var began []tenant.AppID
+	batch := &pgx.Batch{}
+	batch.Queue(`
+		WITH made AS (
+			INSERT INTO tenants (id, profile, display_name, labels, attributes_hash)
+			VALUES ($1, $2, $3, $4, $5) ON CONFLICT (id) DO NOTHING
+			RETURNING id, generation)
+		INSERT INTO audit_events (actor, request_id, action, tenant_id, detail)
+		SELECT $6, nullif($7, ''), 'tenant.created', id, jsonb_build_object('generation', generation, 'profile', $2::text)
+		FROM made`,
+		n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID,
+	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
+	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID)
+	batch.Queue(startBuildsSQL, []tenant.AppID{n.BuildID}, n.Profile.Name, n.Profile.Revision(), n.MaxBuilds).
+		Query(func(rows pgx.Rows) (err error) {
+			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+			return err
+		})
+	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, n.ID).
+		QueryRow(func(row pgx.Row) error { return row.Scan(append(tenantFields(&s.Tenant), &s.FirstHash)...) })
+	// Without BEGIN, the statements of a batch are one transaction.
+	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
+		return s, translate("sign up", err)
+	}
+	// A job that is not inserted costs a moment: the sweep finds the row.
+	return s, db.enqueueApps(ctx, QueueInteractive, began)
+}
+
+// SignedUp reads a tenant as SignUp answers one that is there already. It
+// reports tenant.NotFound for an id that never signed up.
+func (db *DB) SignedUp(ctx context.Context, id tenant.ID) (SignedUp, error) {
+	var s SignedUp
+	err := db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, id).
+		Scan(append(tenantFields(&s.Tenant), &s.FirstHash)...)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return s, errNotFound("tenant")
+	}
+	return s, translate("read tenant", err)
+}
+
+// Claim gives ready apps of a profile to waiting tenants, until either runs
+// out, and wakes who waits for them. It returns how many it gave.
+func (db *DB) Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error) {
+	for given := 0; ; given++ {
+		tag, err := db.pool.Exec(ctx, claimAndWakeSQL, profile, actor.Name, actor.RequestID)
+		if err != nil {
+			return given, translate("claim", err)
+		}
+		if tag.RowsAffected() == 0 {
+			return given, nil
+		}
+	}
+}
