@@ -12,10 +12,6 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// ErrLeaseLost is answered to a worker whose row was taken by another, or moved
-// on: what the worker meant to write no longer holds.
-var ErrLeaseLost = errors.New("the row's lease was lost")
-
 // LeaseApp takes an app that is due, building or purging, for at most lease. It
 // reports tenant.NotFound if there is nothing to do or another worker does it.
 //
@@ -52,17 +48,10 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	return a, translate("lease app", err)
 }
 
-// A NewKeyRow is the intent to make a key.
-type NewKeyRow struct {
-	ID     uuid.UUID
-	Name   string
-	Scopes []string
-}
-
 // AppMade records that the app of a leased build exists upstream, and the intent
 // to make its key: from here on the key may exist upstream. A key that is being
 // made already keeps its row; the id of the row that stands is returned.
-func (db *DB) AppMade(ctx context.Context, a tenant.App, key NewKeyRow) (uuid.UUID, error) {
+func (db *DB) AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error) {
 	var id uuid.UUID
 	err := db.pool.QueryRow(ctx, `
 		WITH made AS (
@@ -76,7 +65,7 @@ func (db *DB) AppMade(ctx context.Context, a tenant.App, key NewKeyRow) (uuid.UU
 		RETURNING k.id`,
 		a.ID, a.LeasedUntil, key.ID, key.Name, key.Scopes).Scan(&id)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return id, ErrLeaseLost
+		return id, tenant.ErrLeaseLost
 	}
 	return id, translate("record app as made", err)
 }
@@ -92,20 +81,10 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App, settle time.Duration)
 	return oneRow("give up key", tag, err)
 }
 
-// A BuildEnd is the last step of a build.
-type BuildEnd struct {
-	Key     tenant.SealedKey
-	Profile tenant.Profile
-	// NextBuilds names the apps to be built next if tenants still wait; at most
-	// MaxBuilds are built at once.
-	NextBuilds []tenant.AppID
-	MaxBuilds  int
-}
-
 // FinishBuild stores the key of a leased build, makes the app ready, gives it to
 // the tenant that waited longest, wakes who waits for that, and begins the next
 // build if tenants still wait: all or nothing.
-func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end BuildEnd, actor tenant.Actor) error {
+func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
 	var began []tenant.AppID
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
@@ -134,7 +113,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end BuildEnd, actor
 			return err
 		}
 		if ready != 1 || active != 1 {
-			return ErrLeaseLost
+			return tenant.ErrLeaseLost
 		}
 		return nil
 	})
@@ -144,19 +123,8 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end BuildEnd, actor
 	return db.enqueueApps(ctx, QueueInteractive, began)
 }
 
-// A Setback is a try that failed.
-type Setback struct {
-	Problem tenant.Problem // its NextAttemptAt is set by the store
-	Delay   time.Duration  // until the next try
-	// Settled says that the failed call certainly made nothing, neither then nor
-	// later: the row is not in doubt because of it.
-	Settled bool
-	// Counts says that the try counts for the back-off.
-	Counts bool
-}
-
 // AppSetback records a failed try on a leased app and lets the lease go.
-func (db *DB) AppSetback(ctx context.Context, a tenant.App, s Setback) error {
+func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error {
 	tag, err := db.pool.Exec(ctx, `
 		WITH app AS (
 			UPDATE apps
@@ -244,7 +212,7 @@ func oneRow(act string, tag pgconn.CommandTag, err error) error {
 		return translate(act, err)
 	}
 	if tag.RowsAffected() != 1 {
-		return ErrLeaseLost
+		return tenant.ErrLeaseLost
 	}
 	return nil
 }

@@ -7,21 +7,13 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A Slot is a place in the order of upstream calls of all replicas together.
-type Slot struct {
-	// Granted says that the call may be made, once Wait has passed. Otherwise
-	// nothing was reserved, and Wait is when to ask again.
-	Granted bool
-	Wait    time.Duration
-}
-
 // ReserveSlot reserves the next upstream call, if it can begin within patience.
 // Slots follow one another at perSecond; unused ones are not saved up, so that
 // there is never a burst. No answer means no call.
-func (db *DB) ReserveSlot(ctx context.Context, perSecond float64, patience time.Duration) (Slot, error) {
+func (db *DB) ReserveSlot(ctx context.Context, perSecond float64, patience time.Duration) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
 	// reserve in the past.
-	var s Slot
+	var s tenant.Slot
 	err := db.pool.QueryRow(ctx, `
 		WITH slot AS (
 			UPDATE upstream_budget

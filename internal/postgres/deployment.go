@@ -9,17 +9,10 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A Deployment is which operator and keyset a database belongs to.
-type Deployment struct {
-	ID          string // 16 characters of 0-9 a-z; stands in every marker upstream
-	Operator    tenant.UserID
-	KeysetProbe []byte // a known text sealed by the keyset in use
-}
-
 // Deployment reads what the database belongs to. It reports tenant.NotFound on
 // a database that no service has started on yet.
-func (db *DB) Deployment(ctx context.Context) (Deployment, error) {
-	var d Deployment
+func (db *DB) Deployment(ctx context.Context) (tenant.Deployment, error) {
+	var d tenant.Deployment
 	err := db.pool.QueryRow(ctx, `SELECT id, operator_user_id, keyset_probe FROM deployment`).
 		Scan(&d.ID, &d.Operator, &d.KeysetProbe)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -30,7 +23,7 @@ func (db *DB) Deployment(ctx context.Context) (Deployment, error) {
 
 // PinDeployment writes d if the database belongs to none yet, and returns what
 // stands there: of several first starts at once, one wins.
-func (db *DB) PinDeployment(ctx context.Context, d Deployment) (Deployment, error) {
+func (db *DB) PinDeployment(ctx context.Context, d tenant.Deployment) (tenant.Deployment, error) {
 	_, err := db.pool.Exec(ctx, `
 		WITH pinned AS (
 			INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline)

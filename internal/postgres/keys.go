@@ -73,16 +73,10 @@ func (db *DB) Reveal(ctx context.Context, id tenant.ID, name string, actor tenan
 	return k, ciphertext, translate("reveal key", err)
 }
 
-// An IdentifiedKey is whose key a string is.
-type IdentifiedKey struct {
-	Key      tenant.Key
-	TenantID tenant.ID // empty while the key's app waits in the pool
-}
-
 // Identify finds the key with a fingerprint and writes that it was asked for.
 // It reports tenant.NotFound if Tenantry never held such a key.
-func (db *DB) Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (IdentifiedKey, error) {
-	var k IdentifiedKey
+func (db *DB) Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error) {
+	var k tenant.IdentifiedKey
 	fields, done := keyFields(&k.Key)
 	err := db.pool.QueryRow(ctx, `
 		WITH key AS (
@@ -141,7 +135,7 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.P
 }
 
 // KeySetback records a failed try on a leased key, and lets the lease go.
-func (db *DB) KeySetback(ctx context.Context, k tenant.RevokingKey, s Setback) error {
+func (db *DB) KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE keys
 		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),

@@ -140,26 +140,6 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 	return counts, translate("count tenants", err)
 }
 
-// A NewTenant is a sign-up as it is written.
-type NewTenant struct {
-	ID         tenant.ID
-	Profile    tenant.Profile
-	Attributes tenant.Attributes
-	// BuildID names the app that is built if none is ready; MaxBuilds bounds how
-	// many apps of the profile are built at once.
-	BuildID   tenant.AppID
-	MaxBuilds int
-}
-
-// A SignedUp is what came of a sign-up.
-type SignedUp struct {
-	Tenant tenant.Tenant
-	// Created says that this sign-up made the tenant, rather than found it.
-	Created bool
-	// FirstHash is the hash of the attributes of the first sign-up.
-	FirstHash []byte
-}
-
 // claimSQL gives the ready app that waited longest to the tenant of the profile
 // that waited longest; it is the only way to an app that is held. Tenants and
 // apps that another transaction is at are passed over: whoever holds them
@@ -209,8 +189,8 @@ const startBuildsSQL = `
 // build if there is none: one round trip and one transaction, which neither
 // notifies nor enqueues where an app was ready. A tenant that is there already
 // is returned as it stands.
-func (db *DB) SignUp(ctx context.Context, n NewTenant, actor tenant.Actor) (SignedUp, error) {
-	s := SignedUp{}
+func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
+	s := tenant.SignedUp{}
 	var began []tenant.AppID
 	batch := &pgx.Batch{}
 	batch.Queue(`
@@ -237,18 +217,6 @@ func (db *DB) SignUp(ctx context.Context, n NewTenant, actor tenant.Actor) (Sign
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
 	return s, db.enqueueApps(ctx, QueueInteractive, began)
-}
-
-// SignedUp reads a tenant as SignUp answers one that is there already. It
-// reports tenant.NotFound for an id that never signed up.
-func (db *DB) SignedUp(ctx context.Context, id tenant.ID) (SignedUp, error) {
-	var s SignedUp
-	err := db.pool.QueryRow(ctx, `SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, id).
-		Scan(append(tenantFields(&s.Tenant), &s.FirstHash)...)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return s, errNotFound("tenant")
-	}
-	return s, translate("read tenant", err)
 }
 
 // Claim gives ready apps of a profile to waiting tenants, until either runs

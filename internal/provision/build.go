@@ -1,0 +1,287 @@
+package provision
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// How often an upstream that contradicts itself is asked again before a build is
+// given up: what was just made may take a moment to show.
+const maxContradictions = 5
+
+// recordTimeout bounds writing down how a try ended, also while shutting down.
+const recordTimeout = 3 * time.Second
+
+// An outcome is how a look at a row ended, for the metrics.
+type outcome string
+
+const (
+	outcomeDone     outcome = "done"
+	outcomeNothing  outcome = "nothing" // not due, or another worker's
+	outcomeDeferred outcome = "deferred"
+	outcomeSetback  outcome = "setback"
+	outcomeGivenUp  outcome = "given_up"
+	outcomeFailed   outcome = "failed" // a fault of ours or of the database
+)
+
+// workApp looks at an app and does what its row says is next.
+func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
+	a, err := s.Store.LeaseApp(ctx, id, s.Lease)
+	if errors.Is(err, tenant.NotFound) {
+		return outcomeNothing
+	}
+	if err != nil {
+		return s.failed("lease app", err, zap.String("app", string(id)))
+	}
+	if a.State == tenant.AppPurging {
+		err = s.purge(ctx, a)
+	} else {
+		err = s.build(ctx, &a)
+	}
+	return s.endApp(ctx, a, err)
+}
+
+var errGivenUp = errors.New("given up")
+
+// endApp writes down how a try on a leased app ended.
+func (s *Service) endApp(ctx context.Context, a tenant.App, err error) outcome {
+	if err == nil {
+		return outcomeDone
+	}
+	interrupted := ctx.Err() != nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	field := zap.String("app", string(a.ID))
+	if errors.Is(err, errGivenUp) {
+		return outcomeGivenUp
+	}
+	if d, ok := errors.AsType[*deferred](err); ok {
+		if err := s.Store.DeferApp(ctx, a, d.wait); err != nil {
+			return s.failed("defer app", err, field)
+		}
+		return outcomeDeferred
+	}
+	up := asUpstream(err)
+	if up == nil {
+		return s.failed("work on app", err, field) // the lease runs out, and the sweep comes back
+	}
+	if interrupted { // we are shutting down: Clarifai did nothing wrong
+		if err := s.Store.DeferApp(ctx, a, 0); err != nil {
+			return s.failed("defer app", err, field)
+		}
+		return outcomeDeferred
+	}
+	set := s.setback(up, a.Attempts, a.Problem)
+	set.Settled = !up.Unclear && (up.Call == callCreateApp || up.Call == callCreateKey)
+	s.Log.Warn("app set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
+	if err := s.Store.AppSetback(ctx, a, set); err != nil {
+		return s.failed("record setback", err, field)
+	}
+	return outcomeSetback
+}
+
+// Clarifai's names of the calls that make something.
+const (
+	callCreateApp = "PostApps"
+	callCreateKey = "PostKeys"
+)
+
+func (s *Service) failed(act string, err error, fields ...zap.Field) outcome {
+	if errors.Is(err, tenant.ErrLeaseLost) {
+		s.Log.Info(act+": another worker has taken over", fields...)
+		return outcomeNothing
+	}
+	s.Log.Error(act, append(fields, zap.Error(err))...)
+	return outcomeFailed
+}
+
+// build takes an app from where it stands to ready. It may be repeated from any
+// point: an earlier try may have made the app or the key and died before it could
+// say so. It keeps a in step with what is known, so that whoever records a failure
+// knows what is in doubt.
+func (s *Service) build(ctx context.Context, a *tenant.App) error {
+	began := time.Now()
+	profile, ok := s.profiles[a.Profile]
+	if !ok {
+		return s.abandon(ctx, *a, true, "its profile is gone")
+	}
+	if !a.Made {
+		if err := s.makeApp(ctx, a, profile); err != nil {
+			return err
+		}
+	}
+	secret, err := s.makeKey(ctx, a, profile)
+	if err != nil {
+		return err
+	}
+	ciphertext, err := s.Keyring.Seal(a.Creating.ID, secret)
+	if err != nil {
+		return err
+	}
+	err = s.Store.FinishBuild(ctx, *a, tenant.BuildEnd{
+		Key: tenant.SealedKey{ID: a.Creating.ID, Ciphertext: ciphertext,
+			Fingerprint: s.Keyring.Fingerprint(secret), Hint: s.Keyring.Hint(secret)},
+		Profile:    profile,
+		NextBuilds: s.newAppIDs(1),
+		MaxBuilds:  s.MaxBuilds,
+	}, worker)
+	if err == nil {
+		s.Metrics.buildSeconds.Observe(time.Since(began).Seconds())
+	}
+	return err
+}
+
+// makeApp makes sure that the app exists upstream and is ours.
+func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Profile) error {
+	marker := tenant.Marker{Deployment: s.Deployment.ID, App: a.ID}
+	if a.InDoubt {
+		switch ours, err := s.look(ctx, a.ID); {
+		case err == nil && ours:
+			return nil
+		case err == nil:
+			return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
+		case tenant.ClassOf(err) != tenant.UpstreamNotFound:
+			return err
+		}
+	}
+	err := s.call(ctx, func(ctx context.Context) error {
+		a.InDoubt = true
+		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: marker})
+	})
+	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
+		return err
+	}
+	// An earlier call landed after all, or the id is somebody else's.
+	switch ours, lookErr := s.look(ctx, a.ID); {
+	case lookErr == nil && ours:
+		return nil
+	case lookErr == nil:
+		return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
+	case tenant.ClassOf(lookErr) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
+		return s.abandon(ctx, *a, true, "Clarifai says that the id is taken, and does not show the app")
+	default:
+		return lookErr
+	}
+}
+
+// look asks Clarifai whether an app exists, and reports whether its marker is
+// ours.
+func (s *Service) look(ctx context.Context, id tenant.AppID) (ours bool, err error) {
+	var app tenant.UpstreamApp
+	err = s.call(ctx, func(ctx context.Context) (err error) {
+		app, err = s.Upstream.App(ctx, id)
+		return err
+	})
+	return app.Marker != nil && *app.Marker == tenant.Marker{Deployment: s.Deployment.ID, App: id}, err
+}
+
+// makeKey makes sure that the app has a key whose secret we know, and returns it.
+// Afterwards a.Creating is the row of that key.
+func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
+	if a.Creating.InDoubt {
+		key, found, err := s.findKey(ctx, a.ID, a.Creating.ID)
+		switch {
+		case err != nil && tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
+			return tenant.Secret{}, s.abandon(ctx, *a, true, "the app is gone upstream")
+		case err != nil:
+			return tenant.Secret{}, err
+		case found && key.Secret.IsSet():
+			a.Made = true
+			return key.Secret, nil
+		case found:
+			// No tenant has had this app: to begin anew is safe, and leaves no key
+			// that nobody knows.
+			return tenant.Secret{}, s.abandon(ctx, *a, true, "a key was made, its answer was lost, and listings are masked")
+		}
+		// The lost call may still land. The row goes on to be looked for and
+		// revoked; a key row of its own is made below.
+		if err := s.Store.GiveUpKey(ctx, *a, s.Settle); err != nil {
+			return tenant.Secret{}, err
+		}
+		a.Creating = tenant.CreatingKey{}
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return tenant.Secret{}, err
+	}
+	if id, err = s.Store.AppMade(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
+		return tenant.Secret{}, err
+	}
+	a.Made, a.InDoubt, a.Creating = true, false, tenant.CreatingKey{ID: id}
+	var secret tenant.Secret
+	err = s.call(ctx, func(ctx context.Context) (err error) {
+		a.Creating.InDoubt = true
+		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: profile.KeyScopes,
+			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
+		return err
+	})
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions {
+		return secret, s.abandon(ctx, *a, true, "the app is gone upstream")
+	}
+	return secret, err
+}
+
+// findKey looks for the key of a row among the app's keys upstream.
+func (s *Service) findKey(ctx context.Context, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
+	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}
+	// Clarifai gives no total: the last page is the one that comes back empty.
+	for page := 1; ; page++ {
+		var keys []tenant.UpstreamKey
+		err := s.call(ctx, func(ctx context.Context) (err error) {
+			keys, err = s.Upstream.AppKeys(ctx, app, page)
+			return err
+		})
+		if err != nil || len(keys) == 0 {
+			return tenant.UpstreamKey{}, false, err
+		}
+		for _, k := range keys {
+			if m, ok := tenant.ParseKeyMarker(k.Description); ok && m == want {
+				return k, true, nil
+			}
+		}
+	}
+}
+
+// abandon gives a build up and begins another. It returns errGivenUp, or why it
+// could not.
+func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason string) error {
+	s.Log.Warn("build given up", zap.String("app", string(a.ID)), zap.String("reason", reason))
+	if err := s.Store.AbandonApp(ctx, a, ours, reason, worker); err != nil {
+		return err
+	}
+	if p, ok := s.profiles[a.Profile]; ok {
+		if err := s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds)); err != nil {
+			s.Log.Warn("another build could not be begun; the sweep will", zap.Error(err))
+		}
+	}
+	return errGivenUp
+}
+
+// purge removes an app upstream. Removal needs proof: a row that says so, which
+// the caller leased, and our marker at a fresh look.
+func (s *Service) purge(ctx context.Context, a tenant.App) error {
+	ours, err := s.look(ctx, a.ID)
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+		return s.Store.AppDeleted(ctx, a, worker)
+	}
+	if err != nil {
+		return err
+	}
+	if !ours {
+		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
+			Detail: "the app lacks our marker and is not removed"}
+	}
+	err = s.call(ctx, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
+	if err != nil {
+		return err
+	}
+	// Clarifai may accept a removal and carry it out later: only a look that
+	// finds nothing ends the purge.
+	return &deferred{wait: s.BackoffBase}
+}

@@ -1,0 +1,311 @@
+// Package provision decides what happens: how a tenant signs up, how an app and
+// its key are built, claimed and removed, and what is done when a step fails.
+//
+// Requests write what shall be and wait; workers, in any replica, make it so.
+// Only workers call Clarifai.
+package provision
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/oklog/ulid/v2"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/keyring"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A Store keeps the rows. Its methods are atomic: each does all it says, or
+// nothing. Those that take a leased row answer tenant.ErrLeaseLost, and change
+// nothing, once the lease is gone.
+type Store interface {
+	Deployment(ctx context.Context) (tenant.Deployment, error)
+	PinDeployment(ctx context.Context, d tenant.Deployment) (tenant.Deployment, error)
+
+	SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error)
+	Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error)
+	Watch(id tenant.ID) (changed <-chan struct{}, stop func())
+	Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error)
+	Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error)
+
+	LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error)
+	AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
+	GiveUpKey(ctx context.Context, a tenant.App, settle time.Duration) error
+	FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error
+	AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error
+	DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error
+	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
+	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
+
+	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error)
+	KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error
+	KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error
+	DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error
+
+	ReserveSlot(ctx context.Context, perSecond float64, patience time.Duration) (tenant.Slot, error)
+	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
+	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	Enqueue(ctx context.Context) (int, error)
+	MakeAuditPartitions(ctx context.Context) error
+	CountTenants(ctx context.Context) (map[tenant.State]int, error)
+}
+
+// An Upstream is Clarifai, as one operator. Each method makes one call and does
+// not repeat it. Failures are *tenant.UpstreamError.
+type Upstream interface {
+	Whoami(ctx context.Context) (tenant.UserID, error)
+	CreateApp(ctx context.Context, app tenant.NewApp) error
+	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
+	DeleteApp(ctx context.Context, id tenant.AppID) error
+	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
+	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
+	DeleteKey(ctx context.Context, key tenant.Secret) error
+}
+
+// A Config is what a Service is made of. Zero durations and counts take the
+// defaults named.
+type Config struct {
+	Store      Store
+	Upstream   Upstream
+	Keyring    *keyring.Keyring
+	Deployment tenant.Deployment // from Pin
+	Profiles   []tenant.Profile  // one of them named tenant.DefaultProfile
+	Log        *zap.Logger
+	Metrics    *Metrics
+
+	AppPrefix   string        // begins every app id
+	Rate        float64       // upstream calls a second, of all replicas together
+	CallTimeout time.Duration // of one upstream call; 5 s
+	JobTimeout  time.Duration // of one job: at least two calls; 15 s
+	Lease       time.Duration // of a row, longer than JobTimeout; 20 s
+	Settle      time.Duration // how late an unclear call may still land; 60 s
+	SweepEvery  time.Duration // 1 s
+	MaxBuilds   int           // builds of one profile at once; 64
+	BackoffBase time.Duration // after the first failure; 1 s
+	BackoffCap  time.Duration // 30 s
+}
+
+// Validate reports every fault of c.
+func (c Config) Validate() error {
+	var faults []string
+	if !tenant.ValidAppPrefix(c.AppPrefix) {
+		faults = append(faults, fmt.Sprintf("app prefix %q must be 1 to 5 characters of a-z and 0-9", c.AppPrefix))
+	}
+	if c.Rate <= 0 {
+		faults = append(faults, fmt.Sprintf("upstream rate %v must be more than 0 calls a second", c.Rate))
+	}
+	for _, p := range c.Profiles {
+		if !tenant.ValidProfileName(p.Name) {
+			faults = append(faults, fmt.Sprintf("profile name %q must be of a-z, 0-9 and hyphens, at most 63", p.Name))
+		}
+		if len(p.KeyScopes) == 0 {
+			faults = append(faults, fmt.Sprintf("profile %q has no key scopes: name at least one, such as All", p.Name))
+		}
+	}
+	if !slices.ContainsFunc(c.Profiles, func(p tenant.Profile) bool { return p.Name == tenant.DefaultProfile }) {
+		faults = append(faults, fmt.Sprintf("there is no profile named %q", tenant.DefaultProfile))
+	}
+	if c.JobTimeout < 2*c.CallTimeout {
+		faults = append(faults, fmt.Sprintf("upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout))
+	}
+	if c.Lease <= c.JobTimeout {
+		faults = append(faults, fmt.Sprintf("lease %s must be longer than the job timeout %s", c.Lease, c.JobTimeout))
+	}
+	if len(faults) > 0 {
+		return errors.New(strings.Join(faults, "; "))
+	}
+	return nil
+}
+
+// WithDefaults returns c with its zero fields set.
+func (c Config) WithDefaults() Config {
+	for _, d := range []struct {
+		field *time.Duration
+		value time.Duration
+	}{
+		{&c.CallTimeout, 5 * time.Second},
+		{&c.JobTimeout, 15 * time.Second},
+		{&c.Lease, 20 * time.Second},
+		{&c.Settle, time.Minute},
+		{&c.SweepEvery, time.Second},
+		{&c.BackoffBase, time.Second},
+		{&c.BackoffCap, 30 * time.Second},
+	} {
+		if *d.field == 0 {
+			*d.field = d.value
+		}
+	}
+	if c.MaxBuilds == 0 {
+		c.MaxBuilds = 64
+	}
+	return c
+}
+
+// A Service is the engine. It is safe for use by many goroutines.
+type Service struct {
+	Config
+	profiles map[string]tenant.Profile
+	pat      patHealth
+
+	drainOnce sync.Once
+	draining  chan struct{} // closed by Drain
+}
+
+// New makes a Service. It reports every fault of the configuration at once.
+func New(c Config) (*Service, error) {
+	c = c.WithDefaults()
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{})}
+	for _, p := range c.Profiles {
+		s.profiles[p.Name] = p
+	}
+	return s, nil
+}
+
+// worker is who changes what no caller asked for.
+var worker = tenant.Actor{Name: "worker"}
+
+// lookAgain is how often a waiting request reads the row, should a wake-up be
+// lost.
+const lookAgain = 2 * time.Second
+
+// SignUp makes a tenant, or finds it, and waits for wait until it is active. The
+// tenant it returns may still be provisioning: workers go on.
+//
+// It reports tenant.Invalid for attributes or a profile that cannot be,
+// tenant.Conflict for a tenant that was signed up otherwise or is being deleted.
+func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (t tenant.Tenant, created bool, err error) {
+	if err := up.Validate(); err != nil {
+		return t, false, err
+	}
+	profile, ok := s.profiles[up.ProfileName()]
+	if !ok {
+		return t, false, &tenant.Error{Kind: tenant.Invalid, Code: "profile_unknown", Field: "profile",
+			Detail: "there is no such profile; there are: " + strings.Join(s.profileNames(), ", ")}
+	}
+
+	// Watch before writing, so that no wake-up falls between.
+	changed, stop := s.Store.Watch(id)
+	defer stop()
+	signedUp, err := s.Store.SignUp(ctx, tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(),
+		BuildID: s.newAppID(), MaxBuilds: s.MaxBuilds}, actor)
+	if err != nil {
+		return t, false, err
+	}
+	t = signedUp.Tenant
+	if !signedUp.Created {
+		if err := agrees(up, t, signedUp.FirstHash); err != nil {
+			return t, false, err
+		}
+	}
+	if wait > 0 {
+		t, err = s.await(ctx, t, wait, changed)
+	}
+	return t, signedUp.Created, err
+}
+
+// agrees reports tenant.Conflict if up asks for something other than the tenant
+// that is there.
+func agrees(up tenant.SignUp, t tenant.Tenant, first []byte) error {
+	switch t.State {
+	case tenant.Deleting, tenant.Purging, tenant.Deleted:
+		return tenant.Errorf(tenant.Conflict, "tenant_deleting", "the tenant is %s", t.State)
+	}
+	if fields := up.Differs(t, first); len(fields) > 0 {
+		return tenant.Errorf(tenant.Conflict, "attributes_differ",
+			"the tenant was signed up with another %s; send what it has, or leave it out", strings.Join(fields, " and "))
+	}
+	return nil
+}
+
+// Tenant reads a tenant, and waits for wait until it has reached a state that
+// it stays in.
+func (s *Service) Tenant(ctx context.Context, id tenant.ID, wait time.Duration) (tenant.Tenant, error) {
+	changed, stop := s.Store.Watch(id)
+	defer stop()
+	t, err := s.Store.Tenant(ctx, id)
+	if err != nil || wait <= 0 {
+		return t, err
+	}
+	return s.await(ctx, t, wait, changed)
+}
+
+// await returns t as it stands when it stays so, when wait has passed or when
+// the service drains.
+func (s *Service) await(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
+	deadline := time.NewTimer(wait)
+	defer deadline.Stop()
+	look := time.NewTicker(lookAgain)
+	defer look.Stop()
+	for !t.State.Final() {
+		select {
+		case <-changed:
+		case <-look.C:
+		case <-ctx.Done():
+			return t, ctx.Err()
+		case <-s.draining:
+			return t, nil
+		case <-deadline.C:
+			return s.Store.Tenant(ctx, t.ID) // with the problem there may be by now
+		}
+		var err error
+		if t, err = s.Store.Tenant(ctx, t.ID); err != nil {
+			return t, err
+		}
+	}
+	return t, nil
+}
+
+// Drain makes the requests that wait answer now. The work goes on.
+func (s *Service) Drain() { s.drainOnce.Do(func() { close(s.draining) }) }
+
+// Reveal opens the secret of a tenant's active key, and writes that it was asked
+// for. It reports tenant.NotFound for an unknown tenant or key.
+func (s *Service) Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, tenant.Secret, error) {
+	key, ciphertext, err := s.Store.Reveal(ctx, id, name, actor)
+	if err != nil {
+		return key, tenant.Secret{}, err
+	}
+	secret, err := s.Keyring.Open(key.ID, ciphertext)
+	if err != nil {
+		return key, tenant.Secret{}, fmt.Errorf("open key %s: %w", key.ID, err)
+	}
+	return key, secret, nil
+}
+
+// Identify finds whose key a secret is, and writes that it was asked for. It
+// reports tenant.NotFound for a string that was never a key of ours.
+func (s *Service) Identify(ctx context.Context, secret tenant.Secret, actor tenant.Actor) (tenant.IdentifiedKey, error) {
+	return s.Store.Identify(ctx, s.Keyring.Fingerprint(secret), actor)
+}
+
+func (s *Service) profileNames() []string {
+	names := make([]string, 0, len(s.Profiles))
+	for _, p := range s.Profiles {
+		names = append(names, p.Name)
+	}
+	slices.Sort(names)
+	return names
+}
+
+// newAppID makes an id of at most 32 characters that sorts by time.
+func (s *Service) newAppID() tenant.AppID {
+	return tenant.AppID(s.AppPrefix + "-" + strings.ToLower(ulid.Make().String()))
+}
+
+func (s *Service) newAppIDs(n int) []tenant.AppID {
+	ids := make([]tenant.AppID, n)
+	for i := range ids {
+		ids[i] = s.newAppID()
+	}
+	return ids
+}

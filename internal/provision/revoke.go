@@ -1,0 +1,89 @@
+package provision
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// workKey looks at a key that shall work no longer and makes it so.
+func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
+	field := zap.Stringer("key", id)
+	k, err := s.Store.LeaseKey(ctx, id, s.Lease)
+	if errors.Is(err, tenant.NotFound) {
+		return outcomeNothing
+	}
+	if err != nil {
+		return s.failed("lease key", err, field)
+	}
+	err = s.revoke(ctx, k)
+	if err == nil {
+		return outcomeDone
+	}
+	interrupted := ctx.Err() != nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	up := asUpstream(err)
+	d, isDeferred := errors.AsType[*deferred](err)
+	switch {
+	case isDeferred:
+		err = s.Store.DeferKey(ctx, k, d.wait)
+	case up == nil:
+		return s.failed("revoke key", err, field)
+	case interrupted:
+		err = s.Store.DeferKey(ctx, k, 0)
+	default:
+		set := s.setback(up, k.Attempts, k.Problem)
+		s.Log.Warn("key set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
+		if err := s.Store.KeySetback(ctx, k, set); err != nil {
+			return s.failed("record setback", err, field)
+		}
+		return outcomeSetback
+	}
+	if err != nil {
+		return s.failed("defer key", err, field)
+	}
+	return outcomeDeferred
+}
+
+func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
+	if k.Ciphertext != nil {
+		secret, err := s.Keyring.Open(k.ID, k.Ciphertext)
+		if err != nil {
+			return err
+		}
+		return s.deleteKey(ctx, k, secret)
+	}
+	// The answer of the call that made it was lost, if it made it at all.
+	key, found, err := s.findKey(ctx, k.AppID, k.ID)
+	switch {
+	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
+		return s.Store.KeyEnded(ctx, k, nil, worker)
+	case err != nil:
+		return err
+	case found && key.Secret.IsSet():
+		return s.deleteKey(ctx, k, key.Secret)
+	case found:
+		s.Log.Error("a key may work upstream and cannot be addressed: an operator must remove it",
+			zap.Stringer("key", k.ID), zap.String("app", string(k.AppID)))
+		return s.Store.KeyEnded(ctx, k, &tenant.Problem{Code: "key_lost", Since: time.Now().UTC(),
+			Detail: "the key's secret was never learnt and Clarifai's listing hides it: remove the key described as " +
+				tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}.String() + " in Clarifai's portal"}, worker)
+	case k.InDoubtFor < s.Settle: // it may still land
+		return &deferred{wait: s.Settle - k.InDoubtFor}
+	}
+	return s.Store.KeyEnded(ctx, k, nil, worker)
+}
+
+func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret tenant.Secret) error {
+	err := s.call(ctx, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
+	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
+		return err
+	}
+	return s.Store.KeyEnded(ctx, k, nil, worker)
+}

@@ -1,0 +1,117 @@
+package provision
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/riverqueue/river"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// Workers returns the workers of the job queue. They never fail a job: what went
+// wrong stands in the row, and the sweep comes back to it.
+func (s *Service) Workers() *river.Workers {
+	w := river.NewWorkers()
+	river.AddWorker(w, &appWorker{s: s})
+	river.AddWorker(w, &keyWorker{s: s})
+	return w
+}
+
+type appWorker struct {
+	river.WorkerDefaults[tenant.AppJob]
+	s *Service
+}
+
+func (w *appWorker) Timeout(*river.Job[tenant.AppJob]) time.Duration { return w.s.JobTimeout }
+
+func (w *appWorker) Work(ctx context.Context, job *river.Job[tenant.AppJob]) error {
+	w.s.Metrics.job(job.Kind, w.s.workApp(ctx, job.Args.AppID))
+	return nil
+}
+
+type keyWorker struct {
+	river.WorkerDefaults[tenant.KeyJob]
+	s *Service
+}
+
+func (w *keyWorker) Timeout(*river.Job[tenant.KeyJob]) time.Duration { return w.s.JobTimeout }
+
+func (w *keyWorker) Work(ctx context.Context, job *river.Job[tenant.KeyJob]) error {
+	w.s.Metrics.job(job.Kind, w.s.workKey(ctx, job.Args.KeyID))
+	return nil
+}
+
+// How often the sweep does what need not be done at every turn.
+const (
+	countEvery     = 15 * time.Second
+	partitionEvery = 6 * time.Hour
+)
+
+// Sweep makes good what a crash, a lost job or a lost wake-up left undone, turn
+// by turn until ctx ends: it gives ready apps to waiting tenants, begins the
+// builds they want for, and enqueues the rows that are due. Every replica sweeps.
+func (s *Service) Sweep(ctx context.Context) error {
+	var counted, partitioned time.Time
+	failing := false
+	for {
+		err := s.sweep(ctx)
+		if err == nil && time.Since(counted) >= countEvery {
+			if err = s.countTenants(ctx); err == nil {
+				counted = time.Now()
+			}
+		}
+		if err == nil && time.Since(partitioned) >= partitionEvery {
+			if err = s.Store.MakeAuditPartitions(ctx); err == nil {
+				partitioned = time.Now()
+			}
+		}
+		if ctx.Err() != nil {
+			return nil
+		}
+		switch {
+		case err != nil && !failing:
+			s.Log.Warn("the sweep fails and is tried again at every turn", zap.Error(err))
+		case err == nil && failing:
+			s.Log.Info("the sweep works again")
+		}
+		failing = err != nil
+		select {
+		case <-ctx.Done():
+			return nil
+		// Replicas that started together must not sweep together.
+		case <-time.After(s.SweepEvery*3/4 + rand.N(s.SweepEvery/2)):
+		}
+	}
+}
+
+func (s *Service) sweep(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	for _, p := range s.Profiles {
+		if _, err := s.Store.Claim(ctx, p.Name, worker); err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+		if err := s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds)); err != nil {
+			return fmt.Errorf("sweep: %w", err)
+		}
+	}
+	if _, err := s.Store.Enqueue(ctx); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	return nil
+}
+
+func (s *Service) countTenants(ctx context.Context) error {
+	counts, err := s.Store.CountTenants(ctx)
+	if err != nil {
+		return err
+	}
+	for _, state := range tenant.States {
+		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(counts[state]))
+	}
+	return nil
+}
