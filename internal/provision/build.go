@@ -11,6 +11,9 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
+// CallsPerBuild is how many upstream calls a build takes that meets no trouble.
+const CallsPerBuild = 2
+
 // How often an upstream that contradicts itself is asked again before a build is
 // given up: what was just made may take a moment to show.
 const maxContradictions = 5

@@ -19,37 +19,38 @@ type Whoami interface {
 // Pin makes sure that the database, the keyset and the PAT belong together, and
 // returns what they belong to. The first start on a database writes it down and
 // needs Clarifai for that; a later one starts without Clarifai too, and the
-// first upstream call is preceded by the check of the PAT.
-func Pin(ctx context.Context, store Store, upstream Whoami, keys *keyring.Keyring, log *zap.Logger) (tenant.Deployment, error) {
-	d, err := store.Deployment(ctx)
+// first upstream call is preceded by the check of the PAT: verified says whether
+// the PAT was checked.
+func Pin(ctx context.Context, store Store, upstream Whoami, keys *keyring.Keyring, log *zap.Logger) (d tenant.Deployment, verified bool, err error) {
+	d, err = store.Deployment(ctx)
 	switch {
 	case errors.Is(err, tenant.NotFound):
 		operator, err := upstream.Whoami(ctx)
 		if err != nil {
-			return d, fmt.Errorf("the first start on a database must learn from Clarifai whose PAT this is: %w", err)
+			return d, false, fmt.Errorf("the first start on a database must learn from Clarifai whose PAT this is: %w", err)
 		}
 		probe, err := keys.Probe()
 		if err != nil {
-			return d, fmt.Errorf("seal the keyset probe: %w", err)
+			return d, false, fmt.Errorf("seal the keyset probe: %w", err)
 		}
 		d, err = store.PinDeployment(ctx, tenant.Deployment{ID: keys.DeploymentID(operator), Operator: operator, KeysetProbe: probe})
 		if err != nil {
-			return d, err
+			return d, false, err
 		}
 		// Another replica may have been first, with another PAT.
-		return d, errors.Join(checkKeyset(d, keys), checkOperator(d, operator))
+		return d, true, errors.Join(checkKeyset(d, keys), checkOperator(d, operator))
 	case err != nil:
-		return d, err
+		return d, false, err
 	}
 	if err := checkKeyset(d, keys); err != nil {
-		return d, err
+		return d, false, err
 	}
 	operator, err := upstream.Whoami(ctx)
 	if err != nil {
 		log.Error("the PAT could not be checked; look-ups are served, and it is checked again before Clarifai is used", zap.Error(err))
-		return d, nil
+		return d, false, nil
 	}
-	return d, checkOperator(d, operator)
+	return d, true, checkOperator(d, operator)
 }
 
 func checkKeyset(d tenant.Deployment, keys *keyring.Keyring) error {

@@ -1,0 +1,268 @@
+package httpapi
+
+import (
+	"encoding/base64"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// invalid says what is wrong with one part of a request.
+func invalid(field, format string, args ...any) error {
+	return &tenant.Error{Kind: tenant.Invalid, Code: "invalid_request", Field: field, Detail: fmt.Sprintf(format, args...)}
+}
+
+// decodeBody reads a JSON object into v, which has the fields that are known. A
+// body that is missing or empty leaves v as it is, if that is allowed. Values are
+// not repeated in errors: they may be secrets.
+func decodeBody(w http.ResponseWriter, r *http.Request, v any, mayBeEmpty bool) error {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBodyBytes))
+	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
+		return tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", MaxBodyBytes)
+	}
+	if err != nil {
+		return invalid("body", "was not sent in full within %s", ReadTimeout)
+	}
+	if len(strings.TrimSpace(string(body))) == 0 {
+		if mayBeEmpty {
+			return nil
+		}
+		return invalid("body", "is empty: it must be a JSON object")
+	}
+	if ct := r.Header.Get("Content-Type"); ct != "" {
+		if mt, _, err := mime.ParseMediaType(ct); err != nil || mt != "application/json" {
+			return &statusError{http.StatusUnsupportedMediaType, &tenant.Error{Kind: tenant.Invalid, Code: "content_type_unsupported",
+				Field: "Content-Type", Detail: "must be application/json"}}
+		}
+	}
+	dec := json.NewDecoder(strings.NewReader(string(body)))
+	dec.DisallowUnknownFields()
+	if err := dec.Decode(v); err != nil {
+		return bodyFault(err, dec.InputOffset())
+	}
+	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
+		return invalid("body", "goes on behind the JSON object, at byte %d", dec.InputOffset())
+	}
+	return nil
+}
+
+func bodyFault(err error, offset int64) error {
+	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
+		field := "body"
+		if e.Field != "" {
+			field = e.Field
+		}
+		return invalid(field, "is a JSON %s at byte %d, and must be %s", e.Value, e.Offset, jsonKind(e.Type.Kind().String()))
+	}
+	if e, ok := errors.AsType[*json.SyntaxError](err); ok {
+		return invalid("body", "is not valid JSON at byte %d", e.Offset)
+	}
+	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
+		name = strings.Trim(name, `"`)
+		if len(name) > 64 {
+			name = "body"
+		}
+		return invalid(name, "is not a field of this request")
+	}
+	return invalid("body", "is not valid JSON at byte %d", offset)
+}
+
+func jsonKind(goKind string) string {
+	switch goKind {
+	case "struct", "map":
+		return "an object"
+	case "slice":
+		return "an array"
+	case "string":
+		return "a string"
+	case "bool":
+		return "true or false"
+	}
+	return "a number"
+}
+
+// onlyParams refuses query parameters that are not known: a filter with a
+// spelling mistake would select everything.
+func onlyParams(q url.Values, known ...string) error {
+	for name := range q {
+		if !slices.Contains(known, name) {
+			if len(name) > 64 {
+				name = name[:64] + "…"
+			}
+			return invalid(name, "is not a parameter of this request; there are: %s", orNone(known))
+		}
+	}
+	return nil
+}
+
+func orNone(names []string) string {
+	if len(names) == 0 {
+		return "none"
+	}
+	return strings.Join(names, ", ")
+}
+
+// waitParam reads ?wait=N, in seconds.
+func waitParam(q url.Values) (time.Duration, error) {
+	text := q.Get("wait")
+	if text == "" {
+		return 0, nil
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 0 || n > int(maxWait/time.Second) {
+		return 0, invalid("wait", "must be a whole number of seconds from 0 to %d", int(maxWait/time.Second))
+	}
+	return time.Duration(n) * time.Second, nil
+}
+
+// A preference is what a caller prefers of RFC 7240, as far as it is honoured.
+type preference struct {
+	wait    time.Duration
+	applied string // for Preference-Applied; empty when nothing was preferred
+}
+
+// parsePrefer reads the Prefer headers. What it does not know or cannot read it
+// passes over, as the RFC demands; of a preference that is repeated the first
+// counts.
+func parsePrefer(headers []string) preference {
+	p := preference{wait: defaultWait}
+	var async, waits bool
+	for _, header := range headers {
+		for _, item := range strings.Split(header, ",") {
+			name, _, _ := strings.Cut(item, ";") // parameters mean nothing to us
+			name, value, _ := strings.Cut(name, "=")
+			name, value = strings.ToLower(strings.TrimSpace(name)), strings.Trim(strings.TrimSpace(value), `"`)
+			switch {
+			case name == "respond-async" && !async:
+				async = true
+			case name == "wait" && !waits:
+				n, err := strconv.ParseUint(value, 10, 31)
+				if err != nil {
+					continue
+				}
+				waits = true
+				p.wait = min(time.Duration(n)*time.Second, maxWait)
+			}
+		}
+	}
+	switch {
+	case waits:
+		p.applied = "wait=" + strconv.Itoa(int(p.wait/time.Second))
+	case async:
+		p.wait, p.applied = 0, "respond-async"
+	}
+	return p
+}
+
+// listQuery is what a list asks for.
+type listQuery struct {
+	filter postgres.TenantFilter
+	after  postgres.Position
+	limit  int
+}
+
+const defaultLimit, maxLimit = 100, 1000
+
+func parseListQuery(q url.Values) (listQuery, error) {
+	l := listQuery{limit: defaultLimit}
+	if err := onlyParams(q, "state", "profile", "label", "id_prefix", "created_after", "created_before", "problem", "limit", "cursor"); err != nil {
+		return l, err
+	}
+	for name, values := range q {
+		if name != "label" && len(values) > 1 {
+			return l, invalid(name, "is given %d times", len(values))
+		}
+		for _, v := range values {
+			if strings.ContainsRune(v, 0) || len(v) > 1024 {
+				return l, invalid(name, "holds a zero byte or is longer than 1024 bytes")
+			}
+		}
+	}
+	l.filter = postgres.TenantFilter{State: tenant.State(q.Get("state")), Profile: q.Get("profile"), IDPrefix: q.Get("id_prefix")}
+	if s := l.filter.State; s != "" && !slices.Contains(tenant.States, s) {
+		return l, invalid("state", "must be one of %v", tenant.States)
+	}
+	for _, text := range q["label"] {
+		key, value, ok := strings.Cut(text, "=")
+		if !ok || key == "" {
+			return l, invalid("label", "must read key=value")
+		}
+		if l.filter.Labels == nil {
+			l.filter.Labels = map[string]string{}
+		}
+		if was, ok := l.filter.Labels[key]; ok && was != value {
+			return l, invalid("label", "asks for two values of one key, which no tenant has")
+		}
+		l.filter.Labels[key] = value
+	}
+	for name, field := range map[string]*time.Time{"created_after": &l.filter.CreatedAfter, "created_before": &l.filter.CreatedBefore} {
+		if text := q.Get(name); text != "" {
+			t, err := time.Parse(time.RFC3339, text)
+			if err != nil {
+				return l, invalid(name, "must be a time such as 2026-01-31T12:00:00Z")
+			}
+			*field = t
+		}
+	}
+	if text := q.Get("problem"); text != "" {
+		b, err := strconv.ParseBool(text)
+		if err != nil {
+			return l, invalid("problem", "must be true or false")
+		}
+		l.filter.HasProblem = &b
+	}
+	if text := q.Get("limit"); text != "" {
+		n, err := strconv.Atoi(text)
+		if err != nil || n < 1 || n > maxLimit {
+			return l, invalid("limit", "must be a whole number from 1 to %d", maxLimit)
+		}
+		l.limit = n
+	}
+	if text := q.Get("cursor"); text != "" {
+		var err error
+		if l.after, err = parseCursor(text); err != nil {
+			return l, err
+		}
+	}
+	return l, nil
+}
+
+// formatCursor turns a position into text that callers pass back unread.
+func formatCursor(p postgres.Position) string {
+	return base64.RawURLEncoding.EncodeToString([]byte(p.CreatedAt.UTC().Format(cursorTime) + " " + string(p.ID)))
+}
+
+// cursorTime is as exact as Postgres.
+const cursorTime = "2006-01-02T15:04:05.000000Z"
+
+func parseCursor(text string) (postgres.Position, error) {
+	bad := invalid("cursor", "is not a next_cursor of this list")
+	raw, err := base64.RawURLEncoding.DecodeString(text)
+	if err != nil {
+		return postgres.Position{}, bad
+	}
+	at, id, ok := strings.Cut(string(raw), " ")
+	if !ok {
+		return postgres.Position{}, bad
+	}
+	t, err := time.Parse(cursorTime, at)
+	if err != nil || t.Year() < 1 || t.Year() > 9999 {
+		return postgres.Position{}, bad
+	}
+	tenantID, err := tenant.ParseID(id)
+	if err != nil {
+		return postgres.Position{}, bad
+	}
+	return postgres.Position{CreatedAt: t, ID: tenantID}, nil
+}

@@ -1,0 +1,50 @@
+package httpapi
+
+import (
+	"context"
+	"net/http"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+)
+
+// A Check says why something is not ready, or nil.
+type Check func(ctx context.Context) error
+
+type readyBody struct {
+	Ready  bool              `json:"ready"`
+	Checks map[string]string `json:"checks"`
+}
+
+// readyTimeout bounds all checks of one look, below what probes allow.
+const readyTimeout = 2 * time.Second
+
+// NewInternal returns the handler of the internal listener: /livez says that the
+// process runs, /readyz whether every check passes, and which do not, /metrics
+// what was measured.
+func NewInternal(reg *prometheus.Registry, checks map[string]Check) http.Handler {
+	r := chi.NewRouter()
+	r.Get("/livez", func(w http.ResponseWriter, _ *http.Request) {
+		_ = respond(w, http.StatusOK, map[string]bool{"live": true})
+	})
+	r.Get("/readyz", func(w http.ResponseWriter, r *http.Request) {
+		ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
+		defer cancel()
+		body := readyBody{Ready: true, Checks: map[string]string{}}
+		for name, check := range checks {
+			body.Checks[name] = "ok"
+			if err := check(ctx); err != nil {
+				body.Ready, body.Checks[name] = false, err.Error()
+			}
+		}
+		status := http.StatusOK
+		if !body.Ready {
+			status = http.StatusServiceUnavailable
+		}
+		_ = respond(w, status, body)
+	})
+	r.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
+	return r
+}

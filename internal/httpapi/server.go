@@ -1,0 +1,227 @@
+// Package httpapi is the HTTP edge: routes, who is calling, decoding, encoding
+// and problem documents. It speaks to the engine and, for reads that no rule is
+// attached to, to Postgres; never to Clarifai.
+package httpapi
+
+import (
+	"context"
+	"errors"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/api"
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A Config is what the API is made of. All fields are needed.
+type Config struct {
+	Service *provision.Service
+	DB      *postgres.DB
+	Log     *zap.Logger
+	Metrics *Metrics
+}
+
+// Metrics are what the API measures of itself.
+type Metrics struct {
+	requests *prometheus.CounterVec
+	seconds  *prometheus.HistogramVec
+}
+
+// NewMetrics makes the metrics and registers them.
+func NewMetrics(reg prometheus.Registerer) *Metrics {
+	m := &Metrics{
+		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "tenantry_http_requests_total", Help: "Requests by method, route pattern and status.",
+		}, []string{"method", "route", "code"}),
+		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name: "tenantry_http_request_duration_seconds", Help: "Requests by method and route pattern, waiting included.",
+			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30, 60},
+		}, []string{"method", "route"}),
+	}
+	reg.MustRegister(m.requests, m.seconds)
+	return m
+}
+
+type server struct{ Config }
+
+// Limits on requests. The server that serves the handler sets ReadTimeout,
+// MaxHeaderBytes and the like from Limit.
+const (
+	MaxBodyBytes   = 64 << 10
+	MaxHeaderBytes = 16 << 10
+	ReadTimeout    = 10 * time.Second // of a whole request, its body included
+	workTimeout    = 10 * time.Second // of a request, waiting not included
+	maxWait        = 60 * time.Second
+	defaultWait    = 10 * time.Second
+)
+
+// Limit sets on srv the limits against slow and oversized requests.
+func Limit(srv *http.Server) {
+	srv.ReadHeaderTimeout = ReadTimeout / 2
+	srv.ReadTimeout = ReadTimeout
+	srv.WriteTimeout = workTimeout + ReadTimeout // a request that waits sets its own
+	srv.IdleTimeout = 2 * time.Minute
+	srv.MaxHeaderBytes = MaxHeaderBytes
+}
+
+// New returns the handler of the public listener.
+func New(c Config) http.Handler {
+	s := &server{c}
+	r := chi.NewRouter()
+	r.Use(s.observe, routeByEscapedPath)
+	r.NotFound(s.handle(func(http.ResponseWriter, *http.Request) error {
+		return tenant.Errorf(tenant.NotFound, "route_not_found", "there is no such path; GET /openapi.yaml lists those there are")
+	}))
+	r.MethodNotAllowed(s.handle(func(w http.ResponseWriter, req *http.Request) error {
+		allowed := allowedMethods(r, req)
+		w.Header().Set("Allow", allowed)
+		return &statusError{http.StatusMethodNotAllowed, tenant.Errorf(tenant.Invalid, "method_not_allowed",
+			"this path takes %s", allowed)}
+	}))
+	s.routes(r)
+	return r
+}
+
+// routes mounts every route of the contract.
+func (s *server) routes(r chi.Router) {
+	any := tenant.Roles
+	provisioner := []tenant.Role{tenant.Provisioner}
+
+	r.Get("/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", "application/yaml")
+		_, _ = w.Write(api.OpenAPI)
+	})
+	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
+	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
+	r.Get("/v1/tenants", s.allow(any, s.listTenants))
+	r.Get("/v1/tenants/{tenant_id}/keys", s.allow(any, s.listKeys))
+	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}/secret", s.allow(provisioner, s.getKeySecret))
+	r.Get("/v1/apps/{app_id}", s.allow(any, s.getAppTenant))
+	r.Post("/v1/keys/identify", s.allow(any, s.identifyKey))
+	r.Get("/v1/upstream", s.allow(any, s.getUpstream))
+}
+
+// handler is a handler whose failure is answered by one piece of code.
+type handler func(w http.ResponseWriter, r *http.Request) error
+
+func (s *server) handle(h handler) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		// Waiting comes on top: see waiting.
+		ctx, cancel := context.WithTimeout(r.Context(), workTimeout)
+		defer cancel()
+		r = r.WithContext(ctx)
+		if err := h(w, r); err != nil {
+			s.writeProblem(w, r, err)
+		}
+	}
+}
+
+// allow knows the caller and settles once, before any work, whether its role
+// may do this.
+func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
+	return s.handle(func(w http.ResponseWriter, r *http.Request) error {
+		token, err := bearerToken(r)
+		if err != nil {
+			return err
+		}
+		caller, err := s.DB.Authenticate(r.Context(), token)
+		if err != nil {
+			return err
+		}
+		infoOf(r).caller = caller
+		if !slices.Contains(roles, caller.Role) {
+			return tenant.Errorf(tenant.Forbidden, "role_forbidden", "this takes the role %s; the token's role is %s",
+				joinRoles(roles), caller.Role)
+		}
+		return h(w, r)
+	})
+}
+
+func bearerToken(r *http.Request) (tenant.Token, error) {
+	header := r.Header.Get("Authorization")
+	if header == "" {
+		return tenant.Token{}, tenant.Errorf(tenant.Unauthenticated, "token_missing",
+			"send the header Authorization: Bearer <token>")
+	}
+	scheme, text, _ := strings.Cut(header, " ")
+	token, ok := tenant.ParseToken(strings.TrimSpace(text))
+	if !strings.EqualFold(scheme, "Bearer") || !ok {
+		return tenant.Token{}, tenant.Errorf(tenant.Unauthenticated, "token_invalid",
+			"the Authorization header must read Bearer and a token, which starts with tnty_")
+	}
+	return token, nil
+}
+
+func joinRoles(roles []tenant.Role) string {
+	names := make([]string, len(roles))
+	for i, r := range roles {
+		names[i] = string(r)
+	}
+	return strings.Join(names, " or ")
+}
+
+// routeByEscapedPath makes chi match the path as it was sent, so that %2F is
+// part of an id and every parameter is unescaped exactly once, by pathParam.
+func routeByEscapedPath(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		chi.RouteContext(r.Context()).RoutePath = r.URL.EscapedPath()
+		next.ServeHTTP(w, r)
+	})
+}
+
+func pathParam(r *http.Request, name string) (string, error) {
+	text, err := url.PathUnescape(chi.URLParam(r, name))
+	if err != nil {
+		return "", &tenant.Error{Kind: tenant.Invalid, Code: "invalid_" + name, Field: name, Detail: "is not percent-encoded correctly"}
+	}
+	return text, nil
+}
+
+func pathTenantID(r *http.Request) (tenant.ID, error) {
+	text, err := pathParam(r, "tenant_id")
+	if err != nil {
+		return "", err
+	}
+	id, err := tenant.ParseID(text)
+	if err == nil {
+		infoOf(r).tenant = id
+	}
+	return id, err
+}
+
+func allowedMethods(mux *chi.Mux, r *http.Request) string {
+	var allowed []string
+	for _, m := range []string{http.MethodGet, http.MethodPut, http.MethodPost, http.MethodPatch, http.MethodDelete} {
+		if mux.Match(chi.NewRouteContext(), m, r.URL.EscapedPath()) {
+			allowed = append(allowed, m)
+		}
+	}
+	return strings.Join(allowed, ", ")
+}
+
+// waiting returns a request's context with wait more time, and lifts the
+// server's limits on reading and writing for as long. The body must have been
+// read.
+func waiting(w http.ResponseWriter, r *http.Request, wait time.Duration) (context.Context, context.CancelFunc) {
+	rc := http.NewResponseController(w)
+	end := time.Now().Add(wait + workTimeout)
+	// Unsupported only outside a server, where there are no limits to lift.
+	_ = rc.SetReadDeadline(end)
+	_ = rc.SetWriteDeadline(end.Add(ReadTimeout))
+	ctx, cancel := context.WithDeadline(infoOf(r).base, end)
+	return ctx, cancel
+}
+
+// isGone reports whether a request failed because its caller went away.
+func isGone(r *http.Request, err error) bool {
+	return errors.Is(err, context.Canceled) && infoOf(r).base.Err() != nil
+}

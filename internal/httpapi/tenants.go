@@ -1,0 +1,213 @@
+package httpapi
+
+import (
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+type tenantBody struct {
+	ID          tenant.ID         `json:"id"`
+	State       tenant.State      `json:"state"`
+	Profile     string            `json:"profile"`
+	App         *appBody          `json:"app,omitempty"`
+	DisplayName string            `json:"display_name"`
+	Labels      map[string]string `json:"labels"`
+	Generation  int               `json:"generation"`
+	CreatedAt   time.Time         `json:"created_at"`
+	UpdatedAt   time.Time         `json:"updated_at"`
+	Problem     *tenant.Problem   `json:"problem,omitempty"`
+	Credentials *credentialsBody  `json:"credentials,omitempty"`
+}
+
+type appBody struct {
+	ID     tenant.AppID  `json:"id"`
+	UserID tenant.UserID `json:"user_id"`
+}
+
+// credentialsBody holds a secret in the clear: it is made for one answer.
+type credentialsBody struct {
+	Name   string   `json:"name"`
+	Key    string   `json:"key"`
+	Scopes []string `json:"scopes"`
+}
+
+func (s *server) tenantBody(t tenant.Tenant) tenantBody {
+	b := tenantBody{ID: t.ID, State: t.State, Profile: t.Profile, DisplayName: t.DisplayName, Labels: t.Labels,
+		Generation: t.Generation, CreatedAt: t.CreatedAt.UTC(), UpdatedAt: t.UpdatedAt.UTC(), Problem: t.Problem}
+	if b.Labels == nil {
+		b.Labels = map[string]string{}
+	}
+	if t.AppID != "" {
+		b.App = &appBody{ID: t.AppID, UserID: s.Service.Deployment.Operator}
+	}
+	return b
+}
+
+// etagOf names what is shown of a tenant. The problem of a tenant that waits is
+// not its own and comes and goes without a new version.
+func etagOf(t tenant.Tenant) string {
+	if t.Problem == nil {
+		return fmt.Sprintf(`"%d.%d"`, t.Generation, t.Version)
+	}
+	h := fnv.New32a()
+	_, _ = fmt.Fprintf(h, "%+v", *t.Problem)
+	return fmt.Sprintf(`"%d.%d.%08x"`, t.Generation, t.Version, h.Sum32())
+}
+
+func pathOf(id tenant.ID) string { return "/v1/tenants/" + url.PathEscape(string(id)) }
+
+type signUpBody struct {
+	Profile     *string           `json:"profile"`
+	DisplayName *string           `json:"display_name"`
+	Labels      map[string]string `json:"labels"`
+}
+
+// retryProvisioning is when to ask again for a tenant that is under way.
+const retryProvisioning = time.Second
+
+func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathTenantID(r)
+	if err != nil {
+		return err
+	}
+	if err := onlyParams(r.URL.Query()); err != nil {
+		return err
+	}
+	var body signUpBody
+	if err := decodeBody(w, r, &body, true); err != nil {
+		return err
+	}
+	prefer := parsePrefer(r.Header.Values("Prefer"))
+	ctx, cancel := waiting(w, r, prefer.wait)
+	defer cancel()
+	t, created, err := s.Service.SignUp(ctx, id, tenant.SignUp(body), prefer.wait, actorOf(r))
+	if err != nil {
+		return err
+	}
+
+	status, b := http.StatusOK, s.tenantBody(t)
+	switch {
+	case t.State == tenant.Active:
+		key, secret, err := s.Service.Reveal(ctx, id, tenant.DefaultKey, actorOf(r))
+		switch {
+		case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
+		case err != nil:
+			return err
+		default:
+			b.Credentials = &credentialsBody{Name: key.Name, Key: secret.Reveal(), Scopes: key.Scopes}
+		}
+		if created {
+			status = http.StatusCreated
+		}
+	case !t.State.Final():
+		status = http.StatusAccepted
+		setRetryAfter(w, retryProvisioning)
+	}
+	w.Header().Set("Cache-Control", "no-store")
+	w.Header().Set("ETag", etagOf(t))
+	if status != http.StatusOK {
+		w.Header().Set("Location", pathOf(id))
+	}
+	if prefer.applied != "" {
+		w.Header().Set("Preference-Applied", prefer.applied)
+	}
+	return respond(w, status, b)
+}
+
+func (s *server) getTenant(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathTenantID(r)
+	if err != nil {
+		return err
+	}
+	q := r.URL.Query()
+	if err := onlyParams(q, "wait"); err != nil {
+		return err
+	}
+	wait, err := waitParam(q)
+	if err != nil {
+		return err
+	}
+	ctx, cancel := waiting(w, r, wait)
+	defer cancel()
+	t, err := s.Service.Tenant(ctx, id, wait)
+	if err != nil {
+		return err
+	}
+	return s.respondTenant(w, r, t)
+}
+
+func (s *server) respondTenant(w http.ResponseWriter, r *http.Request, t tenant.Tenant) error {
+	etag := etagOf(t)
+	w.Header().Set("ETag", etag)
+	if matches(r.Header.Values("If-None-Match"), etag) {
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
+	return respond(w, http.StatusOK, s.tenantBody(t))
+}
+
+// matches reports whether an If-None-Match names etag.
+func matches(headers []string, etag string) bool {
+	for _, header := range headers {
+		for _, tag := range strings.Split(header, ",") {
+			if tag = strings.TrimPrefix(strings.TrimSpace(tag), "W/"); tag == etag || tag == "*" {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+type tenantListBody struct {
+	Tenants    []tenantBody `json:"tenants"`
+	NextCursor string       `json:"next_cursor,omitempty"`
+}
+
+func (s *server) listTenants(w http.ResponseWriter, r *http.Request) error {
+	l, err := parseListQuery(r.URL.Query())
+	if err != nil {
+		return err
+	}
+	// One more than is asked for tells whether there is another page.
+	tenants, err := s.DB.Tenants(r.Context(), l.filter, l.after, l.limit+1)
+	if err != nil {
+		return err
+	}
+	body := tenantListBody{Tenants: []tenantBody{}}
+	if len(tenants) > l.limit {
+		tenants = tenants[:l.limit]
+		last := tenants[l.limit-1]
+		body.NextCursor = formatCursor(postgres.Position{CreatedAt: last.CreatedAt, ID: last.ID})
+	}
+	for _, t := range tenants {
+		body.Tenants = append(body.Tenants, s.tenantBody(t))
+	}
+	return respond(w, http.StatusOK, body)
+}
+
+func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathParam(r, "app_id")
+	if err != nil {
+		return err
+	}
+	if err := onlyParams(r.URL.Query()); err != nil {
+		return err
+	}
+	if !plausibleName(id) {
+		return tenant.Errorf(tenant.NotFound, "app_not_found", "there is no such app")
+	}
+	t, err := s.DB.TenantOfApp(r.Context(), tenant.AppID(id))
+	if err != nil {
+		return err
+	}
+	infoOf(r).tenant = t.ID
+	return s.respondTenant(w, r, t)
+}

@@ -1,0 +1,69 @@
+package httpapi
+
+import (
+	"net/http"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+type upstreamBody struct {
+	Operator tenant.UserID   `json:"operator"`
+	PAT      patBody         `json:"pat"`
+	Budget   budgetBody      `json:"budget"`
+	Breaker  breakerBody     `json:"breaker"`
+	Queue    queueBody       `json:"queue"`
+	Problem  *tenant.Problem `json:"problem,omitempty"`
+}
+
+type patBody struct {
+	State     provision.PATState `json:"state"`
+	Since     time.Time          `json:"since,omitzero"`
+	CheckedAt time.Time          `json:"checked_at,omitzero"`
+}
+
+type budgetBody struct {
+	RequestsPerSecond float64 `json:"requests_per_second"`
+	NextSlotInSeconds float64 `json:"next_slot_in_seconds"`
+}
+
+type breakerBody struct {
+	State       string          `json:"state"`
+	PausedUntil time.Time       `json:"paused_until,omitzero"`
+	Reason      *tenant.Problem `json:"reason,omitempty"`
+}
+
+type queueBody struct {
+	WaitingTenants     int       `json:"waiting_tenants"`
+	OldestWaitingSince time.Time `json:"oldest_waiting_since,omitzero"`
+	BuildingApps       int       `json:"building_apps"`
+	RevokingKeys       int       `json:"revoking_keys"`
+	PurgingApps        int       `json:"purging_apps"`
+	ETASeconds         float64   `json:"eta_seconds"`
+}
+
+func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
+	if err := onlyParams(r.URL.Query()); err != nil {
+		return err
+	}
+	u, err := s.DB.Upstream(r.Context())
+	if err != nil {
+		return err
+	}
+	pat, rate := s.Service.PAT(), s.Service.Rate
+	body := upstreamBody{
+		Operator: s.Service.Deployment.Operator,
+		PAT:      patBody{State: pat.State, Since: pat.Since.UTC(), CheckedAt: pat.CheckedAt.UTC()},
+		Budget:   budgetBody{RequestsPerSecond: rate, NextSlotInSeconds: u.NextSlotIn.Seconds()},
+		Breaker:  breakerBody{State: "closed"},
+		Queue: queueBody{WaitingTenants: u.Waiting, OldestWaitingSince: u.OldestSince.UTC(), BuildingApps: u.Building,
+			RevokingKeys: u.Revoking, PurgingApps: u.Purging,
+			ETASeconds: float64(u.Waiting*provision.CallsPerBuild) / rate},
+		Problem: u.LastProblem,
+	}
+	if !u.PausedUntil.IsZero() {
+		body.Breaker = breakerBody{State: "open", PausedUntil: u.PausedUntil.UTC(), Reason: u.PauseReason}
+	}
+	return respond(w, http.StatusOK, body)
+}
