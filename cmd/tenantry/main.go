@@ -1,0 +1,104 @@
+// Command tenantry gives every end-user of a SaaS product a Clarifai app and an
+// app-specific key of their own. See the README.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"strings"
+	"syscall"
+
+	"github.com/alecthomas/kong"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// With the first signal the handling ends: a second one ends the process.
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, env{args: os.Args[1:], get: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}))
+}
+
+// env is what the process gets from outside. Nothing else reads it.
+type env struct {
+	args           []string
+	get            func(string) string
+	stdout, stderr io.Writer
+}
+
+// cli is the command line.
+type cli struct {
+	Serve       serveCmd       `cmd:"" help:"Run the service: the API, the workers, and an internal listener for probes and metrics."`
+	Migrate     migrateCmd     `cmd:"" help:"Bring the database's schema up to date, take it back, or show how it stands."`
+	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
+	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants."`
+	Healthcheck healthcheckCmd `cmd:"" help:"Ask a running service whether it lives; for container health checks."`
+	Version     versionCmd     `cmd:"" help:"Print the version."`
+}
+
+const description = `Tenantry gives every end-user of a SaaS product (a tenant) a Clarifai app and an app-specific key of their own.
+
+Every setting is a flag and an environment variable. Secrets are given by file or by environment, never by flag:
+
+  DATABASE_URL  or DATABASE_URL_FILE     postgres://user:password@host:5432/database
+  DATABASE_DIRECT_URL  or ..._FILE       the same past a pooler in transaction mode, if there is one
+  CLARIFAI_PAT  or CLARIFAI_PAT_FILE     the operator's Personal Access Token
+  TENANTRY_KEYSET  or ..._FILE           from "tenantry keyset create"; lose it, and the sealed keys are lost
+
+To begin: tenantry keyset create, tenantry migrate up, tenantry token create, tenantry serve.`
+
+// run runs one command and returns the exit code: 0 done, 1 failed, 2 called
+// wrongly.
+func run(ctx context.Context, e env) int {
+	var c cli
+	exit := -1
+	parser, err := kong.New(&c,
+		kong.Name("tenantry"),
+		kong.Description(description),
+		kong.Writers(e.stdout, e.stderr),
+		kong.Exit(func(code int) { exit = code; panic(errExit) }),
+		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 110}),
+		kong.BindTo(ctx, (*context.Context)(nil)),
+		kong.Bind(e),
+	)
+	if err != nil {
+		panic(err) // the command line itself is wrong: every test would see it
+	}
+	defer func() {
+		if v := recover(); v != nil && v != errExit {
+			panic(v)
+		}
+	}()
+	k, err := parser.Parse(e.args)
+	if err != nil {
+		_, _ = fmt.Fprintf(e.stderr, "tenantry: %v\nrun `tenantry --help`\n", err)
+		return 2
+	}
+	if exit >= 0 {
+		return exit
+	}
+	if err := k.Run(); err != nil {
+		printFault(e.stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// errExit unwinds from kong's --help, which would end the process.
+var errExit = errors.New("exit")
+
+// printFault prints a failure to a person: several ones a line each.
+func printFault(w io.Writer, err error) {
+	lines := strings.Split(err.Error(), "\n")
+	if len(lines) == 1 {
+		_, _ = fmt.Fprintln(w, "tenantry:", lines[0])
+		return
+	}
+	_, _ = fmt.Fprintln(w, "tenantry:")
+	for _, l := range lines {
+		_, _ = fmt.Fprintln(w, "  -", l)
+	}
+}

@@ -1,0 +1,420 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/riverqueue/river"
+	"github.com/riverqueue/river/riverdriver/riverpgxv5"
+	"go.uber.org/zap"
+	"go.uber.org/zap/exp/zapslog"
+	"go.uber.org/zap/zapcore"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/tenantry/tenantry/internal/clarifai"
+	"github.com/tenantry/tenantry/internal/httpapi"
+	"github.com/tenantry/tenantry/internal/keyring"
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+type serveCmd struct {
+	databaseFlags
+	Addr            string        `env:"TENANTRY_ADDR" default:":8080" help:"Where the API listens (${default}); port 0 takes a free one."`
+	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen (${default})."`
+	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
+	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"0s" help:"On SIGTERM, how long to go on taking requests while /readyz says no (${default}); for load balancers that learn slowly."`
+	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end (${default})."`
+
+	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database (${default}), and as many direct ones where they differ."`
+
+	KeysetFile string `env:"TENANTRY_KEYSET_FILE" placeholder:"FILE" help:"File with the keyset. Without it: TENANTRY_KEYSET, the keyset itself."`
+
+	PATFile         string        `name:"clarifai-pat-file" env:"CLARIFAI_PAT_FILE" placeholder:"FILE" help:"File with the operator's PAT. Without it: CLARIFAI_PAT."`
+	APIBase         string        `name:"clarifai-api-base" env:"CLARIFAI_API_BASE" default:"https://api.clarifai.com" help:"Where Clarifai is (${default})."`
+	UpstreamRate    float64       `env:"TENANTRY_UPSTREAM_RATE" default:"14" help:"Most calls a second to Clarifai, of all replicas together (${default}); Clarifai allows 15 by default. Every replica must have the same."`
+	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai (${default}; at most 7.5s)."`
+	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica (${default})."`
+
+	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9 (${default})."`
+	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" default:"All" help:"Scopes of the tenants' keys, by comma (${default})."`
+	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" default:"Empty" help:"Base workflow of the apps, of clarifai/main (${default})."`
+
+	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum} (${default})."`
+	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum} (${default})."`
+}
+
+// A plan is the settings of serve, checked and read.
+type plan struct {
+	database postgres.Config
+	keys     *keyring.Keyring
+	pat      tenant.Secret
+	profile  tenant.Profile
+	workers  int
+}
+
+// check reads the settings and reports every fault of theirs at once.
+func (c serveCmd) check(e env) (plan, error) {
+	var p plan
+	var faults []error
+	note := func(err error) {
+		if err != nil {
+			faults = append(faults, err)
+		}
+	}
+	var err error
+	p.database.URL, p.database.DirectURL, err = c.urls(e)
+	note(err)
+	p.database.MaxConns = c.DatabaseMaxConns
+	if c.DatabaseMaxConns < 2 || c.DatabaseMaxConns > 1000 {
+		note(fmt.Errorf("TENANTRY_DATABASE_MAX_CONNS: %d must be from 2 to 1000", c.DatabaseMaxConns))
+	}
+	note(checkAddr("TENANTRY_ADDR", c.Addr))
+	note(checkAddr("TENANTRY_INTERNAL_ADDR", c.InternalAddr))
+	p.keys, err = c.keyring(e)
+	note(err)
+	p.pat, err = secretSetting(e, "CLARIFAI_PAT", c.PATFile)
+	note(err)
+	if err == nil && !p.pat.IsSet() {
+		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
+	}
+	if u, err := url.Parse(c.APIBase); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		note(fmt.Errorf("CLARIFAI_API_BASE: %q must be a URL such as https://api.clarifai.com", c.APIBase))
+	}
+	if c.Workers < 1 || c.Workers > 1000 {
+		note(fmt.Errorf("TENANTRY_WORKERS: %d must be from 1 to 1000", c.Workers))
+	}
+	p.workers = c.Workers
+	if c.UpstreamTimeout <= 0 {
+		note(fmt.Errorf("TENANTRY_UPSTREAM_TIMEOUT: %s must be more than 0", c.UpstreamTimeout))
+	}
+	if c.ShutdownDelay < 0 || c.ShutdownTimeout <= 0 {
+		note(errors.New("TENANTRY_SHUTDOWN_DELAY must not be negative, TENANTRY_SHUTDOWN_TIMEOUT must be more than 0"))
+	}
+	p.profile = tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: c.BaseWorkflow, KeyScopes: trimmed(c.KeyScopes)}
+	note(c.engine(p).WithDefaults().Validate())
+	return p, errors.Join(faults...)
+}
+
+func (c serveCmd) keyring(e env) (*keyring.Keyring, error) {
+	if c.KeysetFile != "" {
+		return keyring.Load(c.KeysetFile)
+	}
+	text, err := secretSetting(e, "TENANTRY_KEYSET", "")
+	if err != nil {
+		return nil, err
+	}
+	if !text.IsSet() {
+		return nil, errors.New("the keyset is missing: make one with `tenantry keyset create` and set TENANTRY_KEYSET_FILE")
+	}
+	return keyring.Parse(text)
+}
+
+// engine is the configuration of the engine, as far as the settings say it.
+func (c serveCmd) engine(p plan) provision.Config {
+	return provision.Config{
+		Profiles:    []tenant.Profile{p.profile},
+		Keyring:     p.keys,
+		AppPrefix:   c.AppPrefix,
+		Rate:        c.UpstreamRate,
+		CallTimeout: c.UpstreamTimeout,
+	}
+}
+
+func trimmed(list []string) []string {
+	var out []string
+	for _, s := range list {
+		if s = strings.TrimSpace(s); s != "" {
+			out = append(out, s)
+		}
+	}
+	return out
+}
+
+func (c serveCmd) logger(e env) *zap.Logger {
+	level, _ := zapcore.ParseLevel(c.LogLevel) // kong has checked it
+	cfg := zap.NewProductionEncoderConfig()
+	cfg.EncodeTime = zapcore.ISO8601TimeEncoder
+	cfg.EncodeDuration = zapcore.StringDurationEncoder
+	encoder := zapcore.NewJSONEncoder(cfg)
+	if c.LogFormat == "console" {
+		encoder = zapcore.NewConsoleEncoder(cfg)
+	}
+	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(e.stderr)), level))
+}
+
+func (c serveCmd) Run(ctx context.Context, e env) error {
+	p, err := c.check(e)
+	if err != nil {
+		return err
+	}
+	log := c.logger(e)
+	defer func() { _ = log.Sync() }()
+
+	public, err := listen("TENANTRY_ADDR", c.Addr)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = public.Close() }()
+	internal, err := listen("TENANTRY_INTERNAL_ADDR", c.InternalAddr)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = internal.Close() }()
+	if c.AddrFile != "" {
+		if err := writeAddrFile(c.AddrFile, urlOf(public), urlOf(internal)); err != nil {
+			return err
+		}
+	}
+	db, err := postgres.Open(ctx, p.database)
+	if err != nil {
+		return err
+	}
+	defer db.Close()
+
+	s := &service{serveCmd: c, plan: p, log: log, db: db, reg: prometheus.NewRegistry()}
+	return s.run(ctx, public, internal)
+}
+
+func listen(name, addr string) (net.Listener, error) {
+	l, err := net.Listen("tcp", addr)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
+	}
+	return l, nil
+}
+
+// urlOf is where a listener is reached from this machine.
+func urlOf(l net.Listener) string {
+	addr := l.Addr().(*net.TCPAddr)
+	host := addr.IP.String()
+	if addr.IP.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, fmt.Sprint(addr.Port))
+}
+
+// A service is one running serve.
+type service struct {
+	serveCmd
+	plan
+	log *zap.Logger
+	db  *postgres.DB
+	reg *prometheus.Registry
+
+	observe func(call, outcome string, took time.Duration) // counts upstream calls
+	metrics *provision.Metrics
+
+	api     atomic.Pointer[http.Handler] // of the public listener, once it has started
+	started atomic.Bool
+	ending  atomic.Bool
+}
+
+// run serves until ctx ends, then stops in order: no more requests, those under
+// way, the jobs, the rest.
+func (s *service) run(ctx context.Context, public, internal net.Listener) error {
+	s.reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	s.observe, s.metrics = newUpstreamMetrics(s.reg), provision.NewMetrics(s.reg)
+	// Before the database answers there is an API all the same: it says so.
+	apiServer := &http.Server{Handler: http.HandlerFunc(s.serveAPI), ErrorLog: zap.NewStdLog(s.log.Named("http"))}
+	httpapi.Limit(apiServer)
+	internalServer := &http.Server{Handler: httpapi.NewInternal(s.reg, s.checks()), ErrorLog: apiServer.ErrorLog,
+		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
+
+	// What runs in the background must outlive the requests under way.
+	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopBackground()
+	serving, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+
+	var group errgroup.Group
+	serve := func(srv *http.Server, l net.Listener) {
+		group.Go(func() error {
+			if err := srv.Serve(l); !errors.Is(err, http.ErrServerClosed) {
+				fail(fmt.Errorf("serve %s: %w", l.Addr(), err))
+			}
+			return nil
+		})
+	}
+	serve(internalServer, internal)
+	serve(apiServer, public)
+	s.log.Info("listening", zap.String("api", urlOf(public)), zap.String("internal", urlOf(internal)), zap.String("version", version()))
+
+	var engine *provision.Service
+	var jobs *river.Client[pgx.Tx]
+	engine, err := s.start(serving)
+	if err == nil {
+		jobs, err = s.startJobs(background, engine)
+	}
+	if err == nil {
+		group.Go(func() error { return s.db.Listen(background, s.log) })
+		group.Go(func() error { return engine.Sweep(background) })
+		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg)})
+		s.api.Store(&handler)
+		s.started.Store(true)
+		s.log.Info("ready", zap.String("operator", string(engine.Deployment.Operator)), zap.String("deployment", engine.Deployment.ID))
+		<-serving.Done()
+		if cause := context.Cause(serving); cause != ctx.Err() {
+			err = cause
+		}
+	}
+
+	s.ending.Store(true)
+	if err == nil && s.ShutdownDelay > 0 {
+		time.Sleep(s.ShutdownDelay)
+	}
+	s.log.Info("stopping")
+	if engine != nil {
+		engine.Drain()
+	}
+	end, cancel := context.WithTimeout(context.Background(), s.ShutdownTimeout)
+	defer cancel()
+	if shut := apiServer.Shutdown(end); shut != nil {
+		s.log.Warn("requests were cut off", zap.Error(shut))
+		_ = apiServer.Close()
+	}
+	if jobs != nil {
+		if stop := jobs.Stop(end); stop != nil {
+			s.log.Warn("jobs were cut off; another replica takes them up", zap.Error(stop))
+			_ = jobs.StopAndCancel(context.Background())
+		}
+	}
+	stopBackground()
+	_ = internalServer.Close()
+	_ = group.Wait()
+	s.log.Info("stopped")
+	if errors.Is(err, context.Canceled) && ctx.Err() != nil { // stopped before it was ready
+		return nil
+	}
+	return err
+}
+
+func (s *service) serveAPI(w http.ResponseWriter, r *http.Request) {
+	if h := s.api.Load(); h != nil {
+		(*h).ServeHTTP(w, r)
+		return
+	}
+	httpapi.NotStarted(w)
+}
+
+func (s *service) checks() map[string]httpapi.Check {
+	return map[string]httpapi.Check{
+		"database": func(ctx context.Context) error { return s.db.Ping(ctx) },
+		"started": func(context.Context) error {
+			if !s.started.Load() {
+				return errors.New("starting: the database, its schema, the keyset and the PAT are being checked")
+			}
+			return nil
+		},
+		"serving": func(context.Context) error {
+			if s.ending.Load() {
+				return errors.New("shutting down")
+			}
+			return nil
+		},
+	}
+}
+
+// restart is how long start waits for a database that is away.
+const restart = time.Second
+
+// start waits for the database, then makes sure that schema, keyset and PAT go
+// with it.
+func (s *service) start(ctx context.Context) (*provision.Service, error) {
+	away := false
+	for {
+		engine, err := s.tryStart(ctx)
+		if !errors.Is(err, tenant.Unavailable) {
+			return engine, err
+		}
+		if !away {
+			s.log.Warn("the database cannot be reached; waiting for it", zap.Error(err))
+			away = true
+		}
+		select {
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		case <-time.After(restart):
+		}
+	}
+}
+
+func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
+	schema, err := s.db.Schema(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if err := schema.Err(); err != nil {
+		return nil, err
+	}
+	client, err := clarifai.New(clarifai.Config{BaseURL: s.APIBase, PAT: func() tenant.Secret { return s.pat },
+		Timeout: s.UpstreamTimeout, Observe: s.observe, UserAgent: "tenantry/" + version()})
+	if err != nil {
+		return nil, err
+	}
+	deployment, verified, err := provision.Pin(ctx, s.db, client, s.keys, s.log)
+	if err != nil {
+		return nil, err
+	}
+	cfg := s.engine(s.plan)
+	cfg.Store, cfg.Upstream, cfg.Deployment = s.db, client.As(deployment.Operator), deployment
+	cfg.Log, cfg.Metrics = s.log, s.metrics
+	engine, err := provision.New(cfg)
+	if err == nil && verified {
+		engine.MarkPATVerified()
+	}
+	return engine, err
+}
+
+func (s *service) startJobs(ctx context.Context, engine *provision.Service) (*river.Client[pgx.Tx], error) {
+	quiet, err := zapcore.NewIncreaseLevelCore(s.log.Named("river").Core(), zapcore.WarnLevel)
+	if err != nil { // the log is quieter than that already
+		quiet = s.log.Core()
+	}
+	jobs, err := river.NewClient(riverpgxv5.New(s.db.Direct()), &river.Config{
+		Workers: engine.Workers(),
+		Queues: map[string]river.QueueConfig{
+			postgres.QueueInteractive: {MaxWorkers: s.Workers, FetchCooldown: postgres.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
+			postgres.QueueBackground:  {MaxWorkers: max(1, s.Workers/4)},
+		},
+		JobTimeout:                  engine.JobTimeout,
+		RescueStuckJobsAfter:        engine.Lease,
+		CompletedJobRetentionPeriod: 10 * time.Minute,
+		Logger:                      slog.New(zapslog.NewHandler(quiet)),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("prepare jobs: %w", err)
+	}
+	if err := jobs.Start(ctx); err != nil {
+		return nil, fmt.Errorf("start jobs: %w", err)
+	}
+	return jobs, nil
+}
+
+// newUpstreamMetrics returns what counts upstream calls.
+func newUpstreamMetrics(reg prometheus.Registerer) func(call, outcome string, took time.Duration) {
+	calls := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tenantry_upstream_calls_total", Help: "Calls to Clarifai by call and outcome.",
+	}, []string{"call", "outcome"})
+	seconds := prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "tenantry_upstream_call_duration_seconds", Help: "Calls to Clarifai by call.",
+		Buckets: []float64{.01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+	}, []string{"call"})
+	reg.MustRegister(calls, seconds)
+	return func(call, outcome string, took time.Duration) {
+		calls.WithLabelValues(call, outcome).Inc()
+		seconds.WithLabelValues(call).Observe(took.Seconds())
+	}
+}

@@ -1,0 +1,74 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strings"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// databaseFlags say where the database is.
+type databaseFlags struct {
+	DatabaseURLFile       string `name:"database-url-file" env:"DATABASE_URL_FILE" placeholder:"FILE" help:"File with the Postgres connection string. Without it: DATABASE_URL."`
+	DatabaseDirectURLFile string `name:"database-direct-url-file" env:"DATABASE_DIRECT_URL_FILE" placeholder:"FILE" help:"File with a connection string that gives sessions, where the other leads through a pooler in transaction mode. Without it: DATABASE_DIRECT_URL, or else the other."`
+}
+
+// urls returns the two connection strings, direct being that of the database
+// itself.
+func (f databaseFlags) urls(e env) (url, direct tenant.Secret, err error) {
+	url, err = secretSetting(e, "DATABASE_URL", f.DatabaseURLFile)
+	if err != nil {
+		return url, direct, err
+	}
+	if !url.IsSet() {
+		return url, direct, errors.New("the database is not named: set DATABASE_URL or --database-url-file")
+	}
+	if err := postgres.ParseURL(url); err != nil {
+		return url, direct, fmt.Errorf("DATABASE_URL: %w", err)
+	}
+	direct, err = secretSetting(e, "DATABASE_DIRECT_URL", f.DatabaseDirectURLFile)
+	if err != nil {
+		return url, direct, err
+	}
+	if !direct.IsSet() {
+		return url, url, nil
+	}
+	if err := postgres.ParseURL(direct); err != nil {
+		return url, direct, fmt.Errorf("DATABASE_DIRECT_URL: %w", err)
+	}
+	return url, direct, nil
+}
+
+// secretSetting reads a secret from a file, or else from the environment. It is
+// unset where neither is given. White space around it is no part of it.
+func secretSetting(e env, variable, file string) (tenant.Secret, error) {
+	text := e.get(variable)
+	if file != "" {
+		if strings.TrimSpace(text) != "" {
+			return tenant.Secret{}, fmt.Errorf("both %s and %s_FILE are given: give one", variable, variable)
+		}
+		raw, err := os.ReadFile(file)
+		if err != nil {
+			return tenant.Secret{}, fmt.Errorf("%s_FILE: %w", variable, err)
+		}
+		if text = string(raw); strings.TrimSpace(text) == "" {
+			return tenant.Secret{}, fmt.Errorf("%s_FILE: %s is empty", variable, file)
+		}
+	}
+	if text = strings.TrimSpace(text); text == "" {
+		return tenant.Secret{}, nil
+	}
+	return tenant.NewSecret(text), nil
+}
+
+// checkAddr reports what is wrong with an address to listen on.
+func checkAddr(name, addr string) error {
+	if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
+		return fmt.Errorf("%s: %q must read host:port, such as 127.0.0.1:8080 or :8080", name, addr)
+	}
+	return nil
+}
