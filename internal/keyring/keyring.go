@@ -1,0 +1,161 @@
+// Package keyring seals and opens the keys of tenants, and fingerprints them, so
+// that Postgres holds neither their text nor anything it could be guessed from.
+package keyring
+
+import (
+	"bytes"
+	"encoding/base32"
+	"errors"
+	"fmt"
+
+	"github.com/google/uuid"
+	"github.com/tink-crypto/tink-go/v2/aead"
+	"github.com/tink-crypto/tink-go/v2/insecurecleartextkeyset"
+	"github.com/tink-crypto/tink-go/v2/keyset"
+	"github.com/tink-crypto/tink-go/v2/prf"
+	"github.com/tink-crypto/tink-go/v2/tink"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A Keyring holds two keysets: one seals, and its keys may be replaced over time;
+// the other fingerprints, and never changes, since what it derives is stored and
+// compared. A Keyring is safe for use by many goroutines.
+type Keyring struct {
+	seal        tink.AEAD
+	fingerprint prf.PRF
+}
+
+// What the fingerprint key is applied to begins with what it is for, so that no
+// fingerprint of a key can equal or reveal a derived name.
+const (
+	keyDomain        = "tenantry key\x00"
+	deploymentDomain = "tenantry deployment\x00"
+)
+
+// The probe's associated data differs in length from every key id: a probe cannot
+// pass for a sealed key, nor the other way round.
+const (
+	probeDomain = "tenantry keyset probe"
+	probeText   = "tenantry"
+)
+
+const fingerprintSize = 32
+
+// String keeps key material out of whatever a Keyring is printed in.
+func (*Keyring) String() string { return "[keyring]" }
+
+// GoString does as String.
+func (k *Keyring) GoString() string { return k.String() }
+
+// Seal encrypts the secret of the key row keyID. Only Open for the same row
+// reads it: a ciphertext that is moved to another row is worth nothing there.
+func (k *Keyring) Seal(keyID uuid.UUID, secret tenant.Secret) ([]byte, error) {
+	if !secret.IsSet() {
+		return nil, errors.New("seal key: there is no secret")
+	}
+	ciphertext, err := k.seal.Encrypt([]byte(secret.Reveal()), keyID[:])
+	if err != nil {
+		return nil, fmt.Errorf("seal key: %w", err)
+	}
+	return ciphertext, nil
+}
+
+// Open decrypts what Seal made for the key row keyID, with this keyset or an
+// earlier one whose keys this keyset still holds.
+func (k *Keyring) Open(keyID uuid.UUID, ciphertext []byte) (tenant.Secret, error) {
+	text, err := k.seal.Decrypt(ciphertext, keyID[:])
+	if err != nil {
+		// Which of them it was, no cipher can tell.
+		return tenant.Secret{}, errors.New("open sealed key: it was sealed by another keyset or for another key, or was altered since")
+	}
+	return tenant.NewSecret(string(text)), nil
+}
+
+// Fingerprint returns 32 bytes that stand for secret: always the same with this
+// keyset, others with any other. Without the keyset a guess cannot be checked.
+func (k *Keyring) Fingerprint(secret tenant.Secret) []byte {
+	return k.derive(keyDomain + secret.Reveal())
+}
+
+// Hint returns the last four characters of secret, for people to tell keys
+// apart. A secret of fewer than 16 characters has none: it would give too much of
+// it away.
+func (k *Keyring) Hint(secret tenant.Secret) string {
+	text := []rune(secret.Reveal())
+	if len(text) < 16 {
+		return ""
+	}
+	return string(text[len(text)-4:])
+}
+
+// crockford is base32 in lower case without letters that are mistaken for digits.
+var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
+
+// DeploymentID returns the name of operator's deployment with this keyset, 16
+// characters of 0-9 a-z. It depends on nothing else: a deployment whose database
+// was lost finds the apps it marked again.
+func (k *Keyring) DeploymentID(operator tenant.UserID) string {
+	return crockford.EncodeToString(k.derive(deploymentDomain + string(operator))[:10])
+}
+
+// derive cannot fail: an HMAC has no input it refuses, and newKeyring saw it work.
+func (k *Keyring) derive(input string) []byte {
+	sum, err := k.fingerprint.ComputePRF([]byte(input), fingerprintSize)
+	if err != nil {
+		panic("keyring: fingerprint: " + err.Error())
+	}
+	return sum
+}
+
+// Probe seals a known text, for the database to keep: see Check.
+func (k *Keyring) Probe() ([]byte, error) {
+	probe, err := k.seal.Encrypt([]byte(probeText), []byte(probeDomain))
+	if err != nil {
+		return nil, fmt.Errorf("seal probe: %w", err)
+	}
+	return probe, nil
+}
+
+// Check reports whether k opens what the keyring that made probe sealed.
+func (k *Keyring) Check(probe []byte) error {
+	text, err := k.seal.Decrypt(probe, []byte(probeDomain))
+	if err != nil || !bytes.Equal(text, []byte(probeText)) {
+		return errors.New("the keyset is not the one this database was sealed with")
+	}
+	return nil
+}
+
+func newKeyring(seal, fingerprint *keyset.Handle) (*Keyring, error) {
+	sealing, err := aead.New(seal)
+	if err != nil {
+		return nil, errors.New(`"seal" is not a keyset that this program can seal with: it must hold AEAD keys such as AES256-GCM`)
+	}
+	prfs, err := prf.NewPRFSet(fingerprint)
+	if err != nil {
+		return nil, errors.New(`"fingerprint" is not a keyset that this program can fingerprint with: it must hold one HMAC-SHA256 PRF key`)
+	}
+	k := &Keyring{seal: sealing, fingerprint: prfs.PRFs[prfs.PrimaryID]}
+	// One key only: a second, made primary some day, would silently change every
+	// fingerprint and the deployment's name.
+	if len(prfs.PRFs) != 1 || k.fingerprint == nil {
+		return nil, fmt.Errorf(`"fingerprint" has %d keys and must have one: it never changes`, len(prfs.PRFs))
+	}
+	if _, err := k.fingerprint.ComputePRF(nil, fingerprintSize); err != nil {
+		return nil, fmt.Errorf(`"fingerprint" has a key that gives less than %d bytes: it must be an HMAC-SHA256 PRF key`, fingerprintSize)
+	}
+	return k, nil
+}
+
+// readKeyset reads a cleartext keyset of Tink. Tink's own error would quote what
+// it could not read, and is dropped.
+func readKeyset(name string, text []byte) (*keyset.Handle, error) {
+	if len(text) == 0 || string(text) == "null" {
+		return nil, fmt.Errorf("%q is missing", name)
+	}
+	h, err := insecurecleartextkeyset.Read(keyset.NewJSONReader(bytes.NewReader(text)))
+	if err != nil {
+		return nil, fmt.Errorf("%q is not a cleartext Tink keyset with an enabled primary key", name)
+	}
+	return h, nil
+}
