@@ -1,0 +1,46 @@
+# Every target works after a clone, with Go, git and make alone.
+
+.DEFAULT_GOAL := help
+GO ?= go
+TOOL := $(GO) tool -modfile=tools.mod
+GOFLAGS_RELEASE := -trimpath -ldflags "-s -w -X main.release=$(RELEASE)"
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build the binaries into bin/
+	$(GO) build $(GOFLAGS_RELEASE) -o bin/ ./cmd/...
+
+.PHONY: run
+run: build ## run the whole thing here: private Postgres, simulated Clarifai, Tenantry, a first tenant
+	bin/sandbox
+
+.PHONY: test
+test: ## run all tests, with the race detector
+	$(GO) test -race ./...
+
+.PHONY: check
+check: ## format, vet, staticcheck, the contract, generated code, modules
+	@bad=$$(gofmt -l cmd internal api migrations); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
+	$(GO) vet ./...
+	$(TOOL) staticcheck ./...
+	$(GO) mod tidy -diff
+	$(GO) generate ./... && git diff --exit-code -- api/client
+
+.PHONY: generate
+generate: ## generate api/client from api/openapi.yaml
+	$(GO) generate ./...
+
+.PHONY: fuzz
+fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
+	deployments/fuzz.sh $${FUZZTIME:-20s}
+
+.PHONY: image-check
+image-check: ## build the image with buildah and start it; Debian, root
+	deployments/image-check.sh
+
+.PHONY: clean
+clean: ## remove what was built; the sandbox's data stays
+	rm -rf bin
