@@ -3,6 +3,7 @@
 .DEFAULT_GOAL := help
 GO ?= go
 TOOL := $(GO) tool -modfile=tools.mod
+FUZZTIME ?= 20s
 GOFLAGS_RELEASE := -trimpath -ldflags "-s -w -X main.release=$(RELEASE)"
 
 .PHONY: help
@@ -35,7 +36,11 @@ generate: ## generate api/client from api/openapi.yaml
 
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
-	deployments/fuzz.sh $${FUZZTIME:-20s}
+	@for p in $$($(GO) list ./...); do \
+		for f in $$($(GO) test -list '^Fuzz' $$p | grep '^Fuzz'); do \
+			$(GO) test -run '^$$' -fuzz "^$$f$$" -fuzztime $(FUZZTIME) $$p || exit 1; \
+		done; \
+	done
 
 .PHONY: image-check
 image-check: ## build the image with buildah and start it; Debian, root
