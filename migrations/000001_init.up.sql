@@ -16,8 +16,8 @@ CREATE TABLE deployment (
 -- One row: when the next upstream call may begin, for all replicas together.
 CREATE TABLE upstream_budget (
     only_row     boolean PRIMARY KEY DEFAULT true CONSTRAINT upstream_budget_only_row CHECK (only_row),
-    next_slot_at timestamptz NOT NULL DEFAULT '-infinity',
-    paused_until timestamptz NOT NULL DEFAULT '-infinity',
+    next_slot_at timestamptz NOT NULL DEFAULT 'epoch', -- not -infinity: it is reckoned with
+    paused_until timestamptz NOT NULL DEFAULT 'epoch',
     pause_reason jsonb
 );
 INSERT INTO upstream_budget DEFAULT VALUES;
