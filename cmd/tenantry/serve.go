@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/http"
 	"net/url"
@@ -16,9 +15,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/riverqueue/river"
-	"github.com/riverqueue/river/riverdriver/riverpgxv5"
 	"go.uber.org/zap"
-	"go.uber.org/zap/exp/zapslog"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
 
@@ -256,7 +253,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	var jobs *river.Client[pgx.Tx]
 	engine, err := s.start(serving)
 	if err == nil {
-		jobs, err = s.startJobs(background, engine)
+		jobs, err = engine.StartJobs(background, s.db.Direct(), s.Workers)
 	}
 	if err == nil {
 		group.Go(func() error { return s.db.Listen(background, s.log) })
@@ -376,31 +373,6 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 		engine.MarkPATVerified()
 	}
 	return engine, err
-}
-
-func (s *service) startJobs(ctx context.Context, engine *provision.Service) (*river.Client[pgx.Tx], error) {
-	quiet, err := zapcore.NewIncreaseLevelCore(s.log.Named("river").Core(), zapcore.WarnLevel)
-	if err != nil { // the log is quieter than that already
-		quiet = s.log.Core()
-	}
-	jobs, err := river.NewClient(riverpgxv5.New(s.db.Direct()), &river.Config{
-		Workers: engine.Workers(),
-		Queues: map[string]river.QueueConfig{
-			postgres.QueueInteractive: {MaxWorkers: s.Workers, FetchCooldown: postgres.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
-			postgres.QueueBackground:  {MaxWorkers: max(1, s.Workers/4)},
-		},
-		JobTimeout:                  engine.JobTimeout,
-		RescueStuckJobsAfter:        engine.Lease,
-		CompletedJobRetentionPeriod: 10 * time.Minute,
-		Logger:                      slog.New(zapslog.NewHandler(quiet)),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("prepare jobs: %w", err)
-	}
-	if err := jobs.Start(ctx); err != nil {
-		return nil, fmt.Errorf("start jobs: %w", err)
-	}
-	return jobs, nil
 }
 
 // newUpstreamMetrics returns what counts upstream calls.

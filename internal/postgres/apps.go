@@ -120,7 +120,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	if err != nil {
 		return translate("finish build", err)
 	}
-	return db.enqueueApps(ctx, QueueInteractive, began)
+	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
 // AppSetback records a failed try on a leased app and lets the lease go.

@@ -29,6 +29,7 @@ func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Call
 		WITH used AS (
 			UPDATE callers SET last_used_at = now()
 			WHERE token_id = $1 AND secret_sha256 = $2 AND revoked_at IS NULL
+				AND (expires_at IS NULL OR expires_at > now())
 				AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute'))
 		SELECT `+callerColumns+`
 		FROM callers

@@ -11,14 +11,6 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// The queues of jobs, and how soon after one another the interactive one is
-// looked into.
-const (
-	QueueInteractive    = "interactive" // a tenant may be waiting
-	QueueBackground     = "background"
-	InteractiveCooldown = 5 * time.Millisecond
-)
-
 // requeueAfter is how long a job may wait in the queue before the sweep adds
 // another for the same row.
 const requeueAfter = 10 * time.Second
@@ -78,15 +70,15 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	if err != nil {
 		return 0, translate("find keys that are due", err)
 	}
-	if err := db.enqueueApps(ctx, QueueInteractive, building); err != nil {
+	if err := db.enqueueApps(ctx, tenant.QueueInteractive, building); err != nil {
 		return 0, err
 	}
-	if err := db.enqueueApps(ctx, QueueBackground, purging); err != nil {
+	if err := db.enqueueApps(ctx, tenant.QueueBackground, purging); err != nil {
 		return 0, err
 	}
 	jobs := make([]river.InsertManyParams, 0, len(keys))
 	for _, id := range keys {
-		jobs = append(jobs, river.InsertManyParams{Args: tenant.KeyJob{KeyID: id}, InsertOpts: &river.InsertOpts{Queue: QueueBackground}})
+		jobs = append(jobs, river.InsertManyParams{Args: tenant.KeyJob{KeyID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}})
 	}
 	return len(building) + len(purging) + len(keys), db.enqueue(ctx, jobs)
 }
@@ -110,7 +102,7 @@ func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.Ap
 	if err != nil {
 		return translate("start builds", err)
 	}
-	return db.enqueueApps(ctx, QueueInteractive, began)
+	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
 // MakeAuditPartitions makes the partitions of the audit log for the months ahead.

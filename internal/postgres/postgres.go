@@ -97,7 +97,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	}
 	// A client without workers only inserts.
 	jobs, err := river.NewClient(riverpgxv5.New(pool), &river.Config{
-		FetchCooldown: InteractiveCooldown, // also bounds how often an insert wakes the workers
+		FetchCooldown: tenant.InteractiveCooldown, // also bounds how often an insert wakes the workers
 		Logger:        slog.New(slog.DiscardHandler),
 	})
 	if err != nil {

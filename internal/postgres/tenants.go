@@ -216,7 +216,7 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 		return s, translate("sign up", err)
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
-	return s, db.enqueueApps(ctx, QueueInteractive, began)
+	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
 // Claim gives ready apps of a profile to waiting tenants, until either runs

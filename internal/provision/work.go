@@ -3,22 +3,54 @@ package provision
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/riverqueue/river"
+	"github.com/riverqueue/river/riverdriver/riverpgxv5"
 	"go.uber.org/zap"
+	"go.uber.org/zap/exp/zapslog"
+	"go.uber.org/zap/zapcore"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// Workers returns the workers of the job queue. They never fail a job: what went
-// wrong stands in the row, and the sweep comes back to it.
-func (s *Service) Workers() *river.Workers {
+// StartJobs starts the workers of the job queue: that many builds at once, and a
+// quarter of it of other work. Stop the client that it returns before closing
+// direct, whose connections are sessions.
+//
+// Workers never fail a job: what went wrong stands in the row, and the sweep
+// comes back to it.
+func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers int) (*river.Client[pgx.Tx], error) {
 	w := river.NewWorkers()
 	river.AddWorker(w, &appWorker{s: s})
 	river.AddWorker(w, &keyWorker{s: s})
-	return w
+	// The queue's own news are of no use to operators.
+	quiet, err := zapcore.NewIncreaseLevelCore(s.Log.Named("river").Core(), zapcore.WarnLevel)
+	if err != nil { // the log is quieter than that already
+		quiet = s.Log.Core()
+	}
+	client, err := river.NewClient(riverpgxv5.New(direct), &river.Config{
+		Workers: w,
+		Queues: map[string]river.QueueConfig{
+			tenant.QueueInteractive: {MaxWorkers: workers, FetchCooldown: tenant.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
+			tenant.QueueBackground:  {MaxWorkers: max(1, workers/4)},
+		},
+		JobTimeout:                  s.JobTimeout,
+		RescueStuckJobsAfter:        s.Lease,
+		CompletedJobRetentionPeriod: 10 * time.Minute,
+		Logger:                      slog.New(zapslog.NewHandler(quiet)),
+	})
+	if err != nil {
+		return nil, fmt.Errorf("prepare jobs: %w", err)
+	}
+	if err := client.Start(ctx); err != nil {
+		return nil, fmt.Errorf("start jobs: %w", err)
+	}
+	return client, nil
 }
 
 type appWorker struct {

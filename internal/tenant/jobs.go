@@ -1,6 +1,10 @@
 package tenant
 
-import "github.com/google/uuid"
+import (
+	"time"
+
+	"github.com/google/uuid"
+)
 
 // Jobs say which row to look at and nothing more: what is to be done stands in
 // the row. A job that comes twice, late or never does no harm.
@@ -20,3 +24,11 @@ type KeyJob struct {
 
 // Kind names the job in the queue.
 func (KeyJob) Kind() string { return "key" }
+
+// The queues of jobs, and how soon after one another the interactive one is
+// looked into.
+const (
+	QueueInteractive    = "interactive" // a tenant may be waiting
+	QueueBackground     = "background"
+	InteractiveCooldown = 5 * time.Millisecond
+)

@@ -1,0 +1,142 @@
+package postgres_test
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"regexp"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/tenant"
+	"github.com/tenantry/tenantry/migrations"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// Each number has one up and one down, without gaps.
+func TestMigrationsAreNumbered(t *testing.T) {
+	t.Parallel()
+	name := regexp.MustCompile(`^(\d{6})_[a-z0-9_]+\.(up|down)\.sql$`)
+	seen := map[string]int{}
+	files, err := fs.Glob(migrations.FS, "*")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		m := name.FindStringSubmatch(f)
+		if m == nil {
+			t.Errorf("%s is not named NNNNNN_name.up.sql or .down.sql", f)
+			continue
+		}
+		seen[m[1]+m[2]]++
+	}
+	for n := 1; n <= postgres.KnownSchema(); n++ {
+		for _, direction := range []string{"up", "down"} {
+			if key := fmt.Sprintf("%06d%s", n, direction); seen[key] != 1 {
+				t.Errorf("there are %d migrations %s; want 1", seen[key], key)
+			}
+		}
+	}
+}
+
+func TestMigrateUpAndDown(t *testing.T) {
+	t.Parallel()
+	url := pgtest.EmptyURL(t)
+	db := pgtest.OpenURL(t, url)
+	says := func(want string) {
+		t.Helper()
+		s, err := db.Schema(t.Context())
+		if err != nil {
+			t.Fatalf("read schema: %v", err)
+		}
+		switch err := s.Err(); {
+		case want == "" && err != nil:
+			t.Errorf("the schema is not served: %v", err)
+		case want != "" && (err == nil || !strings.Contains(err.Error(), want)):
+			t.Errorf("the schema's fault is %v; want %q", err, want)
+		}
+	}
+	says("run `tenantry migrate up`")
+
+	// Several replicas may start with the migration at once.
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			if err := postgres.MigrateUp(t.Context(), url); err != nil {
+				t.Errorf("migrate up: %v", err)
+			}
+		})
+	}
+	wg.Wait()
+	says("")
+
+	conn := pgtest.Conn(t, url)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`UPDATE schema_migrations SET dirty = true`)
+	says("was cut off")
+	if err := postgres.MigrateUp(t.Context(), url); err == nil || !strings.Contains(err.Error(), "was cut off") {
+		t.Errorf("migrate up on a migration that was cut off fails with %v", err)
+	}
+	exec(`UPDATE schema_migrations SET dirty = false, version = version + 1`) // a newer release was here
+	says("")
+	exec(fmt.Sprintf(`CREATE OR REPLACE FUNCTION tenantry_oldest_code() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT %d'`,
+		postgres.KnownSchema()+1))
+	says("run a newer tenantry")
+	exec(`UPDATE schema_migrations SET version = version - 1;
+		CREATE OR REPLACE FUNCTION tenantry_oldest_code() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 1';
+		DELETE FROM river_migration WHERE version = (SELECT max(version) FROM river_migration)`)
+	says("job tables are behind")
+	exec(`DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+
+	if err := postgres.MigrateDown(t.Context(), url, 1000); err != nil {
+		t.Fatalf("migrate down: %v", err)
+	}
+	says("run `tenantry migrate up`")
+	var left string
+	err := conn.QueryRow(t.Context(), `
+		SELECT coalesce(string_agg(name, ' '), '') FROM (
+			SELECT relname AS name FROM pg_class WHERE relnamespace = 'public'::regnamespace
+			UNION ALL SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace
+			UNION ALL SELECT typname FROM pg_type WHERE typnamespace = 'public'::regnamespace AND typtype = 'e') everything
+		WHERE name NOT IN ('schema_migrations', 'schema_migrations_pkey', 'schema_migrations_version_idx')`).Scan(&left)
+	if err != nil || left != "" {
+		t.Errorf("migrate down leaves %q, %v; want nothing", left, err)
+	}
+	if err := postgres.MigrateDown(t.Context(), url, 1); err == nil || !strings.Contains(err.Error(), "nothing to take back") {
+		t.Errorf("migrate down without a schema fails with %v", err)
+	}
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Errorf("migrate up again: %v", err)
+	}
+	says("")
+}
+
+func TestUnreachable(t *testing.T) {
+	t.Parallel()
+	db := pgtest.OpenURL(t, tenant.NewSecret("postgres://u:hunter2@127.0.0.1:1/none"))
+	err := db.Ping(t.Context())
+	if !errors.Is(err, tenant.Unavailable) || strings.Contains(err.Error(), "hunter2") {
+		t.Errorf("Ping of a database that is away fails with %v; want Unavailable, without the password", err)
+	}
+}
+
+func TestParseURL(t *testing.T) {
+	t.Parallel()
+	for _, bad := range []string{"", "hunter2", "postgres://u:hunter2@h:port/d", "mysql://u:hunter2@h/d"} {
+		if err := postgres.ParseURL(tenant.NewSecret(bad)); bad != "" && (err == nil || strings.Contains(err.Error(), "hunter2")) {
+			t.Errorf("ParseURL(%q) = %v; want an error without the password", bad, err)
+		}
+	}
+}

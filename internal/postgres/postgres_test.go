@@ -1,0 +1,432 @@
+package postgres_test
+
+import (
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+var (
+	actor   = tenant.Actor{Name: "caller:test", RequestID: "req-1"}
+	profile = tenant.Profile{Name: "default", BaseWorkflow: "Empty", KeyScopes: []string{"All"}}
+)
+
+func newTenant(id tenant.ID) tenant.NewTenant {
+	return tenant.NewTenant{ID: id, Profile: profile, Attributes: tenant.Attributes{Labels: map[string]string{}},
+		BuildID: tenant.AppID("t-" + uuid.NewString()[:20]), MaxBuilds: 64}
+}
+
+// readyApps puts apps that wait for a tenant.
+func readyApps(t *testing.T, conn *pgx.Conn, n int) {
+	t.Helper()
+	_, err := conn.Exec(t.Context(), `
+		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at)
+		SELECT 'ready-' || lpad(i::text, 4, '0'), 'default', 'x', 'ready', now(), now() + i * interval '1 microsecond'
+		FROM generate_series(1, $1) i`, n)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+func count(t *testing.T, conn *pgx.Conn, sql string, args ...any) int {
+	t.Helper()
+	var n int
+	if err := conn.QueryRow(t.Context(), `SELECT count(*) FROM `+sql, args...).Scan(&n); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// What must never be is refused by the schema itself.
+func TestSchemaRefuses(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn := pgtest.Conn(t, url)
+	if _, err := conn.Exec(t.Context(), `
+		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at, tenant_id, tenant_generation)
+		VALUES ('a1', 'default', 'x', 'held', now(), now(), 'u1', 1), ('a2', 'default', 'x', 'ready', now(), now(), NULL, NULL);
+		INSERT INTO tenants (id, profile, state, app_id, attributes_hash) VALUES ('u1', 'default', 'active', 'a1', repeat('x', 64)::bytea);
+		INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+		VALUES (gen_random_uuid(), 'a1', 'default', 'active', '{All}', 'c', 'f', now());
+		INSERT INTO audit_events (actor, action) VALUES ('a', 'b')`); err != nil {
+		t.Fatal(err)
+	}
+	for constraint, sql := range map[string]string{
+		"apps_one_held_a_tenant":       `UPDATE apps SET state = 'held', tenant_id = 'u1', tenant_generation = 1 WHERE id = 'a2'`,
+		"apps_tenant_fixed":            `UPDATE apps SET tenant_id = 'u2' WHERE id = 'a1'`,
+		"apps_never_deleted":           `DELETE FROM apps WHERE id = 'a2'`,
+		"apps_id_fixed":                `UPDATE apps SET id = 'a3' WHERE id = 'a2'`,
+		"apps_tenant_by_state":         `UPDATE apps SET state = 'ready' WHERE id = 'a1'`,
+		"apps_tenant_whole":            `UPDATE apps SET tenant_id = 'u3', state = 'purging' WHERE id = 'a2'`,
+		"apps_state":                   `UPDATE apps SET state = 'elsewhere' WHERE id = 'a2'`,
+		"apps_made_at":                 `INSERT INTO apps (id, profile, profile_revision, state, ready_at) VALUES ('a4', 'p', 'x', 'ready', now())`,
+		"apps_ready_at":                `INSERT INTO apps (id, profile, profile_revision, state, made_at) VALUES ('a4', 'p', 'x', 'ready', now())`,
+		"tenants_app_by_state":         `UPDATE tenants SET app_id = NULL WHERE id = 'u1'`,
+		"tenants_app_is_theirs":        `UPDATE tenants SET app_id = 'a2' WHERE id = 'u1'`,
+		"tenants_attributes_hash":      `UPDATE tenants SET attributes_hash = 'x' WHERE id = 'u1'`,
+		"keys_secret_by_state":         `UPDATE keys SET state = 'revoked', revoked_at = now()`,
+		"keys_revoked_at":              `UPDATE keys SET state = 'revoked', ciphertext = NULL`,
+		"keys_fingerprint_with_secret": `UPDATE keys SET fingerprint = NULL`,
+		"keys_one_active_a_name": `INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+			VALUES (gen_random_uuid(), 'a1', 'default', 'active', '{All}', 'c', 'g', now())`,
+		"keys_fingerprint": `INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+			VALUES (gen_random_uuid(), 'a1', 'other', 'active', '{All}', 'c', 'f', now())`,
+		"audit_events_append_only": `UPDATE audit_events SET actor = 'c'`,
+		"callers_role":             `INSERT INTO callers (token_id, name, role, secret_sha256) VALUES ('t', 'n', 'king', repeat('x', 32)::bytea)`,
+	} {
+		_, err := conn.Exec(t.Context(), sql)
+		pg, ok := errors.AsType[*pgconn.PgError](err)
+		if !ok || pg.ConstraintName != constraint {
+			t.Errorf("%s\nfails with %v; want constraint %s", sql, err, constraint)
+		}
+	}
+	for _, sql := range []string{`DELETE FROM audit_events`, `TRUNCATE audit_events`, `TRUNCATE audit_events_other`} {
+		if _, err := conn.Exec(t.Context(), sql); err == nil {
+			t.Errorf("%s is carried out", sql)
+		}
+	}
+}
+
+// Sign-ups at once, of many tenants and of one, never give an app twice and
+// leave no app unused while a tenant waits.
+func TestSignUpsAtOnce(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn := pgtest.Conn(t, url)
+	readyApps(t, conn, 50)
+	dbs := []*postgres.DB{pgtest.OpenURL(t, url), pgtest.OpenURL(t, url)}
+	var wg sync.WaitGroup
+	for i := range 200 { // 100 tenants, each twice
+		wg.Go(func() {
+			if _, err := dbs[i%2].SignUp(t.Context(), newTenant(tenant.ID(fmt.Sprint("user_", i/2))), actor); err != nil {
+				t.Errorf("sign-up %d: %v", i, err)
+			}
+		})
+	}
+	wg.Wait()
+	if _, err := dbs[0].Claim(t.Context(), "default", actor); err != nil {
+		t.Fatal(err)
+	}
+	for sql, want := range map[string]int{
+		`tenants`:                        100,
+		`tenants WHERE state = 'active'`: 50,
+		`apps WHERE state = 'held'`:      50,
+		`apps WHERE state = 'ready'`:     0,
+		`tenants JOIN apps ON apps.tenant_id = tenants.id AND apps.id = tenants.app_id`:                   50,
+		`audit_events WHERE action = 'tenant.created' AND actor = 'caller:test' AND request_id = 'req-1'`: 100,
+		`audit_events WHERE action = 'tenant.activated'`:                                                  50,
+	} {
+		if got := count(t, conn, sql); got != want {
+			t.Errorf("there are %d %s; want %d", got, sql, want)
+		}
+	}
+	// Some sign-ups may have found an app locked by another and begun a build
+	// for it; never more than there were sign-ups.
+	if got := count(t, conn, `apps WHERE state = 'building'`); got < 50 || got > 64 {
+		t.Errorf("%d builds were begun for 50 tenants that wait, with at most 64 allowed", got)
+	}
+}
+
+// A sign-up that finds an app neither enqueues nor begins a build.
+func TestSignUpFromThePoolEnqueuesNothing(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	readyApps(t, conn, 1)
+	got, err := db.SignUp(t.Context(), newTenant("user_1"), actor)
+	if err != nil || !got.Created || got.Tenant.State != tenant.Active || got.Tenant.AppID != "ready-0001" {
+		t.Fatalf("SignUp = %+v, %v; want the ready app", got, err)
+	}
+	if jobs, builds := count(t, conn, `river_job`), count(t, conn, `apps WHERE state = 'building'`); jobs != 0 || builds != 0 {
+		t.Errorf("there are %d jobs and %d builds; want none", jobs, builds)
+	}
+	if got, err = db.SignUp(t.Context(), newTenant("user_2"), actor); err != nil || got.Tenant.State != tenant.Provisioning {
+		t.Fatalf("SignUp = %+v, %v; want it to wait", got, err)
+	}
+	if jobs, builds := count(t, conn, `river_job`), count(t, conn, `apps WHERE state = 'building'`); jobs != 1 || builds != 1 {
+		t.Errorf("there are %d jobs and %d builds; want one of each", jobs, builds)
+	}
+}
+
+// The number of builds follows the number of tenants that wait, up to the limit.
+func TestBuildsFollowWaiters(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	for i := range 10 {
+		n := newTenant(tenant.ID(fmt.Sprint("user_", i)))
+		n.MaxBuilds = 4
+		if _, err := db.SignUp(t.Context(), n, actor); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := count(t, conn, `apps WHERE state = 'building'`); got != 4 {
+		t.Errorf("%d builds run for 10 tenants with at most 4 allowed", got)
+	}
+	ids := func(n int) (ids []tenant.AppID) {
+		for range n {
+			ids = append(ids, tenant.AppID(uuid.NewString()))
+		}
+		return ids
+	}
+	for _, c := range []struct{ allowed, want int }{{4, 4}, {6, 6}, {20, 10}, {20, 10}} {
+		if err := db.StartBuilds(t.Context(), profile, ids(c.allowed)); err != nil {
+			t.Fatal(err)
+		}
+		if got := count(t, conn, `apps WHERE state = 'building'`); got != c.want {
+			t.Errorf("with %d allowed, %d builds run; want %d", c.allowed, got, c.want)
+		}
+	}
+}
+
+// A worker that lost its lease changes nothing.
+func TestLeaseFencesOffTheLate(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	signed, err := db.SignUp(t.Context(), newTenant("user_1"), actor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var id tenant.AppID
+	if err := conn.QueryRow(t.Context(), `SELECT id FROM apps`).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	late, err := db.LeaseApp(t.Context(), id, time.Minute)
+	if err != nil || late.InDoubt || late.Made {
+		t.Fatalf("LeaseApp = %+v, %v; want a fresh app", late, err)
+	}
+	if _, err := db.LeaseApp(t.Context(), id, time.Minute); !errors.Is(err, tenant.NotFound) {
+		t.Fatalf("a second lease fails with %v; want NotFound", err)
+	}
+	if _, err := conn.Exec(t.Context(), `UPDATE apps SET leased_until = now() - interval '1 second'`); err != nil {
+		t.Fatal(err)
+	}
+	owner, err := db.LeaseApp(t.Context(), id, time.Minute)
+	if err != nil || !owner.InDoubt {
+		t.Fatalf("LeaseApp after a lease that ran out = %+v, %v; want the app in doubt", owner, err)
+	}
+	key := tenant.NewKeyRow{ID: uuid.Must(uuid.NewV7()), Name: "default", Scopes: []string{"All"}}
+	if _, err := db.AppMade(t.Context(), owner, key); err != nil {
+		t.Fatal(err)
+	}
+	sealed := tenant.SealedKey{ID: key.ID, Ciphertext: []byte("c"), Fingerprint: []byte("f"), Hint: "cdef"}
+	_, lateMade := db.AppMade(t.Context(), late, tenant.NewKeyRow{ID: uuid.New(), Name: "default", Scopes: []string{"All"}})
+	late.Creating.ID = key.ID
+	for what, err := range map[string]error{
+		"AppMade":     lateMade,
+		"FinishBuild": db.FinishBuild(t.Context(), late, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor),
+		"AppSetback":  db.AppSetback(t.Context(), late, tenant.Setback{}),
+		"DeferApp":    db.DeferApp(t.Context(), late, 0),
+		"AbandonApp":  db.AbandonApp(t.Context(), late, true, "late", actor),
+		"AppDeleted":  db.AppDeleted(t.Context(), late, actor),
+		"GiveUpKey":   db.GiveUpKey(t.Context(), late, 0),
+	} {
+		if !errors.Is(err, tenant.ErrLeaseLost) {
+			t.Errorf("%s of a worker that lost its lease fails with %v; want ErrLeaseLost", what, err)
+		}
+	}
+	if err := db.FinishBuild(t.Context(), owner, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor); err != nil {
+		t.Fatal(err)
+	}
+	got, err := db.Tenant(t.Context(), signed.Tenant.ID)
+	if err != nil || got.State != tenant.Active || got.AppID != id || got.Version <= signed.Tenant.Version {
+		t.Errorf("the tenant is %+v, %v; want it active with app %s", got, err, id)
+	}
+}
+
+// Slots follow one another at the rate, for all who ask together, and none is
+// given that cannot be used.
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn := pgtest.Conn(t, url)
+	dbs := []*postgres.DB{pgtest.OpenURL(t, url), pgtest.OpenURL(t, url)}
+	const perSecond, n = 100, 60
+	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '1 hour'`); err != nil {
+		t.Fatal(err)
+	}
+	var before time.Time
+	if err := conn.QueryRow(t.Context(), `SELECT next_slot_at FROM upstream_budget`).Scan(&before); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range n {
+		wg.Go(func() {
+			if slot, err := dbs[i%2].ReserveSlot(t.Context(), perSecond, 2*time.Hour); err != nil || !slot.Granted {
+				t.Errorf("ReserveSlot = %+v, %v; want a slot", slot, err)
+			}
+		})
+	}
+	wg.Wait()
+	var after time.Time
+	if err := conn.QueryRow(t.Context(), `SELECT next_slot_at FROM upstream_budget`).Scan(&after); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := after.Sub(before), n*time.Second/perSecond; got != want {
+		t.Errorf("%d slots took %s of the budget; want %s", n, got, want)
+	}
+	// An hour is more than an impatient caller waits: nothing is reserved.
+	slot, err := dbs[0].ReserveSlot(t.Context(), perSecond, time.Second)
+	if err != nil || slot.Granted || slot.Wait < 50*time.Minute {
+		t.Errorf("ReserveSlot beyond patience = %+v, %v; want none, and a wait of about an hour", slot, err)
+	}
+	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = 'epoch', paused_until = clock_timestamp() + interval '1 hour'`); err != nil {
+		t.Fatal(err)
+	}
+	if slot, err = dbs[0].ReserveSlot(t.Context(), perSecond, 2*time.Hour); err != nil || slot.Granted || slot.Wait < 50*time.Minute {
+		t.Errorf("ReserveSlot while paused = %+v, %v; want none", slot, err)
+	}
+	// Slots that nobody took are not saved up.
+	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = 'epoch', paused_until = 'epoch'`); err != nil {
+		t.Fatal(err)
+	}
+	for want := range 2 {
+		slot, err := dbs[0].ReserveSlot(t.Context(), 0.001, time.Hour)
+		if err != nil || !slot.Granted || (slot.Wait > time.Minute) != (want == 1) {
+			t.Errorf("slot %d after a rest = %+v, %v", want, slot, err)
+		}
+	}
+}
+
+func TestTenantsList(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	// Ten tenants, a minute apart, but for the last two, which share a time.
+	_, err := conn.Exec(t.Context(), `
+		INSERT INTO tenants (id, profile, labels, attributes_hash, created_at)
+		SELECT 'user_' || i, CASE WHEN i < 5 THEN 'default' ELSE 'narrow' END,
+			jsonb_build_object('plan', CASE WHEN i % 2 = 0 THEN 'pro' ELSE 'free' END, 'n', i::text), repeat('x', 64)::bytea,
+			'2026-01-01T00:00:00Z'::timestamptz + least(i, 8) * interval '1 minute'
+		FROM generate_series(0, 9) i`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(t.Context(), `UPDATE tenants SET problem = '{"code":"x","detail":"y","since":"2026-01-01T00:00:00Z"}' WHERE id = 'user_3'`); err != nil {
+		t.Fatal(err)
+	}
+	at := func(minute int) time.Time { return time.Date(2026, 1, 1, 0, minute, 0, 0, time.UTC) }
+	yes, no := true, false
+	for name, c := range map[string]struct {
+		f    postgres.TenantFilter
+		want []int
+	}{
+		"all":             {postgres.TenantFilter{}, []int{0, 1, 2, 3, 4, 5, 6, 7, 8, 9}},
+		"state":           {postgres.TenantFilter{State: tenant.Active}, nil},
+		"profile":         {postgres.TenantFilter{Profile: "narrow"}, []int{5, 6, 7, 8, 9}},
+		"label":           {postgres.TenantFilter{Labels: map[string]string{"plan": "pro"}}, []int{0, 2, 4, 6, 8}},
+		"labels":          {postgres.TenantFilter{Labels: map[string]string{"plan": "pro", "n": "4"}}, []int{4}},
+		"prefix":          {postgres.TenantFilter{IDPrefix: "user_7"}, []int{7}},
+		"prefix is plain": {postgres.TenantFilter{IDPrefix: "user%"}, nil},
+		"times":           {postgres.TenantFilter{CreatedAfter: at(2), CreatedBefore: at(4)}, []int{2, 3}},
+		"problem":         {postgres.TenantFilter{HasProblem: &yes}, []int{3}},
+		"no problem":      {postgres.TenantFilter{HasProblem: &no, Profile: "default"}, []int{0, 1, 2, 4}},
+		"everything":      {postgres.TenantFilter{State: tenant.Provisioning, Profile: "default", Labels: map[string]string{"plan": "free"}, IDPrefix: "user_", CreatedAfter: at(0), CreatedBefore: at(9), HasProblem: &yes}, []int{3}},
+	} {
+		var got []int
+		var after postgres.Position
+		for { // pages of two
+			page, err := db.Tenants(t.Context(), c.f, after, 2)
+			if err != nil {
+				t.Fatalf("%s: %v", name, err)
+			}
+			for _, p := range page {
+				var n int
+				_, _ = fmt.Sscanf(string(p.ID), "user_%d", &n)
+				got = append(got, n)
+			}
+			if len(page) < 2 {
+				break
+			}
+			after = postgres.Position{CreatedAt: page[1].CreatedAt, ID: page[1].ID}
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s selects %v; want %v", name, got, c.want)
+		}
+	}
+}
+
+func TestCallers(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	add := func(name string, expires time.Time) (tenant.Token, tenant.Secret) {
+		t.Helper()
+		token, text := tenant.NewToken()
+		if err := db.AddCaller(t.Context(), token, name, tenant.Viewer, expires, actor); err != nil {
+			t.Fatal(err)
+		}
+		return token, text
+	}
+	good, text := add("good", time.Time{})
+	expired, _ := add("expired", time.Now().Add(-time.Second))
+	future, _ := add("future", time.Now().Add(time.Hour))
+	forged := tenant.Token{ID: good.ID, Hash: expired.Hash}
+	for name, c := range map[string]struct {
+		token tenant.Token
+		ok    bool
+	}{"good": {good, true}, "future": {future, true}, "expired": {expired, false}, "forged": {forged, false}, "unknown": {tenant.Token{ID: "x"}, false}} {
+		got, err := db.Authenticate(t.Context(), c.token)
+		if c.ok && (err != nil || got.Name != name || got.Role != tenant.Viewer) || !c.ok && !errors.Is(err, tenant.Unauthenticated) {
+			t.Errorf("Authenticate of the %s token = %+v, %v", name, got, err)
+		}
+	}
+	list, err := db.Callers(t.Context())
+	if err != nil || len(list) != 3 || list[0].Name != "good" || list[0].LastUsedAt.IsZero() || !list[1].LastUsedAt.IsZero() {
+		t.Errorf("Callers = %+v, %v; want three, of which the first was used and the second was not", list, err)
+	}
+	for range 2 { // to revoke again changes nothing
+		if c, err := db.RevokeCaller(t.Context(), good.ID, actor); err != nil || c.RevokedAt.IsZero() {
+			t.Errorf("RevokeCaller = %+v, %v", c, err)
+		}
+	}
+	if _, err := db.Authenticate(t.Context(), good); !errors.Is(err, tenant.Unauthenticated) {
+		t.Errorf("a revoked token authenticates: %v", err)
+	}
+	if _, err := db.RevokeCaller(t.Context(), "nobody", actor); !errors.Is(err, tenant.NotFound) {
+		t.Errorf("RevokeCaller of an unknown id fails with %v", err)
+	}
+	if got := count(t, conn, `audit_events WHERE action = 'token.revoked'`); got != 1 {
+		t.Errorf("there are %d events of one revocation", got)
+	}
+	if got := count(t, conn, `callers WHERE to_jsonb(callers)::text LIKE '%' || $1 || '%'`, text.Reveal()[22:]); got != 0 {
+		t.Error("a token's secret is stored")
+	}
+}
+
+// The months ahead have their partitions, and an event that falls outside of all
+// is kept.
+func TestAuditPartitions(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	if err := db.MakeAuditPartitions(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(t.Context(), `
+		INSERT INTO audit_events (at, actor, action) VALUES (now(), 'a', 'now'), (now() + interval '5 years', 'a', 'far')`); err != nil {
+		t.Fatal(err)
+	}
+	if got := count(t, conn, `audit_events_other WHERE action = 'far'`); got != 1 {
+		t.Error("an event far ahead is not kept")
+	}
+	if got := count(t, conn, `audit_events_other WHERE action = 'now'`); got != 0 {
+		t.Error("an event of this month is in no month's partition")
+	}
+	// Even where the default partition holds events of a month to come, nothing fails.
+	if _, err := conn.Exec(t.Context(), `SELECT audit_events_make_partitions(70)`); err != nil {
+		t.Errorf("make partitions over events that are there: %v", err)
+	}
+}

@@ -1,0 +1,278 @@
+// Package provisiontest runs the engine for tests: a real database, the
+// simulated Clarifai over HTTP, and replicas that work as in production but are
+// less patient.
+package provisiontest
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/tenantry/tenantry/internal/clarifai"
+	"github.com/tenantry/tenantry/internal/clarifaisim"
+	"github.com/tenantry/tenantry/internal/keyring"
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// PAT is the operator's Personal Access Token at the simulator, and Operator
+// whose it is.
+const (
+	PAT      = "0123456789abcdef0123456789abcdef"
+	Operator = tenant.UserID("acme")
+)
+
+// A World is a database and a Clarifai of one test's own.
+type World struct {
+	t    testing.TB
+	URL  tenant.Secret // of the database
+	Keys *keyring.Keyring
+	Sim  *clarifaisim.Sim
+	// Clarifai is where the simulator is.
+	Clarifai string
+}
+
+// New makes a World. The simulator does not throttle and answers at once.
+func New(t testing.TB) *World {
+	t.Helper()
+	w := &World{t: t, URL: pgtest.URL(t), Keys: Keyring(t)}
+	w.Sim = NewSim(t)
+	srv := httptest.NewServer(w.Sim)
+	t.Cleanup(func() { _ = w.Sim.Close(); srv.CloseClientConnections(); srv.Close() })
+	w.Clarifai = srv.URL
+	w.Settings(map[string]any{"rate_limit": 0})
+	return w
+}
+
+// Keyring makes a keyring of its own.
+func Keyring(t testing.TB) *keyring.Keyring {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "keyset.json")
+	if err := keyring.Create(path); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := keyring.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return keys
+}
+
+// Faults replaces the simulator's fault rules.
+func (w *World) Faults(rules ...map[string]any) {
+	w.t.Helper()
+	if rules == nil {
+		rules = []map[string]any{}
+	}
+	w.control("faults", rules)
+}
+
+// Settings changes settings of the simulator.
+func (w *World) Settings(settings map[string]any) {
+	w.t.Helper()
+	w.control("settings", settings)
+}
+
+func (w *World) control(path string, body any) {
+	w.t.Helper()
+	raw, err := json.Marshal(body)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	resp, err := http.Post(w.Clarifai+"/_sim/"+path, "application/json", bytes.NewReader(raw))
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if resp.StatusCode != http.StatusOK && resp.StatusCode != http.StatusNoContent {
+		text, _ := io.ReadAll(resp.Body)
+		w.t.Fatalf("simulator's %s: %s: %s", path, resp.Status, text)
+	}
+}
+
+// State is what the simulator holds and what it was asked.
+type State struct {
+	Apps  int            `json:"apps"`
+	Keys  int            `json:"keys"`
+	Calls map[string]int `json:"calls"`
+}
+
+// State reads what the simulator holds.
+func (w *World) State() State {
+	w.t.Helper()
+	var s State
+	w.read("state", &s)
+	return s
+}
+
+// A SimKey is a key as the simulator holds it; its ID is its secret.
+type SimKey struct {
+	ID          string `json:"id"`
+	AppID       string `json:"app_id"`
+	Type        string `json:"type"`
+	Description string `json:"description"`
+}
+
+// AppKeys lists the keys that the simulator holds for apps.
+func (w *World) AppKeys() []SimKey {
+	w.t.Helper()
+	var all, keys []SimKey
+	w.read("keys", &all)
+	for _, k := range all {
+		if k.AppID != "" {
+			keys = append(keys, k)
+		}
+	}
+	return keys
+}
+
+func (w *World) read(path string, v any) {
+	w.t.Helper()
+	resp, err := http.Get(w.Clarifai + "/_sim/" + path)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if err := json.NewDecoder(resp.Body).Decode(v); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// A Replica is one running engine.
+type Replica struct {
+	*provision.Service
+	DB   *postgres.DB
+	Reg  *prometheus.Registry
+	Logs *observer.ObservedLogs
+	stop func()
+}
+
+// Options change how a replica runs.
+type Options struct {
+	PAT      func() tenant.Secret // default: PAT
+	Adjust   func(*provision.Config)
+	Clarifai string // default: the world's
+	// Idle leaves out workers and sweep: another replica does the work.
+	Idle bool
+}
+
+// Start runs a replica until the test ends, or Stop.
+func (w *World) Start(o Options) *Replica {
+	w.t.Helper()
+	r, err := w.TryStart(o)
+	if err != nil {
+		w.t.Fatalf("start replica: %v", err)
+	}
+	return r
+}
+
+// TryStart is Start for a test that expects a failure.
+func (w *World) TryStart(o Options) (*Replica, error) {
+	w.t.Helper()
+	ctx := context.WithoutCancel(w.t.Context())
+	core, logs := observer.New(zapcore.DebugLevel)
+	r := &Replica{DB: pgtest.OpenURL(w.t, w.URL), Reg: prometheus.NewRegistry(), Logs: logs}
+	log := zap.New(core)
+	if o.PAT == nil {
+		o.PAT = func() tenant.Secret { return tenant.NewSecret(PAT) }
+	}
+	if o.Clarifai == "" {
+		o.Clarifai = w.Clarifai
+	}
+	cfg := provision.Config{
+		Store: r.DB, Keyring: w.Keys, Log: log, Metrics: provision.NewMetrics(r.Reg),
+		Profiles: []tenant.Profile{
+			{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{"All"}},
+			{Name: "narrow", BaseWorkflow: "Empty", KeyScopes: []string{"Predict", "Apps_Get"}},
+		},
+		AppPrefix: "t", Rate: 10000,
+		CallTimeout: 500 * time.Millisecond, JobTimeout: 5 * time.Second, Lease: 6 * time.Second,
+		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond,
+		BackoffBase: 20 * time.Millisecond, BackoffCap: 200 * time.Millisecond,
+	}
+	if o.Adjust != nil {
+		o.Adjust(&cfg)
+	}
+	client, err := clarifai.New(clarifai.Config{BaseURL: o.Clarifai, PAT: o.PAT, Timeout: cfg.CallTimeout})
+	if err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(client.Close)
+	deployment, verified, err := provision.Pin(ctx, r.DB, client, w.Keys, log)
+	if err != nil {
+		return nil, err
+	}
+	cfg.Deployment, cfg.Upstream = deployment, client.As(deployment.Operator)
+	if r.Service, err = provision.New(cfg); err != nil {
+		return nil, err
+	}
+	if verified {
+		r.MarkPATVerified()
+	}
+	if err := r.work(ctx, log, o.Idle); err != nil {
+		return nil, err
+	}
+	w.t.Cleanup(r.Stop)
+	return r, nil
+}
+
+func (r *Replica) work(ctx context.Context, log *zap.Logger, idle bool) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var loops sync.WaitGroup
+	stopJobs := func() {}
+	if !idle {
+		jobs, err := r.StartJobs(ctx, r.DB.Direct(), 8)
+		if err != nil {
+			cancel()
+			return err
+		}
+		stopJobs = func() {
+			if err := jobs.StopAndCancel(context.WithoutCancel(ctx)); err != nil {
+				log.Error(fmt.Sprint("stop jobs: ", err))
+			}
+		}
+		loops.Go(func() { _ = r.Sweep(ctx) })
+	}
+	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
+	r.stop = sync.OnceFunc(func() {
+		r.Drain()
+		stopJobs()
+		cancel()
+		loops.Wait()
+	})
+	return nil
+}
+
+// Stop ends what the replica does in the background.
+func (r *Replica) Stop() { r.stop() }
+
+// Eventually waits until ok is true, and fails the test if it takes too long.
+func Eventually(t testing.TB, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(30 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline.C:
+			t.Fatalf("waited in vain: %s", what)
+		case <-tick.C:
+		}
+	}
+}
