@@ -95,8 +95,7 @@ func parseBase(s string) (*url.URL, error) {
 		// The text may hold a password and is not shown.
 		return nil, errors.New("clarifai: the base URL must be absolute, http or https, without user, query and fragment, such as https://api.clarifai.com")
 	}
-	u.Path = strings.TrimRight(u.Path, "/")
-	u.RawPath = ""
+	u.Path, u.RawPath = strings.TrimRight(u.Path, "/"), strings.TrimRight(u.RawPath, "/")
 	if strings.HasSuffix(u.Path, "/v2") {
 		return nil, errors.New("clarifai: the base URL must end before /v2")
 	}
@@ -190,8 +189,7 @@ func (c *Client) newRequest(r request, pat tenant.Secret) (*http.Request, *tenan
 		return fault(tenant.UpstreamPAT, "the PAT has white space or other characters that no PAT has")
 	}
 	u := c.base
-	u.Path += "/v2"
-	u.RawPath = u.EscapedPath()
+	u.Path, u.RawPath = u.Path+"/v2", u.EscapedPath()+"/v2"
 	for _, element := range r.path {
 		// Dots would name another resource, for Clarifai or a proxy on the way.
 		if element == "" || element == "." || element == ".." {
@@ -274,6 +272,8 @@ func (c *Client) exchange(ctx context.Context, r request, out *http.Request, rea
 	return nil
 }
 
+const noAnswerInTime = "no answer within the time limit"
+
 // whyNoAnswer says what cut a call off. Of errors it quotes those only whose text
 // is known to hold addresses and names and nothing of the request, the answer or
 // the proxy's credentials.
@@ -282,7 +282,7 @@ func (c *Client) whyNoAnswer(caller, limited context.Context, err error) string 
 	case errors.Is(caller.Err(), context.Canceled):
 		return "the caller gave up waiting for the answer"
 	case caller.Err() != nil, limited.Err() != nil:
-		return "no answer within the time limit"
+		return noAnswerInTime
 	}
 	if e, ok := errors.AsType[*net.OpError](err); ok {
 		return "no answer: " + e.Error()
@@ -292,6 +292,9 @@ func (c *Client) whyNoAnswer(caller, limited context.Context, err error) string 
 	}
 	if e, ok := errors.AsType[tls.RecordHeaderError](err); ok {
 		return "no answer: " + e.Error()
+	}
+	if e, ok := errors.AsType[net.Error](err); ok && e.Timeout() { // of the handshake
+		return noAnswerInTime
 	}
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return "the connection was closed before the answer was complete"
