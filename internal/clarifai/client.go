@@ -299,5 +299,5 @@ func (c *Client) whyNoAnswer(caller, limited context.Context, err error) string 
 	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 		return "the connection was closed before the answer was complete"
 	}
-	return "the connection broke, or what came was not HTTP"
+	return "the connection broke, a proxy refused it, or what came was not HTTP"
 }
