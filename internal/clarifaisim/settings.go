@@ -1,0 +1,120 @@
+package clarifaisim
+
+import (
+	"fmt"
+	"maps"
+)
+
+// Settings are how the simulator behaves. Most of them are a switch for something
+// that is not publicly known about Clarifai. Times are in milliseconds.
+type Settings struct {
+	// RateLimit is how many calls a user may make in any second, with all PATs and
+	// keys together; 0 means no limit. Calls beyond it get 11005 and do not count.
+	RateLimit int `json:"rate_limit"`
+	// LatencyMS is how long each call to Clarifai takes before it is looked at.
+	LatencyMS int `json:"latency_ms"`
+
+	// HTTPCodes overrides the HTTP code that goes with a status code.
+	HTTPCodes map[int]int `json:"http_codes"`
+	// DuplicateCode answers an app id that is taken: 40010, or 11102 with details
+	// that say "already exist".
+	DuplicateCode int `json:"duplicate_code"`
+	// PATOnlyCode answers an app-specific key at a call that wants a PAT.
+	PATOnlyCode int `json:"pat_only_code"`
+	// UnknownKeyCode answers a credential that does not exist: 11008, or 11009
+	// with details that repeat the credential, as Clarifai was seen to do.
+	UnknownKeyCode int `json:"unknown_key_code"`
+
+	// FirstKey makes a key that nobody asked for with each new app.
+	FirstKey bool `json:"first_key"`
+	// MaskedKeys hides all but the last four characters of a key's id everywhere
+	// but in the answer of PostKeys.
+	MaskedKeys bool `json:"masked_keys"`
+	// HonourExpiresAt makes keys stop working at their expires_at.
+	HonourExpiresAt bool `json:"honour_expires_at"`
+	// MaxIDLength is the longest app id.
+	MaxIDLength int `json:"max_id_length"`
+	// AppQuota is how many apps a user may have, and KeyQuota how many keys an app;
+	// 0 means any number. Beyond it is 11006.
+	AppQuota int `json:"app_quota"`
+	KeyQuota int `json:"key_quota"`
+	// AsyncDeleteMS makes DeleteApp answer 10070 and the app go only so much later;
+	// its keys die at once. 0 means 10000, and gone.
+	AsyncDeleteMS int `json:"async_delete_ms"`
+	// ConsistencyDelayMS hides a new app or key from all GET calls for so long. Its
+	// id is taken and a new key works from the start.
+	ConsistencyDelayMS int `json:"consistency_delay_ms"`
+}
+
+// DefaultSettings are Clarifai as far as it is known: 15 calls a second, nothing
+// slow.
+func DefaultSettings() Settings {
+	return Settings{
+		RateLimit:       15,
+		HTTPCodes:       map[int]int{},
+		DuplicateCode:   codeDuplicate,
+		PATOnlyCode:     codeKeyInvalid,
+		UnknownKeyCode:  codeKeyInvalid,
+		HonourExpiresAt: true,
+		MaxIDLength:     32,
+	}
+}
+
+func (s Settings) clone() Settings {
+	codes := make(map[int]int, len(s.HTTPCodes))
+	maps.Copy(codes, s.HTTPCodes)
+	s.HTTPCodes = codes
+	return s
+}
+
+func (s Settings) check() error {
+	for name, v := range map[string]int{
+		"rate_limit": s.RateLimit, "latency_ms": s.LatencyMS, "app_quota": s.AppQuota, "key_quota": s.KeyQuota,
+		"async_delete_ms": s.AsyncDeleteMS, "consistency_delay_ms": s.ConsistencyDelayMS,
+	} {
+		if v < 0 {
+			return fmt.Errorf("%s is %d: it has to be 0 or more", name, v)
+		}
+	}
+	for code, http := range s.HTTPCodes {
+		if http < 200 || http > 599 {
+			return fmt.Errorf("http_codes has HTTP code %d for %d: it has to be 200 to 599", http, code)
+		}
+	}
+	switch {
+	case s.DuplicateCode != codeDuplicate && s.DuplicateCode != codeInvalidRequest:
+		return fmt.Errorf("duplicate_code is %d: it has to be %d or %d", s.DuplicateCode, codeDuplicate, codeInvalidRequest)
+	case s.UnknownKeyCode != codeKeyInvalid && s.UnknownKeyCode != codeKeyNotFound:
+		return fmt.Errorf("unknown_key_code is %d: it has to be %d or %d", s.UnknownKeyCode, codeKeyInvalid, codeKeyNotFound)
+	case !isFailure(s.PATOnlyCode):
+		return fmt.Errorf("pat_only_code is %d: it has to be the code of a failure", s.PATOnlyCode)
+	case s.MaxIDLength < 1:
+		return fmt.Errorf("max_id_length is %d: it has to be 1 or more", s.MaxIDLength)
+	}
+	return nil
+}
+
+// Settings returns the settings in force.
+func (s *Sim) Settings() Settings {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.settings.clone()
+}
+
+// SetSettings replaces the settings. An error leaves them as they were.
+func (s *Sim) SetSettings(settings Settings) error {
+	return s.Update(func(now *Settings) { *now = settings.clone() })
+}
+
+// Update changes the settings in one step. An error leaves them as they were.
+func (s *Sim) Update(edit func(*Settings)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	settings := s.settings.clone()
+	edit(&settings)
+	if err := settings.check(); err != nil {
+		return err
+	}
+	s.settings = settings
+	return nil
+}
