@@ -113,16 +113,21 @@ func (f Fault) answer(c *call) answer {
 	case codeThrottled:
 		a.details = "exceeded limit of 15 requests per second"
 	case codeMoved:
-		old := c.params["app"]
-		moved := f.MovedTo
-		if moved == "" {
-			moved = old + "-moved"
-		}
-		a.moved = &redirect{URL: "/v2/users/" + c.params["user"] + "/apps/" + moved, ResourceType: "app", OldResourceID: old, NewResourceID: moved}
+		a.moved = c.movedTo(f.MovedTo)
 	default:
 		a.details = "a fault that the simulator was told to inject"
 	}
 	return a
+}
+
+// movedTo says that the app in the path has another id now; "" makes one up.
+func (c *call) movedTo(id string) *redirect {
+	old := c.params["app"]
+	if id == "" {
+		id = old + "-moved"
+	}
+	url := strings.Replace(c.path, "/apps/"+old, "/apps/"+id, 1)
+	return &redirect{URL: url, ResourceType: "app", OldResourceID: old, NewResourceID: id}
 }
 
 // writeHTML answers as something on the way to Clarifai does.

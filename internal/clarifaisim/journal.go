@@ -22,6 +22,7 @@ const journalHead = `{"clarifaisim":1}`
 // A nil journal keeps nothing.
 type journal struct {
 	path  string
+	lock  *os.File
 	file  *os.File // nil once closed
 	size  int64
 	lines int // since the last compaction
@@ -31,7 +32,16 @@ type journal struct {
 
 // openJournal reads the state file into w, and begins a compacted one. The last
 // line may be torn, as a kill leaves it: it was never answered, and is dropped.
-func openJournal(path string, w *world) (*journal, error) {
+func openJournal(path string, w *world) (_ *journal, err error) {
+	lock, err := lockState(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			_ = lock.Close()
+		}
+	}()
 	data, err := os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("read state: %w", err)
@@ -41,7 +51,7 @@ func openJournal(path string, w *world) (*journal, error) {
 			return nil, fmt.Errorf("read state file %s: %w", path, err)
 		}
 	}
-	j := &journal{path: path}
+	j := &journal{path: path, lock: lock}
 	if err := j.compact(w); err != nil {
 		return nil, err
 	}
@@ -157,5 +167,7 @@ func (j *journal) close() error {
 	}
 	file := j.file
 	j.file = nil
-	return errors.Join(file.Sync(), file.Close())
+	err := errors.Join(file.Sync(), file.Close())
+	_ = j.lock.Close() // last: from now on another simulator may write
+	return err
 }

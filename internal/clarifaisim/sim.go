@@ -30,8 +30,9 @@ type Config struct {
 	Settings *Settings
 	// StateFile is where apps, keys and inputs outlive the simulator; "" means
 	// nowhere. It holds keys, which are secrets, and is made with mode 0600. PATs,
-	// settings, faults and the log of calls are not in it. No two simulators may
-	// use one file at once.
+	// settings, faults and the log of calls are not in it. A second simulator is
+	// refused it until the first is closed or its process ends; next to it a file
+	// with .lock behind the name is left for that.
 	StateFile string
 	// MaxCalls is how many calls the log remembers; 0 means 100,000. When it is
 	// full, the oldest go. State counts on.
