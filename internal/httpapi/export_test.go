@@ -1,7 +1,14 @@
 package httpapi
 
 import (
+	"net/http"
+	"net/http/httptest"
+	"testing"
 	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/prometheus/client_golang/prometheus"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/postgres"
 )
@@ -10,7 +17,19 @@ import (
 var (
 	ParseCursor  = parseCursor
 	FormatCursor = formatCursor
+	StatusOf     = statusOf
 )
+
+// NewPanicking serves one route, whose handler panics, and returns where.
+func NewPanicking(t *testing.T, log *zap.Logger) string {
+	s := &server{Config{Log: log, Metrics: NewMetrics(prometheus.NewRegistry())}}
+	r := chi.NewRouter()
+	r.Use(s.observe, routeByEscapedPath)
+	r.Get("/panic", func(http.ResponseWriter, *http.Request) { panic("the secret word") })
+	srv := httptest.NewServer(r)
+	t.Cleanup(srv.Close)
+	return srv.URL
+}
 
 // Position is what a cursor holds.
 type Position = postgres.Position

@@ -144,15 +144,19 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 // that waited longest; it is the only way to an app that is held. Tenants and
 // apps that another transaction is at are passed over: whoever holds them
 // finishes them. $1 is the profile, $2 the actor, $3 the request id.
+//
+// No tenant is locked unless there is an app for it: a build that ends at that
+// moment would pass the tenant over. No app is locked unless a tenant waits.
 const claimSQL = `
-	WITH waiter AS (
-		SELECT id, generation FROM tenants
-		WHERE state = 'provisioning' AND profile = $1
-		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
-	), picked AS (
+	WITH picked AS (
 		SELECT id FROM apps
-		WHERE state = 'ready' AND profile = $1 AND EXISTS (SELECT FROM waiter)
+		WHERE state = 'ready' AND profile = $1
+			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)
 		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+	), waiter AS (
+		SELECT id, generation FROM tenants
+		WHERE state = 'provisioning' AND profile = $1 AND EXISTS (SELECT FROM picked)
+		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), given AS (
 		UPDATE apps a
 		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, updated_at = now()
@@ -174,15 +178,15 @@ const claimSQL = `
 // every replica.
 const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', id) FROM activated`
 
-// startBuildsSQL begins builds for the tenants that wait, as many as do not run
-// yet, with the ids given in $1. $2 is the profile, $3 its revision, $4 how many
-// may run at once.
+// startBuildsSQL begins builds for the tenants that wait, as many as neither a
+// build nor a ready app is there for, with the ids given in $1. $2 is the profile,
+// $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
 	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
 	SELECT unnest($1::text[]), $2, $3, now()
 	LIMIT greatest(0,
 		(SELECT count(*) FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) waiting)
-		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'building' AND profile = $2 LIMIT $4) running))
+		- (SELECT count(*) FROM (SELECT FROM apps WHERE state IN ('building', 'ready') AND profile = $2 LIMIT $4) coming))
 	RETURNING id`
 
 // SignUp makes a tenant, gives it a ready app if there is one, and begins a

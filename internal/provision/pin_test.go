@@ -22,7 +22,7 @@ func TestPin(t *testing.T) {
 		}
 	}
 	const foreignPAT = "fedcba9876543210fedcba9876543210"
-	w.Sim.AddPAT(foreignPAT, "umbrella")
+	w.AddPAT(foreignPAT, "umbrella")
 	pat := func(s string) func() tenant.Secret { return func() tenant.Secret { return tenant.NewSecret(s) } }
 	wrong, foreign := provisiontest.Options{PAT: pat(strings.Repeat("9", 32))}, provisiontest.Options{PAT: pat(foreignPAT)}
 
@@ -62,7 +62,7 @@ func TestForeignPATIsNeverUsed(t *testing.T) {
 	w := provisiontest.New(t)
 	w.Start(provisiontest.Options{Idle: true}).Stop()
 	const foreignPAT = "fedcba9876543210fedcba9876543210"
-	w.Sim.AddPAT(foreignPAT, "umbrella")
+	w.AddPAT(foreignPAT, "umbrella")
 	w.Faults(map[string]any{"call": "*", "drop_before": true})
 	r := w.Start(provisiontest.Options{PAT: func() tenant.Secret { return tenant.NewSecret(foreignPAT) }})
 	w.Faults()

@@ -455,7 +455,8 @@ func TestIdentify(t *testing.T) {
 	}
 }
 
-// Waiting tenants are served oldest first, whoever's build ends first.
+// Waiting tenants are served oldest first. One worker serves one after the other;
+// of several that serve at the same moment it cannot be said who was first.
 func TestOldestWaiterFirst(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -465,7 +466,7 @@ func TestOldestWaiterFirst(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r := w.Start(provisiontest.Options{})
+	r := w.Start(provisiontest.Options{Workers: 1})
 	signUp(t, r, "user_9")
 	rows, err := pgtest.Conn(t, w.URL).Query(t.Context(), `SELECT tenant_id FROM audit_events WHERE action = 'tenant.activated' ORDER BY id`)
 	if err != nil {

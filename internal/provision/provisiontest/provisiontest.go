@@ -5,6 +5,7 @@ package provisiontest
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -51,7 +52,11 @@ type World struct {
 func New(t testing.TB) *World {
 	t.Helper()
 	w := &World{t: t, URL: pgtest.URL(t), Keys: Keyring(t)}
-	w.Sim = NewSim(t)
+	sim, err := clarifaisim.New(clarifaisim.Config{PATs: []clarifaisim.PAT{{Token: PAT, UserID: string(Operator)}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Sim = sim
 	srv := httptest.NewServer(w.Sim)
 	t.Cleanup(func() { _ = w.Sim.Close(); srv.CloseClientConnections(); srv.Close() })
 	w.Clarifai = srv.URL
@@ -71,6 +76,14 @@ func Keyring(t testing.TB) *keyring.Keyring {
 		t.Fatal(err)
 	}
 	return keys
+}
+
+// AddPAT makes a PAT of another operator known to the simulator.
+func (w *World) AddPAT(token, user string) {
+	w.t.Helper()
+	if err := w.Sim.AddPAT(clarifaisim.PAT{Token: token, UserID: user}); err != nil {
+		w.t.Fatal(err)
+	}
 }
 
 // Faults replaces the simulator's fault rules.
@@ -169,6 +182,8 @@ type Options struct {
 	Clarifai string // default: the world's
 	// Idle leaves out workers and sweep: another replica does the work.
 	Idle bool
+	// Workers is how many builds run at once; 0 means 8.
+	Workers int
 }
 
 // Start runs a replica until the test ends, or Stop.
@@ -224,19 +239,19 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	if verified {
 		r.MarkPATVerified()
 	}
-	if err := r.work(ctx, log, o.Idle); err != nil {
+	if err := r.work(ctx, log, o); err != nil {
 		return nil, err
 	}
 	w.t.Cleanup(r.Stop)
 	return r, nil
 }
 
-func (r *Replica) work(ctx context.Context, log *zap.Logger, idle bool) error {
+func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var loops sync.WaitGroup
 	stopJobs := func() {}
-	if !idle {
-		jobs, err := r.StartJobs(ctx, r.DB.Direct(), 8)
+	if !o.Idle {
+		jobs, err := r.StartJobs(ctx, r.DB.Direct(), cmp.Or(o.Workers, 8))
 		if err != nil {
 			cancel()
 			return err

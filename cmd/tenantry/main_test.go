@@ -1,0 +1,399 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/tenantry/tenantry/internal/localpg"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+)
+
+func TestMain(m *testing.M) { pgtest.Main(m) }
+
+// A buffer may be written and read at once.
+type buffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *buffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+func (b *buffer) String() string { b.mu.Lock(); defer b.mu.Unlock(); return b.buf.String() }
+
+// A process is one run of tenantry.
+type process struct {
+	t              *testing.T
+	stdout, stderr buffer
+	stop           context.CancelFunc
+	exit           chan int
+	url, internal  string
+}
+
+func start(t *testing.T, vars map[string]string, args ...string) *process {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	p := &process{t: t, stop: cancel, exit: make(chan int, 1)}
+	go func() {
+		p.exit <- run(ctx, env{args: args, get: func(k string) string { return vars[k] }, stdout: &p.stdout, stderr: &p.stderr})
+	}()
+	t.Cleanup(cancel)
+	return p
+}
+
+// command runs a command to its end.
+func command(t *testing.T, vars map[string]string, args ...string) (exit int, stdout, stderr string) {
+	t.Helper()
+	p := start(t, vars, args...)
+	exit = <-p.exit
+	return exit, p.stdout.String(), p.stderr.String()
+}
+
+func must(t *testing.T, vars map[string]string, args ...string) string {
+	t.Helper()
+	exit, stdout, stderr := command(t, vars, args...)
+	if exit != 0 {
+		t.Fatalf("tenantry %v exits with %d: %s", args, exit, stderr)
+	}
+	return stdout
+}
+
+// fails runs a command that must fail, and say each of the texts.
+func fails(t *testing.T, vars map[string]string, args []string, says ...string) {
+	t.Helper()
+	exit, _, stderr := command(t, vars, args...)
+	for _, s := range says {
+		if exit == 0 || !strings.Contains(stderr, s) {
+			t.Errorf("tenantry %v exits with %d and says\n%s\nwant a failure that says %q", args, exit, stderr, s)
+		}
+	}
+	if strings.Contains(stderr, "hunter2") || strings.Contains(stderr, provisiontest.PAT) {
+		t.Errorf("tenantry %v shows a secret: %s", args, stderr)
+	}
+}
+
+// settings are what serve needs: kong reads the process's environment, so those
+// that are no secrets are flags.
+func settings(t *testing.T, databaseURL, clarifai string) (vars map[string]string, flags []string, addrFile string) {
+	t.Helper()
+	dir := t.TempDir()
+	keyset := filepath.Join(dir, "keyset.json")
+	addrFile = filepath.Join(dir, "addr")
+	vars = map[string]string{"DATABASE_URL": databaseURL, "CLARIFAI_PAT": provisiontest.PAT}
+	must(t, vars, "keyset", "create", "--keyset-file", keyset)
+	return vars, []string{"serve", "--keyset-file", keyset, "--addr", "127.0.0.1:0", "--internal-addr", "127.0.0.1:0",
+		"--addr-file", addrFile, "--clarifai-api-base", clarifai, "--upstream-rate", "1000"}, addrFile
+}
+
+func (p *process) listening(addrFile string) {
+	p.t.Helper()
+	provisiontest.Eventually(p.t, "serve listens", func() bool {
+		raw, err := os.ReadFile(addrFile)
+		for line := range strings.SplitSeq(string(raw), "\n") {
+			name, value, _ := strings.Cut(line, "=")
+			switch name {
+			case "TENANTRY_URL":
+				p.url = value
+			case "TENANTRY_INTERNAL_URL":
+				p.internal = value
+			}
+		}
+		return err == nil && p.url != "" && p.internal != ""
+	})
+}
+
+func (p *process) ready() {
+	p.t.Helper()
+	provisiontest.Eventually(p.t, "serve is ready", func() bool {
+		status, _ := p.get(p.internal + "/readyz")
+		return status == http.StatusOK
+	})
+}
+
+func (p *process) get(url string) (int, string) {
+	p.t.Helper()
+	return p.request(http.MethodGet, url, "")
+}
+
+func (p *process) request(method, url, token string) (int, string) {
+	p.t.Helper()
+	req, err := http.NewRequestWithContext(p.t.Context(), method, url, nil)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err.Error()
+	}
+	defer func() { _ = resp.Body.Close() }()
+	raw, _ := io.ReadAll(resp.Body)
+	return resp.StatusCode, string(raw)
+}
+
+// From an empty database to a tenant, and to the end, as an operator does it.
+func TestEndToEnd(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	url := pgtest.EmptyURL(t).Reveal()
+	vars, serve, addrFile := settings(t, url, w.Clarifai)
+
+	fails(t, vars, serve, "run `tenantry migrate up`")
+	fails(t, vars, []string{"migrate", "status"}, "run `tenantry migrate up`")
+	must(t, vars, "migrate", "up")
+	must(t, vars, "migrate", "up")
+	if out := must(t, vars, "migrate", "status"); !strings.Contains(out, "schema version") {
+		t.Errorf("migrate status prints %q", out)
+	}
+	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+	if !strings.HasPrefix(token, "tnty_") || strings.ContainsAny(token, "\n ") {
+		t.Fatalf("token create prints %q; want a token and nothing else", token)
+	}
+	if out := must(t, vars, "token", "list"); !strings.Contains(out, "saas") || strings.Contains(out, token) {
+		t.Errorf("token list prints %q", out)
+	}
+
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	p.ready()
+	if status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_42", token); status != http.StatusCreated || !strings.Contains(body, `"credentials"`) {
+		t.Errorf("sign-up answers %d %s", status, body)
+	}
+	if status, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_42", token); status != http.StatusOK || !strings.Contains(body, `"active"`) {
+		t.Errorf("look-up answers %d %s", status, body)
+	}
+	if status, body := p.get(p.internal + "/livez"); status != http.StatusOK {
+		t.Errorf("/livez answers %d %s", status, body)
+	}
+	must(t, vars, "healthcheck", "--internal-url", p.internal)
+	_, metrics := p.get(p.internal + "/metrics")
+	for _, name := range []string{
+		`tenantry_http_requests_total{code="201",method="PUT",route="/v1/tenants/{tenant_id}"} 1`,
+		`tenantry_upstream_calls_total{call="PostApps",outcome="ok"} 1`,
+		`tenantry_jobs_total{kind="app",outcome="done"} 1`,
+		`tenantry_build_duration_seconds_count 1`, `tenantry_tenants{state="active"}`, `go_goroutines`,
+	} {
+		if !strings.Contains(metrics, name) {
+			t.Errorf("the metrics lack %s", name)
+		}
+	}
+	if status, _ := p.get(p.url + "/metrics"); status != http.StatusNotFound {
+		t.Errorf("/metrics on the public listener answers %d", status)
+	}
+
+	must(t, vars, "token", "revoke", strings.Split(token, "_")[1])
+	if status, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_42", token); status != http.StatusUnauthorized {
+		t.Errorf("a revoked token is answered %d %s", status, body)
+	}
+	p.stop()
+	if exit := <-p.exit; exit != 0 {
+		t.Errorf("serve exits with %d: %s", exit, p.stderr.String())
+	}
+	if status, _ := p.get(p.url + "/v1/upstream"); status != 0 {
+		t.Errorf("the API still answers %d", status)
+	}
+	for _, secret := range []string{token, provisiontest.PAT, w.AppKeys()[0].ID} {
+		if strings.Contains(p.stderr.String(), secret) {
+			t.Errorf("a secret is in the log")
+		}
+	}
+	fails(t, vars, []string{"healthcheck", "--internal-url", p.internal}, "refused")
+	fails(t, vars, []string{"migrate", "down"}, "--yes")
+	must(t, vars, "migrate", "down", "--yes", "--steps", "100")
+	fails(t, vars, []string{"migrate", "status"}, "run `tenantry migrate up`")
+}
+
+// A request that waits when the service is told to stop is answered, not cut off.
+func TestStopAnswersThoseWhoWait(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Faults(map[string]any{"call": "PostApps", "drop_before": true})
+	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
+	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	p.ready()
+	answered := make(chan string, 1)
+	go func() {
+		status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token)
+		answered <- fmt.Sprint(status, " ", body)
+	}()
+	provisiontest.Eventually(t, "the build is tried", func() bool { return w.State().Calls["PostApps"] > 0 })
+	p.stop()
+	if got := <-answered; !strings.HasPrefix(got, "202 ") {
+		t.Errorf("the request is answered %s; want 202", got)
+	}
+	if exit := <-p.exit; exit != 0 {
+		t.Errorf("serve exits with %d: %s", exit, p.stderr.String())
+	}
+}
+
+// The database may be away at the start and in between: requests are told so, and
+// all goes on by itself.
+func TestDatabaseAway(t *testing.T) {
+	t.Parallel()
+	cluster, stop, err := localpg.ForTests(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	w := provisiontest.New(t)
+	if err := cluster.CreateDatabase(t.Context(), "tenantry"); err != nil {
+		t.Fatal(err)
+	}
+	vars, serve, addrFile := settings(t, cluster.URL("tenantry"), w.Clarifai)
+	must(t, vars, "migrate", "up")
+	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+	halt := func() {
+		t.Helper()
+		if err := cluster.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	resume := func() {
+		t.Helper()
+		if err := cluster.Restart(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	away := func(p *process, code string) {
+		t.Helper()
+		req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, p.url+"/v1/tenants/user_2", nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+token)
+		resp, err := http.DefaultClient.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = resp.Body.Close() }()
+		var body struct{ Code, Detail string }
+		if err := json.NewDecoder(resp.Body).Decode(&body); err != nil || resp.StatusCode != http.StatusServiceUnavailable ||
+			resp.Header.Get("Retry-After") == "" || body.Code != code {
+			t.Errorf("without a database a sign-up answers %d %v %+v, %v; want 503 %s", resp.StatusCode, resp.Header, body, err, code)
+		}
+		if status, text := p.get(p.internal + "/readyz"); status != http.StatusServiceUnavailable || !strings.Contains(text, "database") {
+			t.Errorf("/readyz answers %d %s", status, text)
+		}
+		if status, _ := p.get(p.internal + "/livez"); status != http.StatusOK {
+			t.Errorf("/livez answers %d", status)
+		}
+	}
+
+	halt()
+	fails(t, vars, []string{"token", "list"}, "database cannot be reached")
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	away(p, "starting")
+	resume()
+	p.ready()
+	if status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token); status != http.StatusCreated {
+		t.Fatalf("sign-up answers %d %s", status, body)
+	}
+	halt()
+	away(p, "database_unavailable")
+	resume()
+	p.ready()
+	provisiontest.Eventually(t, "sign-ups work again", func() bool {
+		status, _ := p.request(http.MethodPut, p.url+"/v1/tenants/user_2", token)
+		return status == http.StatusCreated || status == http.StatusOK
+	})
+	if s := w.State(); s.Apps != 2 {
+		t.Errorf("the simulator holds %d apps; want 2", s.Apps)
+	}
+	p.stop()
+	if exit := <-p.exit; exit != 0 {
+		t.Errorf("serve exits with %d: %s", exit, p.stderr.String())
+	}
+}
+
+// Every fault of the settings is reported at once, and no secret with them.
+func TestFaultsOfSettings(t *testing.T) {
+	t.Parallel()
+	fails(t, nil, []string{"serve", "--addr", "nowhere", "--app-prefix", "TOO-LONG", "--upstream-rate", "0", "--clarifai-api-base", "ftp:x",
+		"--workers", "0", "--key-scopes", "", "--upstream-timeout", "1m"},
+		"set DATABASE_URL", "TENANTRY_ADDR", "tenantry keyset create", "CLARIFAI_PAT", "app prefix", "upstream rate", "CLARIFAI_API_BASE",
+		"TENANTRY_WORKERS", "scopes", "upstream timeout")
+	dir := t.TempDir()
+	empty := filepath.Join(dir, "empty")
+	if err := os.WriteFile(empty, []byte(" \n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, map[string]string{"DATABASE_URL": "postgres://u:hunter2@h:port/d"},
+		[]string{"serve", "--clarifai-pat-file", filepath.Join(dir, "none"), "--keyset-file", empty},
+		"DATABASE_URL: not a Postgres connection string", "CLARIFAI_PAT_FILE", "none")
+	fails(t, map[string]string{"DATABASE_URL": "postgres://h/d", "CLARIFAI_PAT": provisiontest.PAT},
+		[]string{"serve", "--clarifai-pat-file", empty}, "both CLARIFAI_PAT and CLARIFAI_PAT_FILE")
+	if exit, _, stderr := command(t, nil, "serve", "--clarifai-pat", "x"); exit != 2 || !strings.Contains(stderr, "unknown flag") {
+		t.Errorf("a secret can be given by flag: exit %d, %s", exit, stderr)
+	}
+}
+
+func TestPortTaken(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = taken.Close() }()
+	vars, serve, _ := settings(t, w.URL.Reveal(), w.Clarifai)
+	fails(t, vars, append(serve, "--addr", taken.Addr().String()), "TENANTRY_ADDR", "address already in use")
+}
+
+// Keyset and PAT are found wrong at the start and not at the first tenant.
+func TestWrongKeysetAndPAT(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	p.ready()
+	p.stop()
+	<-p.exit
+
+	_, otherServe, _ := settings(t, w.URL.Reveal(), w.Clarifai)
+	fails(t, vars, otherServe, "keyset is not the one this database was sealed with")
+	w.AddPAT("fedcba9876543210fedcba9876543210", "umbrella")
+	vars["CLARIFAI_PAT"] = "fedcba9876543210fedcba9876543210"
+	fails(t, vars, serve, `the PAT belongs to the Clarifai user "umbrella"`)
+	fails(t, vars, []string{"keyset", "create", "--keyset-file", serve[2]}, "exist")
+}
+
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"--help"}, {"serve", "--help"}, {"token", "create", "--help"}} {
+		exit, stdout, _ := command(t, nil, args...)
+		if exit != 0 || !strings.Contains(stdout, "Usage: tenantry") {
+			t.Errorf("tenantry %v exits with %d and prints %s", args, exit, stdout)
+		}
+	}
+	_, stdout, _ := command(t, nil, "serve", "--help")
+	for _, s := range []string{"TENANTRY_ADDR", "CLARIFAI_PAT_FILE", "TENANTRY_UPSTREAM_RATE", "14"} {
+		if !strings.Contains(stdout, s) {
+			t.Errorf("serve --help does not mention %s", s)
+		}
+	}
+	if exit, stdout, _ := command(t, nil, "version"); exit != 0 || strings.TrimSpace(stdout) == "" {
+		t.Errorf("version exits with %d and prints %q", exit, stdout)
+	}
+	if exit, _, stderr := command(t, nil, "frobnicate"); exit != 2 || !strings.Contains(stderr, "--help") {
+		t.Errorf("an unknown command exits with %d and says %s", exit, stderr)
+	}
+}

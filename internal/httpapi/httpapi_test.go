@@ -1,0 +1,420 @@
+package httpapi_test
+
+import (
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/tenantry/tenantry/api/client"
+	"github.com/tenantry/tenantry/internal/httpapi"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// Every route that is served is in the contract, and the other way round.
+func TestRoutesAreTheContracts(t *testing.T) {
+	t.Parallel()
+	var served, described []string
+	mux := httpapi.New(httpapi.Config{}).(chi.Routes)
+	err := chi.Walk(mux, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
+		served = append(served, method+" "+route)
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, item := range contractDoc(t).Paths.Map() {
+		for method := range item.Operations() {
+			described = append(described, method+" "+path)
+		}
+	}
+	slices.Sort(served)
+	slices.Sort(described)
+	if diff := cmp.Diff(described, served); diff != "" {
+		t.Errorf("routes differ (- in the contract only, + served only):\n%s", diff)
+	}
+}
+
+func TestPutTenant(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	const body = `{"display_name":"Ada","labels":{"plan":"pro"}}`
+	made := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_42", body, "Prefer", "wait=30")
+	if made.status != http.StatusCreated {
+		t.Fatalf("PUT answers %d: %s", made.status, made.body)
+	}
+	for name, want := range map[string]string{"Location": "/v1/tenants/user_42", "Cache-Control": "no-store", "Preference-Applied": "wait=30",
+		"Content-Type": "application/json"} {
+		if got := made.header.Get(name); got != want {
+			t.Errorf("%s: %q; want %q", name, got, want)
+		}
+	}
+	if made.at(t, "state") != "active" || made.at(t, "app", "user_id") != "acme" || made.at(t, "labels", "plan") != "pro" ||
+		made.at(t, "credentials", "name") != "default" || made.at(t, "credentials", "key") == nil || made.at(t, "problem") != nil {
+		t.Errorf("PUT answers %s", made.body)
+	}
+	again := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_42", body)
+	if again.status != http.StatusOK || again.header.Get("Preference-Applied") != "" ||
+		!cmp.Equal(again.decode(t), made.decode(t)) {
+		t.Errorf("the same PUT answers %d %s; want 200 and the same", again.status, again.body)
+	}
+	if bare := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_42", ""); bare.status != http.StatusOK {
+		t.Errorf("a PUT without a body answers %d", bare.status)
+	}
+	other := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_42", `{"display_name":"Bob","labels":{}}`)
+	if other.status != http.StatusConflict || other.at(t, "code") != "attributes_differ" ||
+		!strings.Contains(fmt.Sprint(other.at(t, "detail")), "display_name and labels") {
+		t.Errorf("another PUT answers %d %s; want 409 that names the fields", other.status, other.body)
+	}
+}
+
+func TestPutTenantUnderWay(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	s := newSiteOn(t, w, w.Start(provisiontest.Options{}))
+	w.Faults(map[string]any{"call": "*", "drop_before": true})
+	got := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "respond-async")
+	if got.status != http.StatusAccepted || got.header.Get("Retry-After") == "" || got.header.Get("Location") != "/v1/tenants/user_1" ||
+		got.header.Get("Preference-Applied") != "respond-async" || got.at(t, "credentials") != nil {
+		t.Errorf("PUT with respond-async answers %d %v %s", got.status, got.header, got.body)
+	}
+	provisiontest.Eventually(t, "the problem shows", func() bool {
+		a := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "wait=0")
+		return a.status == http.StatusAccepted && a.at(t, "problem", "code") == "upstream_unavailable"
+	})
+	if up := s.call(tenant.Viewer, "GET", "/v1/upstream", ""); up.at(t, "queue", "waiting_tenants") != 1.0 || up.at(t, "problem", "code") != "upstream_unavailable" {
+		t.Errorf("GET /v1/upstream answers %s", up.body)
+	}
+	w.Faults()
+	if a := s.call(tenant.Viewer, "GET", "/v1/tenants/user_1?wait=30", ""); a.at(t, "state") != "active" || a.at(t, "credentials") != nil {
+		t.Errorf("GET with wait answers %d %s", a.status, a.body)
+	}
+	if a := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", ""); a.status != http.StatusOK || a.at(t, "credentials", "key") == nil {
+		t.Errorf("PUT once it is active answers %d %s", a.status, a.body)
+	}
+}
+
+// Any id that is valid can be signed up and looked up, percent-encoded, and no
+// two ids are one.
+func TestTenantIDsInPaths(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	for _, id := range []string{"a@b.example", "Üser-用户", "a%2Fb", "100%", "a?b#c&d=e", "a+b", "é", "e\u0301", "...", "x;y", "a:b", "%41", "A"} {
+		path := "/v1/tenants/" + url.PathEscape(id)
+		put := s.call(tenant.Provisioner, "PUT", path, "")
+		if put.status != http.StatusCreated || put.at(t, "id") != id {
+			t.Errorf("PUT %s answers %d %s; want the tenant %q", path, put.status, put.body, id)
+			continue
+		}
+		get := s.call(tenant.Viewer, "GET", put.header.Get("Location"), "")
+		if get.status != http.StatusOK || get.at(t, "id") != id {
+			t.Errorf("GET %s answers %d %s; want the tenant %q", put.header.Get("Location"), get.status, get.body, id)
+		}
+	}
+}
+
+func TestBadRequests(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	big := `{"display_name":"` + strings.Repeat("x", httpapi.MaxBodyBytes) + `"}`
+	for _, c := range []struct {
+		method, path, body string
+		headers            []string
+		status             int
+		code, says         string
+	}{
+		{"PUT", "/v1/tenants/" + strings.Repeat("x", 129), "", nil, 400, "invalid_tenant_id", "129 characters"},
+		{"PUT", "/v1/tenants/a%20b", "", nil, 400, "invalid_tenant_id", "white space"},
+		{"PUT", "/v1/tenants/a%2Fb", "", nil, 400, "invalid_tenant_id", "slash"},
+		{"PUT", "/v1/tenants/a%00b", "", nil, 400, "invalid_tenant_id", "control character"},
+		{"PUT", "/v1/tenants/%FF", "", nil, 400, "invalid_tenant_id", "UTF-8"},
+		{"PUT", "/v1/tenants/%2E%2E", "", nil, 400, "invalid_tenant_id", `".."`},
+		{"GET", "/v1/tenants/a%20b", "", nil, 400, "invalid_tenant_id", "white space"},
+		{"PUT", "/v1/tenants/u", `{`, nil, 400, "invalid_request", "body"},
+		{"PUT", "/v1/tenants/u", `[]`, nil, 400, "invalid_request", "must be an object"},
+		{"PUT", "/v1/tenants/u", `{"display_name":7}`, nil, 400, "invalid_request", "must be a string"},
+		{"PUT", "/v1/tenants/u", `{"labels":{"plan":true}}`, nil, 400, "invalid_request", "labels"},
+		{"PUT", "/v1/tenants/u", `{"plan":"pro"}`, nil, 400, "invalid_request", "plan"},
+		{"PUT", "/v1/tenants/u", `{} {}`, nil, 400, "invalid_request", "goes on"},
+		{"PUT", "/v1/tenants/u", `{"display_name":"a\u0000b"}`, nil, 400, "invalid_display_name", "control character"},
+		{"PUT", "/v1/tenants/u", `{"labels":{"a b":"c"}}`, nil, 400, "invalid_labels", "labels"},
+		{"PUT", "/v1/tenants/u", `{"profile":"nowhere"}`, nil, 400, "profile_unknown", "default, narrow"},
+		{"PUT", "/v1/tenants/u", big, nil, 413, "body_too_large", "65536"},
+		{"PUT", "/v1/tenants/u", `a=b`, []string{"Content-Type", "application/x-www-form-urlencoded"}, 415, "content_type_unsupported", "application/json"},
+		{"PUT", "/v1/tenants/u?dry=1", "", nil, 400, "invalid_request", "there are: none"},
+		{"GET", "/v1/tenants/nobody", "", nil, 404, "tenant_not_found", ""},
+		{"GET", "/v1/tenants/nobody/keys", "", nil, 404, "tenant_not_found", ""},
+		{"GET", "/v1/tenants/nobody/keys/default/secret", "", nil, 404, "tenant_not_found", ""},
+		{"GET", "/v1/tenants/nobody/keys/no%20name/secret", "", nil, 404, "key_not_found", ""},
+		{"GET", "/v1/apps/nothing", "", nil, 404, "app_not_found", ""},
+		{"GET", "/v1/apps/%00", "", nil, 404, "app_not_found", ""},
+		{"GET", "/v1/tenants/u?wait=61", "", nil, 400, "invalid_request", "from 0 to 60"},
+		{"GET", "/v1/tenants/u?wait=x", "", nil, 400, "invalid_request", "wait"},
+		{"GET", "/v1/tenants?stat=active", "", nil, 400, "invalid_request", "there are: state"},
+		{"GET", "/v1/tenants?state=happy", "", nil, 400, "invalid_request", "must be one of"},
+		{"GET", "/v1/tenants?label=plan", "", nil, 400, "invalid_request", "key=value"},
+		{"GET", "/v1/tenants?label=a%3D1&label=a%3D2", "", nil, 400, "invalid_request", "two values"},
+		{"GET", "/v1/tenants?limit=0", "", nil, 400, "invalid_request", "from 1 to 1000"},
+		{"GET", "/v1/tenants?limit=1001", "", nil, 400, "invalid_request", "from 1 to 1000"},
+		{"GET", "/v1/tenants?limit=1&limit=2", "", nil, 400, "invalid_request", "2 times"},
+		{"GET", "/v1/tenants?cursor=zzz", "", nil, 400, "invalid_request", "next_cursor"},
+		{"GET", "/v1/tenants?created_after=yesterday", "", nil, 400, "invalid_request", "2026-01-31T12:00:00Z"},
+		{"GET", "/v1/tenants?problem=maybe", "", nil, 400, "invalid_request", "true or false"},
+		{"GET", "/v1/tenants?id_prefix=%00", "", nil, 400, "invalid_request", "zero byte"},
+		{"POST", "/v1/keys/identify", "", nil, 400, "invalid_request", "is empty"},
+		{"POST", "/v1/keys/identify", `{"key":""}`, nil, 400, "invalid_request", "1 to 512"},
+		{"POST", "/v1/keys/identify", `{"key":"nobody's"}`, nil, 404, "key_not_found", ""},
+		{"GET", "/v1/nothing", "", nil, 404, "route_not_found", "openapi.yaml"},
+		{"DELETE", "/v1/upstream", "", nil, 405, "method_not_allowed", "GET"},
+	} {
+		got := s.call(tenant.Provisioner, c.method, c.path, c.body, c.headers...)
+		text := fmt.Sprint(got.at(t, "field"), " ", got.at(t, "detail"))
+		if got.status != c.status || got.at(t, "code") != c.code || !strings.Contains(text, c.says) ||
+			got.header.Get("Content-Type") != "application/problem+json" || got.at(t, "request_id") != got.header.Get("X-Request-Id") {
+			t.Errorf("%s %s %.60s answers %d %s; want %d %s that says %q", c.method, c.path, c.body, got.status, got.body, c.status, c.code, c.says)
+		}
+	}
+	if list := s.call(tenant.Viewer, "GET", "/v1/tenants", ""); string(list.body) != "{\"tenants\":[]}\n" {
+		t.Errorf("bad requests left %s", list.body)
+	}
+}
+
+func TestAuthentication(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	revoked, text := tenant.NewToken()
+	actor := tenant.Actor{Name: "test"}
+	if err := s.replica.DB.AddCaller(t.Context(), revoked, "gone", tenant.Provisioner, tenant.Caller{}.ExpiresAt, actor); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.replica.DB.RevokeCaller(t.Context(), revoked.ID, actor); err != nil {
+		t.Fatal(err)
+	}
+	_, unknown := tenant.NewToken()
+	for name, header := range map[string]string{
+		"none": "", "basic": "Basic YTpi", "no token": "Bearer", "wrong form": "Bearer tnty_x",
+		"unknown": "Bearer " + unknown.Reveal(), "revoked": "Bearer " + text.Reveal(),
+	} {
+		var headers []string
+		if header != "" {
+			headers = []string{"Authorization", header}
+		}
+		got := s.call("", "GET", "/v1/upstream", "", headers...)
+		if got.status != http.StatusUnauthorized || !strings.HasPrefix(got.header.Get("WWW-Authenticate"), "Bearer") {
+			t.Errorf("%s: answers %d %v", name, got.status, got.header)
+		}
+	}
+	if got := s.call("", "GET", "/openapi.yaml", ""); got.status != http.StatusOK || !strings.HasPrefix(string(got.body), "openapi: 3.1") {
+		t.Errorf("the contract is answered with %d", got.status)
+	}
+}
+
+// Who may do what.
+func TestRoles(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.call(tenant.Provisioner, "PUT", "/v1/tenants/u", "")
+	all := tenant.Roles
+	provisioner := []tenant.Role{tenant.Provisioner}
+	for _, c := range []struct {
+		method, path, body string
+		roles              []tenant.Role
+	}{
+		{"PUT", "/v1/tenants/u", "", provisioner},
+		{"GET", "/v1/tenants/u", "", all},
+		{"GET", "/v1/tenants", "", all},
+		{"GET", "/v1/tenants/u/keys", "", all},
+		{"GET", "/v1/tenants/u/keys/default/secret", "", provisioner},
+		{"GET", "/v1/apps/x", "", all},
+		{"POST", "/v1/keys/identify", `{"key":"x"}`, all},
+		{"GET", "/v1/upstream", "", all},
+	} {
+		for _, role := range tenant.Roles {
+			got := s.call(role, c.method, c.path, c.body)
+			if allowed := slices.Contains(c.roles, role); allowed == (got.status == http.StatusForbidden) {
+				t.Errorf("%s %s as %s answers %d; allowed: %v", c.method, c.path, role, got.status, allowed)
+			}
+		}
+	}
+}
+
+func TestLookUps(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	put := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_42", `{"labels":{"plan":"pro"}}`)
+	key := fmt.Sprint(put.at(t, "credentials", "key"))
+	app := fmt.Sprint(put.at(t, "app", "id"))
+
+	get := s.call(tenant.Viewer, "GET", "/v1/tenants/user_42", "")
+	if get.status != http.StatusOK || strings.Contains(string(get.body), key) || get.header.Get("ETag") != put.header.Get("ETag") {
+		t.Errorf("GET answers %d %v %s", get.status, get.header, get.body)
+	}
+	for tag, want := range map[string]int{get.header.Get("ETag"): 304, "W/" + get.header.Get("ETag"): 304, `"other", ` + get.header.Get("ETag"): 304, "*": 304, `"other"`: 200} {
+		if got := s.call(tenant.Viewer, "GET", "/v1/tenants/user_42", "", "If-None-Match", tag); got.status != want {
+			t.Errorf("If-None-Match: %s answers %d; want %d", tag, got.status, want)
+		}
+	}
+	byApp := s.call(tenant.Viewer, "GET", "/v1/apps/"+app, "")
+	if diff := cmp.Diff(get.decode(t), byApp.decode(t)); diff != "" {
+		t.Errorf("the look-up by app differs: %s", diff)
+	}
+	keys := s.call(tenant.Viewer, "GET", "/v1/tenants/user_42/keys", "")
+	list, _ := keys.at(t, "keys").([]any)
+	if len(list) != 1 || strings.Contains(string(keys.body), key) || list[0].(map[string]any)["hint"] != key[len(key)-4:] ||
+		list[0].(map[string]any)["state"] != "active" {
+		t.Errorf("the keys are %s", keys.body)
+	}
+	secret := s.call(tenant.Provisioner, "GET", "/v1/tenants/user_42/keys/default/secret", "")
+	if secret.at(t, "key") != key || secret.header.Get("Cache-Control") != "no-store" {
+		t.Errorf("the secret is answered with %d %v", secret.status, secret.header)
+	}
+	if got := s.call(tenant.Provisioner, "GET", "/v1/tenants/user_42/keys/other/secret", ""); got.status != 404 || got.at(t, "code") != "key_not_found" {
+		t.Errorf("an unknown key is answered with %d %s", got.status, got.body)
+	}
+	leak := s.call(tenant.Viewer, "POST", "/v1/keys/identify", `{"key":"`+key+`"}`)
+	if leak.at(t, "tenant_id") != "user_42" || leak.at(t, "app_id") != app || leak.at(t, "key", "name") != "default" || strings.Contains(string(leak.body), key) {
+		t.Errorf("identify answers %d %s", leak.status, leak.body)
+	}
+	up := s.call(tenant.Viewer, "GET", "/v1/upstream", "")
+	if up.at(t, "operator") != "acme" || up.at(t, "pat", "state") != "ok" || up.at(t, "breaker", "state") != "closed" {
+		t.Errorf("GET /v1/upstream answers %s", up.body)
+	}
+
+	// Every reveal is written down, and who asked.
+	var events int
+	if err := pgtest.Conn(t, s.world.URL).QueryRow(t.Context(), `SELECT count(*) FROM audit_events
+		WHERE action = 'key.revealed' AND tenant_id = 'user_42' AND app_id = $1 AND actor LIKE 'caller:%' AND request_id = $2`,
+		app, secret.header.Get("X-Request-Id")).Scan(&events); err != nil || events != 1 {
+		t.Errorf("the reveal left %d events, %v; want 1", events, err)
+	}
+}
+
+func TestListPages(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	var wg sync.WaitGroup
+	for i := range 7 {
+		wg.Go(func() {
+			s.call(tenant.Provisioner, "PUT", fmt.Sprint("/v1/tenants/user_", i), fmt.Sprintf(`{"labels":{"even":"%v"}}`, i%2 == 0))
+		})
+	}
+	wg.Wait()
+	var seen []string
+	path := "/v1/tenants?limit=3&state=active"
+	for pages := 1; ; pages++ {
+		page := s.call(tenant.Viewer, "GET", path, "")
+		for _, item := range page.at(t, "tenants").([]any) {
+			seen = append(seen, fmt.Sprint(item.(map[string]any)["id"]))
+		}
+		next, _ := page.at(t, "next_cursor").(string)
+		if next == "" {
+			if pages != 3 {
+				t.Errorf("7 tenants are on %d pages of 3", pages)
+			}
+			break
+		}
+		path = "/v1/tenants?limit=3&state=active&cursor=" + url.QueryEscape(next)
+	}
+	slices.Sort(seen)
+	if want := []string{"user_0", "user_1", "user_2", "user_3", "user_4", "user_5", "user_6"}; !slices.Equal(seen, want) {
+		t.Errorf("the pages hold %v; want each tenant once", seen)
+	}
+	even := s.call(tenant.Viewer, "GET", "/v1/tenants?label=even%3Dtrue&id_prefix=user_&profile=default&problem=false", "")
+	if got := len(even.at(t, "tenants").([]any)); got != 4 {
+		t.Errorf("%d tenants have the label; want 4", got)
+	}
+}
+
+// A request's id is the caller's where it is sane, and stands in the one line
+// that is logged, with the route's pattern and not its path.
+func TestRequestLog(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	_, token := tenant.NewToken()
+	for id, kept := range map[string]bool{"req-7.a:b/c=": true, "": false, "has space": false, strings.Repeat("x", 129): false, "tab\tbed": false, token.Reveal(): false} {
+		s.logs.TakeAll()
+		got := s.call(tenant.Viewer, "GET", "/v1/tenants/user_%34", "", "X-Request-Id", id)
+		if answered := got.header.Get("X-Request-Id"); answered == "" || (answered == id) != kept {
+			t.Errorf("X-Request-Id %q is answered %q; kept: %v", id, answered, kept)
+		}
+		provisiontest.Eventually(t, "the line is logged", func() bool { return s.logs.Len() > 0 })
+		lines := s.logs.TakeAll()
+		if len(lines) != 1 {
+			t.Fatalf("%d lines are logged for one request", len(lines))
+		}
+		fields := lines[0].ContextMap()
+		if fields["request_id"] != got.header.Get("X-Request-Id") || fields["route"] != "/v1/tenants/{tenant_id}" ||
+			fields["status"] != int64(404) || fields["tenant"] != "user_4" || fields["caller_name"] != "viewer" {
+			t.Errorf("the line reads %v", fields)
+		}
+		if strings.Contains(fmt.Sprint(fields), "%34") {
+			t.Errorf("the path is in the line %v", fields)
+		}
+	}
+}
+
+// A handler that panics is answered with 500, without its text, and the service
+// goes on.
+func TestPanic(t *testing.T) {
+	t.Parallel()
+	core, logs := observer.New(zapcore.DebugLevel)
+	resp, err := http.Get(httpapi.NewPanicking(t, zap.New(core)) + "/panic")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil || resp.StatusCode != http.StatusInternalServerError || strings.Contains(string(body), "word") || !strings.Contains(string(body), `"request_id"`) {
+		t.Errorf("a panic answers %d %s, %v", resp.StatusCode, body, err)
+	}
+	if logs.FilterMessage("a handler panicked").Len() != 1 || logs.FilterMessage("request").Len() != 1 {
+		t.Errorf("a panic logs %v", logs.All())
+	}
+}
+
+func TestGeneratedClient(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	c, err := client.NewClientWithResponses(s.url, client.WithToken(s.tokens[tenant.Provisioner]))
+	if err != nil {
+		t.Fatal(err)
+	}
+	name, id := "Ada", "a/b?c"
+	wait := "wait=30"
+	if put, err := c.PutTenantWithResponse(t.Context(), id, &client.PutTenantParams{Prefer: &wait}, client.SignUp{DisplayName: &name}); err != nil || put.ApplicationproblemJSON400 == nil {
+		t.Errorf("the client cannot read a refusal: %v", err)
+	}
+	put, err := c.PutTenantWithResponse(t.Context(), "a?b", &client.PutTenantParams{Prefer: &wait}, client.SignUp{DisplayName: &name})
+	if err != nil || put.JSON201 == nil || put.JSON201.Credentials == nil || put.JSON201.App == nil {
+		t.Fatalf("PutTenant = %+v, %v", put, err)
+	}
+	get, err := c.GetTenantWithResponse(t.Context(), "a?b", nil)
+	if err != nil || get.JSON200 == nil || get.JSON200.App.Id != put.JSON201.App.Id {
+		t.Errorf("GetTenant = %+v, %v", get, err)
+	}
+}
+
+// Every kind of failure has a status of its own choice.
+func TestEveryKindHasAStatus(t *testing.T) {
+	t.Parallel()
+	for _, kind := range tenant.Kinds {
+		if _, ok := httpapi.StatusOf(kind); !ok {
+			t.Errorf("the kind %s has no status", kind)
+		}
+	}
+	if _, ok := httpapi.StatusOf("unheard of"); ok {
+		t.Error("a kind that does not exist has a status")
+	}
+}
