@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"net/url"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -57,13 +56,14 @@ type serveCmd struct {
 type plan struct {
 	database postgres.Config
 	keys     *keyring.Keyring
-	pat      tenant.Secret
+	upstream *clarifai.Client
 	profile  tenant.Profile
 	workers  int
 }
 
-// check reads the settings and reports every fault of theirs at once.
-func (c serveCmd) check(e env) (plan, error) {
+// check reads the settings and reports every fault of theirs at once. Observe is
+// told of each call to Clarifai.
+func (c serveCmd) check(e env, observe func(call, outcome string, took time.Duration)) (plan, error) {
 	var p plan
 	var faults []error
 	note := func(err error) {
@@ -82,21 +82,21 @@ func (c serveCmd) check(e env) (plan, error) {
 	note(checkAddr("TENANTRY_INTERNAL_ADDR", c.InternalAddr))
 	p.keys, err = c.keyring(e)
 	note(err)
-	p.pat, err = secretSetting(e, "CLARIFAI_PAT", c.PATFile)
+	pat, err := secretSetting(e, "CLARIFAI_PAT", c.PATFile)
 	note(err)
-	if err == nil && !p.pat.IsSet() {
+	if err == nil && !pat.IsSet() {
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
 	}
-	if u, err := url.Parse(c.APIBase); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-		note(fmt.Errorf("CLARIFAI_API_BASE: %q must be a URL such as https://api.clarifai.com", c.APIBase))
+	if c.UpstreamTimeout <= 0 {
+		note(fmt.Errorf("TENANTRY_UPSTREAM_TIMEOUT: %s must be more than 0", c.UpstreamTimeout))
+	} else if p.upstream, err = clarifai.New(clarifai.Config{BaseURL: c.APIBase, PAT: func() tenant.Secret { return pat },
+		Timeout: c.UpstreamTimeout, Observe: observe, UserAgent: "tenantry/" + version()}); err != nil {
+		note(fmt.Errorf("CLARIFAI_API_BASE: %w", err))
 	}
 	if c.Workers < 1 || c.Workers > 1000 {
 		note(fmt.Errorf("TENANTRY_WORKERS: %d must be from 1 to 1000", c.Workers))
 	}
 	p.workers = c.Workers
-	if c.UpstreamTimeout <= 0 {
-		note(fmt.Errorf("TENANTRY_UPSTREAM_TIMEOUT: %s must be more than 0", c.UpstreamTimeout))
-	}
 	if c.ShutdownDelay < 0 || c.ShutdownTimeout <= 0 {
 		note(errors.New("TENANTRY_SHUTDOWN_DELAY must not be negative, TENANTRY_SHUTDOWN_TIMEOUT must be more than 0"))
 	}
@@ -153,10 +153,12 @@ func (c serveCmd) logger(e env) *zap.Logger {
 }
 
 func (c serveCmd) Run(ctx context.Context, e env) error {
-	p, err := c.check(e)
+	reg := prometheus.NewRegistry()
+	p, err := c.check(e, newUpstreamMetrics(reg))
 	if err != nil {
 		return err
 	}
+	defer p.upstream.Close()
 	log := c.logger(e)
 	defer func() { _ = log.Sync() }()
 
@@ -181,7 +183,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	}
 	defer db.Close()
 
-	s := &service{serveCmd: c, plan: p, log: log, db: db, reg: prometheus.NewRegistry()}
+	s := &service{serveCmd: c, plan: p, log: log, db: db, reg: reg, metrics: provision.NewMetrics(reg)}
 	return s.run(ctx, public, internal)
 }
 
@@ -209,9 +211,8 @@ type service struct {
 	plan
 	log *zap.Logger
 	db  *postgres.DB
-	reg *prometheus.Registry
 
-	observe func(call, outcome string, took time.Duration) // counts upstream calls
+	reg     *prometheus.Registry
 	metrics *provision.Metrics
 
 	api     atomic.Pointer[http.Handler] // of the public listener, once it has started
@@ -223,7 +224,6 @@ type service struct {
 // way, the jobs, the rest.
 func (s *service) run(ctx context.Context, public, internal net.Listener) error {
 	s.reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-	s.observe, s.metrics = newUpstreamMetrics(s.reg), provision.NewMetrics(s.reg)
 	// Before the database answers there is an API all the same: it says so.
 	apiServer := &http.Server{Handler: http.HandlerFunc(s.serveAPI), ErrorLog: zap.NewStdLog(s.log.Named("http"))}
 	httpapi.Limit(apiServer)
@@ -356,17 +356,12 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	if err := schema.Err(); err != nil {
 		return nil, err
 	}
-	client, err := clarifai.New(clarifai.Config{BaseURL: s.APIBase, PAT: func() tenant.Secret { return s.pat },
-		Timeout: s.UpstreamTimeout, Observe: s.observe, UserAgent: "tenantry/" + version()})
-	if err != nil {
-		return nil, err
-	}
-	deployment, verified, err := provision.Pin(ctx, s.db, client, s.keys, s.log)
+	deployment, verified, err := provision.Pin(ctx, s.db, s.upstream, s.keys, s.log)
 	if err != nil {
 		return nil, err
 	}
 	cfg := s.engine(s.plan)
-	cfg.Store, cfg.Upstream, cfg.Deployment = s.db, client.As(deployment.Operator), deployment
+	cfg.Store, cfg.Upstream, cfg.Deployment = s.db, s.upstream.As(deployment.Operator), deployment
 	cfg.Log, cfg.Metrics = s.log, s.metrics
 	engine, err := provision.New(cfg)
 	if err == nil && verified {

@@ -23,10 +23,17 @@ func invalid(field, format string, args ...any) error {
 	return &tenant.Error{Kind: tenant.Invalid, Code: "invalid_request", Field: field, Detail: fmt.Sprintf(format, args...)}
 }
 
-// decodeBody reads a JSON object into v, which has the fields that are known. A
-// body that is missing or empty leaves v as it is, if that is allowed. Values are
-// not repeated in errors: they may be secrets.
-func decodeBody(w http.ResponseWriter, r *http.Request, v any, mayBeEmpty bool) error {
+// A bodyRule says what is special about a request's body.
+type bodyRule int
+
+const (
+	mayBeEmpty  bodyRule = iota // a body that is missing or empty leaves the fields unset
+	holdsSecret                 // not even the names of unknown fields are repeated
+)
+
+// decodeBody reads a JSON object into v, which has the fields that are known.
+// Values are not repeated in errors: they may be secrets.
+func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule) error {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBodyBytes))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", MaxBodyBytes)
@@ -35,7 +42,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, mayBeEmpty bool) 
 		return invalid("body", "was not sent in full within %s", ReadTimeout)
 	}
 	if len(strings.TrimSpace(string(body))) == 0 {
-		if mayBeEmpty {
+		if rule == mayBeEmpty {
 			return nil
 		}
 		return invalid("body", "is empty: it must be a JSON object")
@@ -49,7 +56,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, mayBeEmpty bool) 
 	dec := json.NewDecoder(strings.NewReader(string(body)))
 	dec.DisallowUnknownFields()
 	if err := dec.Decode(v); err != nil {
-		return bodyFault(err, dec.InputOffset())
+		return bodyFault(err, dec.InputOffset(), rule)
 	}
 	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
 		return invalid("body", "goes on behind the JSON object, at byte %d", dec.InputOffset())
@@ -57,7 +64,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, mayBeEmpty bool) 
 	return nil
 }
 
-func bodyFault(err error, offset int64) error {
+func bodyFault(err error, offset int64, rule bodyRule) error {
 	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		field := "body"
 		if e.Field != "" {
@@ -70,8 +77,8 @@ func bodyFault(err error, offset int64) error {
 	}
 	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
 		name = strings.Trim(name, `"`)
-		if len(name) > 64 {
-			name = "body"
+		if rule == holdsSecret || len(name) > 64 {
+			return invalid("body", "has a field that this request does not know, before byte %d", offset)
 		}
 		return invalid(name, "is not a field of this request")
 	}
