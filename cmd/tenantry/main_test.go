@@ -267,7 +267,7 @@ func TestDatabaseAway(t *testing.T) {
 	}
 	resume := func() {
 		t.Helper()
-		if err := cluster.Restart(t.Context()); err != nil {
+		if err := cluster.Start(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -373,7 +373,7 @@ func TestWrongKeysetAndPAT(t *testing.T) {
 	w.AddPAT("fedcba9876543210fedcba9876543210", "umbrella")
 	vars["CLARIFAI_PAT"] = "fedcba9876543210fedcba9876543210"
 	fails(t, vars, serve, `the PAT belongs to the Clarifai user "umbrella"`)
-	fails(t, vars, []string{"keyset", "create", "--keyset-file", serve[2]}, "exist")
+	fails(t, vars, []string{"keyset", "create", "--keyset-file", serve[2]}, "is there already")
 }
 
 func TestHelp(t *testing.T) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -176,6 +177,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 		if err := writeAddrFile(c.AddrFile, urlOf(public), urlOf(internal)); err != nil {
 			return err
 		}
+		defer func() { _ = os.Remove(c.AddrFile) }()
 	}
 	db, err := postgres.Open(ctx, p.database)
 	if err != nil {
