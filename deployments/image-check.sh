@@ -9,7 +9,10 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-[ "$(id -u)" = 0 ] && [ -e /etc/debian_version ] || { echo "image-check: Debian and root are needed"; exit 1; }
+if [ "$(id -u)" != 0 ] || [ ! -e /etc/debian_version ]; then
+	echo "image-check: Debian and root are needed" >&2
+	exit 1
+fi
 
 say() { printf '\n== %s\n' "$*"; }
 fail() { echo "image-check: FAILED: $*" >&2; exit 1; }
@@ -94,11 +97,11 @@ done
 if [ -n "${IMAGE_CHECK_MODCACHE:-}" ]; then
 	options+=(--volume "$(go env GOMODCACHE):/go/pkg/mod")
 fi
-for target in tenantry clarifaisim; do
+for target in tenantry clarifaisim build; do
 	say "build $target"
-	# The default target must be tenantry: it is not named.
-	[ "$target" = tenantry ] && name=() || name=(--target "$target")
-	b build "${options[@]}" "${name[@]}" --tag "$target:check" . 2>&1 | tee "$work/log" | grep -E '^(\[|STEP|COMMIT|Successfully|--> Using cache)' || :
+	which=(--target "$target")
+	[ "$target" != tenantry ] || which=() # it must be the default
+	b build "${options[@]}" "${which[@]}" --tag "$target:check" . 2>&1 | tee "$work/log" | grep -E '^(\[|STEP|COMMIT|Successfully|--> Using cache)' || :
 	[ "${PIPESTATUS[0]}" = 0 ] || { tail -n 30 "$work/log"; fail "build $target"; }
 done
 
@@ -152,9 +155,9 @@ exits() {
 
 # started NAME COMMAND... runs a command in the background; $! is its process.
 started() {
-	local name=$1
+	local log=$work/$1.log
 	shift
-	(in_image "$@") >"$work/$name.log" 2>&1 &
+	(in_image "$@") >"$log" 2>&1 &
 	running+=($!)
 }
 
@@ -180,9 +183,16 @@ stopped() {
 	[ "$code" = 0 ] || { cat "$work/$1.log"; fail "$1 exits with $code on SIGTERM"; }
 }
 
-keyset=TENANTRY_KEYSET_FILE=/var/lib/tenantry/keyset.json
-sim=(CLARIFAI_API_BASE=http://127.0.0.1:8090 CLARIFAI_PAT=demo)
-url=DATABASE_URL=postgres://tenantry@127.0.0.1:5432/tenantry
+# compose EXPRESSION prints a part of docker-compose.yml.
+compose() { docker-compose config | python3 -c 'import sys, yaml; services = yaml.safe_load(sys.stdin)["services"]; print('"$1"')'; }
+# compose_env SERVICE prints a service's environment, with all hosts being this one.
+compose_env() {
+	compose '*(f"{k}={v}" for k, v in services["'"$1"'"]["environment"].items()), sep="\n"' |
+		sed -E 's#//clarifaisim:#//127.0.0.1:#; s#@postgres:#@127.0.0.1:#'
+}
+mapfile -t settings < <(compose_env tenantry)
+mapfile -t settings_migrate < <(compose_env migrate)
+mapfile -t settings_sim < <(compose_env clarifaisim)
 
 say "tenantry version"
 exits 0 tenantry -- version | expect "$release"
@@ -190,13 +200,24 @@ say "tenantry serve without settings names all its faults"
 exits 1 tenantry -- serve | expect DATABASE_URL TENANTRY_KEYSET_FILE CLARIFAI_PAT
 say "tenantry healthcheck where nothing runs"
 exits 1 tenantry -- healthcheck | expect "connection refused"
+say "the keyset service of docker-compose.yml makes a keyset and keeps it"
+builder=$(b from --pull-never build:check)
+script=$(compose 'services["keyset"]["entrypoint"][-1].replace("$$", "$")')
+for try in made kept; do
+	b run --isolation chroot --user "$(compose 'services["keyset"]["user"]')" --env "$(compose_env keyset)" \
+		--volume "$work/data-tenantry:/var/lib/tenantry" "$builder" -- /bin/sh -c "$script"
+	sum=$(sha256sum "$work/data-tenantry/keyset.json")
+	[ "$try" = made ] || [ "$sum" = "$before" ] || fail "the keyset is another one"
+	before=$sum
+done
+stat -c '%A %u:%g' "$work/data-tenantry/keyset.json" | expect "-rw------- 65532:65532"
 say "tenantry keyset create: in the volume, once, and nowhere else"
-exits 0 tenantry "$keyset" -- keyset create | expect "made /var/lib/tenantry/keyset.json"
-exits 1 tenantry "$keyset" -- keyset create | expect "is there already"
+exits 0 tenantry -- keyset create --keyset-file=/var/lib/tenantry/other.json | expect "made /var/lib/tenantry/other.json"
+exits 1 tenantry "${settings[@]}" -- keyset create | expect "is there already"
 exits 1 tenantry -- keyset create --keyset-file=/keyset.json | expect "read-only file system"
 
 say "tenantry serve, its database away"
-started waiting tenantry "$keyset" "$url" "${sim[@]}" -- serve
+started waiting tenantry "${settings[@]}" -- serve
 pid=$!
 until_true get --fail http://127.0.0.1:8081/livez
 exits 0 tenantry -- healthcheck
@@ -206,14 +227,14 @@ grep -qE '^CapEff:\s+0+$' "/proc/$pid/status" || fail "it has capabilities"
 stopped waiting "$pid"
 
 say "clarifaisim"
-started clarifaisim clarifaisim CLARIFAISIM_PAT=demo CLARIFAISIM_STATE_FILE=/var/lib/clarifaisim/state -- --
+started clarifaisim clarifaisim "${settings_sim[@]}" --
 simulator=$!
 until_true get --fail http://127.0.0.1:8090/_sim/state
 get http://127.0.0.1:8090/_sim/state | expect '"apps":0'
 
 postgres=$(find /usr/lib/postgresql -name initdb -printf '%h\n' 2>/dev/null | sort -V | tail -n 1)
 if [ -n "$postgres" ]; then
-	say "a sign-up through both images, on a Postgres of this machine: $postgres"
+	say "a sign-up through both images with the settings of docker-compose.yml, on a Postgres of this machine: $postgres"
 	chmod 711 "$work"
 	install -d -m 0700 -o nobody -g nogroup "$work/postgres"
 	as_nobody=(ip netns exec "$net" setpriv --reuid=nobody --regid=nogroup --clear-groups)
@@ -224,12 +245,12 @@ if [ -n "$postgres" ]; then
 	running+=("$database")
 	psql=(ip netns exec "$net" "$postgres/psql" -q -h 127.0.0.1 -U tenantry)
 	until_true "${psql[@]}" -d postgres -c 'CREATE DATABASE tenantry'
-	exits 0 tenantry "$url" -- migrate up
-	started serve tenantry "$keyset" "$url" "${sim[@]}" -- serve
+	exits 0 tenantry "${settings_migrate[@]}" -- migrate up
+	started serve tenantry "${settings[@]}" -- serve
 	pid=$!
 	until_true get --fail http://127.0.0.1:8081/readyz
 	get http://127.0.0.1:8081/readyz
-	token=$(in_image tenantry "$url" -- token create --name image-check --role provisioner)
+	token=$(in_image tenantry "${settings[@]}" -- token create --name image-check --role provisioner)
 	get -X PUT -H "Authorization: Bearer $token" --json '{"display_name":"Ada"}' http://127.0.0.1:8080/v1/tenants/user_1 |
 		sed -E 's/("key":"....)[^"]*/\1…/' | expect '"state":"active"'
 	exits 0 tenantry -- healthcheck
@@ -237,7 +258,10 @@ if [ -n "$postgres" ]; then
 	stopped serve "$pid"
 	kill -INT "$database"
 	wait "$database"
+else
+	say "no Postgres on this machine: the sign-up through both images is left out"
 fi
 stopped clarifaisim "$simulator"
 
-say "the images are good: $(b images --format '{{.Name}} {{.Size}}' | grep -v golang | sort | paste -sd ';')"
+say "both images are good"
+b images --format '{{.Name}} {{.Size}}' | grep -E '/(tenantry|clarifaisim) '
