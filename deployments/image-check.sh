@@ -101,8 +101,9 @@ for target in tenantry clarifaisim build; do
 	say "build $target"
 	which=(--target "$target")
 	[ "$target" != tenantry ] || which=() # it must be the default
-	b build "${options[@]}" "${which[@]}" --tag "$target:check" . 2>&1 | tee "$work/log" | grep -E '^(\[|STEP|COMMIT|Successfully|--> Using cache)' || :
-	[ "${PIPESTATUS[0]}" = 0 ] || { tail -n 30 "$work/log"; fail "build $target"; }
+	b build "${options[@]}" "${which[@]}" --tag "$target:check" . >"$work/log" 2>&1 ||
+		{ tail -n 30 "$work/log"; fail "build $target"; }
+	grep -E '^(\[|COMMIT|--> Using cache)' "$work/log"
 done
 
 # image TARGET FIELD prints a field of an image's configuration.
