@@ -351,7 +351,7 @@ func (s *sandbox) watch(ctx context.Context) error {
 	case <-simDone:
 		return s.sim.ended()
 	case <-pgDone:
-		return fmt.Errorf("Postgres has ended; its log is %s", s.cluster.Log())
+		return fmt.Errorf("the private Postgres has ended; its log is %s", s.cluster.Log())
 	}
 }
 

@@ -32,7 +32,7 @@ func unprivileged() (*account, error) {
 			return &account{name: name, uid: uint32(uid), gid: uint32(gid)}, nil
 		}
 	}
-	return nil, fmt.Errorf("Postgres refuses root, and there is neither a user postgres nor nobody to run it as")
+	return nil, fmt.Errorf("root may not run Postgres, and there is neither a user postgres nor nobody to run it as")
 }
 
 func (a *account) use(attr *syscall.SysProcAttr) {

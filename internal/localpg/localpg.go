@@ -272,10 +272,10 @@ func (c *Cluster) startOn(ctx context.Context, port int) error {
 		select {
 		case <-done:
 			out, _ := os.ReadFile(c.log)
-			return fmt.Errorf("Postgres does not start on %s; its log %s ends:\n%s", c.data, c.log, tail(out))
+			return fmt.Errorf("the server does not start on %s; its log %s ends:\n%s", c.data, c.log, tail(out))
 		case <-ctx.Done():
 			_ = c.Kill()
-			return fmt.Errorf("Postgres does not answer (%w); its log is %s", errors.Join(ctx.Err(), err), c.log)
+			return fmt.Errorf("the server does not answer (%w); its log is %s", errors.Join(ctx.Err(), err), c.log)
 		case <-ticker.C:
 		}
 	}

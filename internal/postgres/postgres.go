@@ -122,14 +122,6 @@ func (db *DB) Ping(ctx context.Context) error {
 	return translate("ping", db.pool.Ping(ctx))
 }
 
-// querier is what a pool and a transaction have in common, so that the caller
-// says where a transaction begins and ends.
-type querier interface {
-	Exec(ctx context.Context, sql string, args ...any) (pgconn.CommandTag, error)
-	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
-	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
-}
-
 // orZero turns a null time into the zero time.
 func orZero(t *time.Time) time.Time {
 	if t == nil {
@@ -184,10 +176,6 @@ func away(err error) bool {
 	if _, ok := errors.AsType[net.Error](err); ok {
 		return true
 	}
-	return errors.Is(err, context.DeadlineExceeded) || pgconn.SafeToRetry(err) ||
-		isConnClosed(err)
-}
-
-func isConnClosed(err error) bool {
-	return errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) || err.Error() == "conn closed"
+	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) ||
+		pgconn.SafeToRetry(err)
 }
