@@ -29,28 +29,28 @@ import (
 
 type serveCmd struct {
 	databaseFlags
-	Addr            string        `env:"TENANTRY_ADDR" default:":8080" help:"Where the API listens (${default}); port 0 takes a free one."`
-	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen (${default})."`
+	Addr            string        `env:"TENANTRY_ADDR" default:":8080" help:"Where the API listens; port 0 takes a free one."`
+	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
-	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"0s" help:"On SIGTERM, how long to go on taking requests while /readyz says no (${default}); for load balancers that learn slowly."`
-	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end (${default})."`
+	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"0s" help:"On SIGTERM, how long to go on taking requests while /readyz says no; for load balancers that learn slowly."`
+	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end."`
 
-	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database (${default}), and as many direct ones where they differ."`
+	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
 
 	KeysetFile string `env:"TENANTRY_KEYSET_FILE" placeholder:"FILE" help:"File with the keyset. Without it: TENANTRY_KEYSET, the keyset itself."`
 
 	PATFile         string        `name:"clarifai-pat-file" env:"CLARIFAI_PAT_FILE" placeholder:"FILE" help:"File with the operator's PAT. Without it: CLARIFAI_PAT."`
-	APIBase         string        `name:"clarifai-api-base" env:"CLARIFAI_API_BASE" default:"https://api.clarifai.com" help:"Where Clarifai is (${default})."`
-	UpstreamRate    float64       `env:"TENANTRY_UPSTREAM_RATE" default:"14" help:"Most calls a second to Clarifai, of all replicas together (${default}); Clarifai allows 15 by default. Every replica must have the same."`
-	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai (${default}; at most 7.5s)."`
-	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica (${default})."`
+	APIBase         string        `name:"clarifai-api-base" env:"CLARIFAI_API_BASE" default:"https://api.clarifai.com" help:"Where Clarifai is."`
+	UpstreamRate    float64       `env:"TENANTRY_UPSTREAM_RATE" default:"14" help:"Most calls a second to Clarifai, of all replicas together; Clarifai allows 15 by default. Every replica must have the same."`
+	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai, 7.5s at most."`
+	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica."`
 
-	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9 (${default})."`
-	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" default:"All" help:"Scopes of the tenants' keys, by comma (${default})."`
-	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" default:"Empty" help:"Base workflow of the apps, of clarifai/main (${default})."`
+	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9."`
+	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" default:"All" help:"Scopes of the tenants' keys, by comma."`
+	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" default:"Empty" help:"Base workflow of the apps, of clarifai/main."`
 
-	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum} (${default})."`
-	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum} (${default})."`
+	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum}."`
+	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum}."`
 }
 
 // A plan is the settings of serve, checked and read.

@@ -3,12 +3,14 @@ package httpapi_test
 import (
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/url"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/google/go-cmp/cmp"
@@ -135,6 +137,8 @@ func TestBadRequests(t *testing.T) {
 		status             int
 		code, says         string
 	}{
+		{"PUT", "/v1/tenants/", "", nil, 400, "invalid_tenant_id", "is empty"},
+		{"GET", "/v1/tenants//keys", "", nil, 400, "invalid_tenant_id", "is empty"},
 		{"PUT", "/v1/tenants/" + strings.Repeat("x", 129), "", nil, 400, "invalid_tenant_id", "129 characters"},
 		{"PUT", "/v1/tenants/a%20b", "", nil, 400, "invalid_tenant_id", "white space"},
 		{"PUT", "/v1/tenants/a%2Fb", "", nil, 400, "invalid_tenant_id", "slash"},
@@ -363,6 +367,56 @@ func TestRequestLog(t *testing.T) {
 			t.Errorf("the path is in the line %v", fields)
 		}
 	}
+}
+
+// A caller that sends slowly, or too much before the body, is not waited for.
+func TestSlowAndOversizedRequests(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	if got := s.call(tenant.Viewer, "GET", "/v1/tenants/"+strings.Repeat("x", 8<<10), ""); got.status != http.StatusBadRequest {
+		t.Errorf("a path of 8 KiB is answered with %d", got.status)
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.url+"/v1/upstream", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("X-Large", strings.Repeat("x", 2*httpapi.MaxHeaderBytes))
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusRequestHeaderFieldsTooLarge {
+		t.Errorf("a header of %d bytes is answered with %s", 2*httpapi.MaxHeaderBytes, resp.Status)
+	}
+	var wg sync.WaitGroup
+	for name, text := range map[string]string{
+		"header": "PUT /v1/tenants/slow HTTP/1.1\r\nHost: x\r\nAuth",
+		"body": "PUT /v1/tenants/slow HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer " + s.tokens[tenant.Provisioner] +
+			"\r\nContent-Length: 100\r\n\r\n{",
+	} {
+		wg.Go(func() {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer func() { _ = conn.Close() }()
+			if _, err := io.WriteString(conn, text); err != nil {
+				t.Error(err)
+			}
+			// Well above the server's limit: this only ends a test that would hang.
+			_ = conn.SetReadDeadline(time.Now().Add(6 * httpapi.ReadTimeout))
+			answered, err := io.ReadAll(conn)
+			if err != nil {
+				t.Errorf("slow %s: the connection is kept open: %v", name, err)
+			}
+			if name == "body" && !strings.Contains(string(answered), " 400 ") {
+				t.Errorf("a body that does not come is answered %q", answered)
+			}
+		})
+	}
+	wg.Wait()
 }
 
 // A handler that panics is answered with 500, without its text, and the service

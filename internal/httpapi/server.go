@@ -78,7 +78,11 @@ func New(c Config) http.Handler {
 	s := &server{c}
 	r := chi.NewRouter()
 	r.Use(s.observe, routeByEscapedPath)
-	r.NotFound(s.handle(func(http.ResponseWriter, *http.Request) error {
+	r.NotFound(s.handle(func(_ http.ResponseWriter, req *http.Request) error {
+		if rest, ok := strings.CutPrefix(req.URL.EscapedPath(), "/v1/tenants/"); ok && (rest == "" || rest[0] == '/') {
+			_, err := tenant.ParseID("")
+			return err
+		}
 		return tenant.Errorf(tenant.NotFound, "route_not_found", "there is no such path; GET /openapi.yaml lists those there are")
 	}))
 	r.MethodNotAllowed(s.handle(func(w http.ResponseWriter, req *http.Request) error {
