@@ -358,7 +358,7 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	if err := schema.Err(); err != nil {
 		return nil, err
 	}
-	deployment, verified, err := provision.Pin(ctx, s.db, s.upstream, s.keys, s.log)
+	deployment, verified, err := provision.Pin(ctx, s.db, s.upstream, s.UpstreamRate, s.keys, s.log)
 	if err != nil {
 		return nil, err
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"go.uber.org/zap"
 
@@ -20,12 +21,12 @@ type Whoami interface {
 // returns what they belong to. The first start on a database writes it down and
 // needs Clarifai for that; a later one starts without Clarifai too, and the
 // first upstream call is preceded by the check of the PAT: verified says whether
-// the PAT was checked.
-func Pin(ctx context.Context, store Store, upstream Whoami, keys *keyring.Keyring, log *zap.Logger) (d tenant.Deployment, verified bool, err error) {
+// the PAT was checked. Its one call stays within the rate, in calls a second.
+func Pin(ctx context.Context, store Store, upstream Whoami, rate float64, keys *keyring.Keyring, log *zap.Logger) (d tenant.Deployment, verified bool, err error) {
 	d, err = store.Deployment(ctx)
 	switch {
 	case errors.Is(err, tenant.NotFound):
-		operator, err := upstream.Whoami(ctx)
+		operator, err := whoami(ctx, store, upstream, rate)
 		if err != nil {
 			return d, false, fmt.Errorf("the first start on a database must learn from Clarifai whose PAT this is: %w", err)
 		}
@@ -45,12 +46,22 @@ func Pin(ctx context.Context, store Store, upstream Whoami, keys *keyring.Keyrin
 	if err := checkKeyset(d, keys); err != nil {
 		return d, false, err
 	}
-	operator, err := upstream.Whoami(ctx)
+	operator, err := whoami(ctx, store, upstream, rate)
 	if err != nil {
 		log.Error("the PAT could not be checked; look-ups are served, and it is checked again before Clarifai is used", zap.Error(err))
 		return d, false, nil
 	}
 	return d, true, checkOperator(d, operator)
+}
+
+// pinPatience is how long a start waits for its turn to call Clarifai.
+const pinPatience = 5 * time.Second
+
+func whoami(ctx context.Context, store Store, upstream Whoami, rate float64) (tenant.UserID, error) {
+	if err := takeSlot(ctx, store, rate, pinPatience); err != nil {
+		return "", err
+	}
+	return upstream.Whoami(ctx)
 }
 
 func checkKeyset(d tenant.Deployment, keys *keyring.Keyring) error {

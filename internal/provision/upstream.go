@@ -108,16 +108,13 @@ func (s *Service) verifyOperator(ctx context.Context) error {
 // MarkPATVerified notes that Pin found the PAT to be the operator's.
 func (s *Service) MarkPATVerified() { s.pat.set(PATWorks) }
 
-func (s *Service) spend(ctx context.Context, f func(context.Context) error) error {
-	// A slot that leaves no time for the call would be wasted.
-	patience := s.CallTimeout
-	if end, ok := ctx.Deadline(); ok {
-		patience = time.Until(end) - s.CallTimeout
-	}
+// takeSlot waits for the next upstream call that is free. It returns *deferred if
+// none is within patience.
+func takeSlot(ctx context.Context, store Store, rate float64, patience time.Duration) error {
 	if patience < 0 {
 		return &deferred{}
 	}
-	slot, err := s.Store.ReserveSlot(ctx, s.Rate, patience)
+	slot, err := store.ReserveSlot(ctx, rate, patience)
 	if err != nil {
 		return err
 	}
@@ -128,8 +125,21 @@ func (s *Service) spend(ctx context.Context, f func(context.Context) error) erro
 	defer wait.Stop()
 	select {
 	case <-wait.C:
+		return nil
 	case <-ctx.Done():
 		return &deferred{}
+	}
+}
+
+func (s *Service) spend(ctx context.Context, f func(context.Context) error) error {
+	// A slot that leaves no time for the call would be wasted.
+	patience := s.CallTimeout
+	if end, ok := ctx.Deadline(); ok {
+		patience = time.Until(end) - s.CallTimeout
+	}
+	err := takeSlot(ctx, s.Store, s.Rate, patience)
+	if err != nil {
+		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, s.CallTimeout)
 	defer cancel()

@@ -228,7 +228,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		return nil, err
 	}
 	w.t.Cleanup(client.Close)
-	deployment, verified, err := provision.Pin(ctx, r.DB, client, w.Keys, log)
+	deployment, verified, err := provision.Pin(ctx, r.DB, client, cfg.Rate, w.Keys, log)
 	if err != nil {
 		return nil, err
 	}
