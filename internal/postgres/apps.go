@@ -72,12 +72,12 @@ func (db *DB) AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (
 
 // GiveUpKey turns the key that is being made for a leased build, and that could
 // not be found upstream, into one to be revoked: it may still land there.
-func (db *DB) GiveUpKey(ctx context.Context, a tenant.App, settle time.Duration) error {
+func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys SET state = 'revoking', next_attempt_at = in_doubt_since + $4, updated_at = now()
+		UPDATE keys SET state = 'revoking', next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state = 'creating'
 			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state = 'building')`,
-		a.Creating.ID, a.ID, a.LeasedUntil, settle)
+		a.Creating.ID, a.ID, a.LeasedUntil)
 	return oneRow("give up key", tag, err)
 }
 

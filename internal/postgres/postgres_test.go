@@ -231,7 +231,7 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 		"DeferApp":    db.DeferApp(t.Context(), late, 0),
 		"AbandonApp":  db.AbandonApp(t.Context(), late, true, "late", actor),
 		"AppDeleted":  db.AppDeleted(t.Context(), late, actor),
-		"GiveUpKey":   db.GiveUpKey(t.Context(), late, 0),
+		"GiveUpKey":   db.GiveUpKey(t.Context(), late),
 	} {
 		if !errors.Is(err, tenant.ErrLeaseLost) {
 			t.Errorf("%s of a worker that lost its lease fails with %v; want ErrLeaseLost", what, err)

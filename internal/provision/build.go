@@ -204,7 +204,7 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 		}
 		// The lost call may still land. The row goes on to be looked for and
 		// revoked; a key row of its own is made below.
-		if err := s.Store.GiveUpKey(ctx, *a, s.Settle); err != nil {
+		if err := s.Store.GiveUpKey(ctx, *a); err != nil {
 			return tenant.Secret{}, err
 		}
 		a.Creating = tenant.CreatingKey{}

@@ -37,7 +37,7 @@ type Store interface {
 
 	LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error)
 	AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
-	GiveUpKey(ctx context.Context, a tenant.App, settle time.Duration) error
+	GiveUpKey(ctx context.Context, a tenant.App) error
 	FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error
 	AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error
 	DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error
@@ -87,6 +87,7 @@ type Config struct {
 	Lease       time.Duration // of a row, longer than JobTimeout; 20 s
 	Settle      time.Duration // how late an unclear call may still land; 60 s
 	SweepEvery  time.Duration // 1 s
+	LookAgain   time.Duration // how often a waiting request reads its row, should a wake-up be lost; 2 s
 	MaxBuilds   int           // builds of one profile at once; 64
 	BackoffBase time.Duration // after the first failure; 1 s
 	BackoffCap  time.Duration // 30 s
@@ -135,6 +136,7 @@ func (c Config) WithDefaults() Config {
 		{&c.Lease, 20 * time.Second},
 		{&c.Settle, time.Minute},
 		{&c.SweepEvery, time.Second},
+		{&c.LookAgain, 2 * time.Second},
 		{&c.BackoffBase, time.Second},
 		{&c.BackoffCap, 30 * time.Second},
 	} {
@@ -173,10 +175,6 @@ func New(c Config) (*Service, error) {
 
 // worker is who changes what no caller asked for.
 var worker = tenant.Actor{Name: "worker"}
-
-// lookAgain is how often a waiting request reads the row, should a wake-up be
-// lost.
-const lookAgain = 2 * time.Second
 
 // SignUp makes a tenant, or finds it, and waits for wait until it is active. The
 // tenant it returns may still be provisioning: workers go on.
@@ -244,7 +242,7 @@ func (s *Service) Tenant(ctx context.Context, id tenant.ID, wait time.Duration) 
 func (s *Service) await(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
 	deadline := time.NewTimer(wait)
 	defer deadline.Stop()
-	look := time.NewTicker(lookAgain)
+	look := time.NewTicker(s.LookAgain)
 	defer look.Stop()
 	for !t.State.Final() {
 		select {

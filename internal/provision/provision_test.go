@@ -172,7 +172,8 @@ func TestSignUpOfOneTenantAtOnce(t *testing.T) {
 func TestWokenByAnotherReplica(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
-	idle := w.Start(provisiontest.Options{Idle: true})
+	// It does not look by itself.
+	idle := w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.LookAgain = time.Hour }})
 	done := make(chan tenant.Tenant)
 	go func() {
 		got, _, err := idle.SignUp(t.Context(), "user_42", tenant.SignUp{}, long, caller)
