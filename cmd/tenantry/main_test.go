@@ -128,7 +128,8 @@ func (p *process) get(url string) (int, string) {
 	return p.request(http.MethodGet, url, "")
 }
 
-func (p *process) request(method, url, token string) (int, string) {
+// request sends a request; headers are name, value pairs.
+func (p *process) request(method, url, token string, headers ...string) (int, string) {
 	p.t.Helper()
 	req, err := http.NewRequestWithContext(p.t.Context(), method, url, nil)
 	if err != nil {
@@ -136,6 +137,9 @@ func (p *process) request(method, url, token string) (int, string) {
 	}
 	if token != "" {
 		req.Header.Set("Authorization", "Bearer "+token)
+	}
+	for i := 0; i+1 < len(headers); i += 2 {
+		req.Header.Set(headers[i], headers[i+1])
 	}
 	resp, err := http.DefaultClient.Do(req)
 	if err != nil {
@@ -225,12 +229,12 @@ func TestStopAnswersThoseWhoWait(t *testing.T) {
 	w.Faults(map[string]any{"call": "PostApps", "drop_before": true})
 	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
 	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
-	p := start(t, vars, serve...)
+	p := start(t, vars, append(serve, "--shutdown-timeout", "5s")...)
 	p.listening(addrFile)
 	p.ready()
 	answered := make(chan string, 1)
 	go func() {
-		status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token)
+		status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token, "Prefer", "wait=60")
 		answered <- fmt.Sprint(status, " ", body)
 	}()
 	provisiontest.Eventually(t, "the build is tried", func() bool { return w.State().Calls["PostApps"] > 0 })
