@@ -174,9 +174,9 @@ func TestWokenByAnotherReplica(t *testing.T) {
 	w := provisiontest.New(t)
 	// It does not look by itself.
 	idle := w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.LookAgain = time.Hour }})
-	done := make(chan tenant.Tenant)
+	done := make(chan tenant.Tenant, 1)
 	go func() {
-		got, _, err := idle.SignUp(t.Context(), "user_42", tenant.SignUp{}, long, caller)
+		got, _, err := idle.SignUp(t.Context(), "user_42", tenant.SignUp{}, time.Hour, caller)
 		if err != nil {
 			t.Error(err)
 		}
@@ -187,6 +187,7 @@ func TestWokenByAnotherReplica(t *testing.T) {
 		return err == nil
 	})
 	w.Start(provisiontest.Options{})
+	provisiontest.Eventually(t, "the request is woken", func() bool { return len(done) > 0 })
 	if got := <-done; got.State != tenant.Active {
 		t.Errorf("the tenant is %s", got.State)
 	}
