@@ -185,16 +185,16 @@ func TestEndToEnd(t *testing.T) {
 		t.Errorf("/livez answers %d %s", status, body)
 	}
 	must(t, vars, "healthcheck", "--internal-url", p.internal)
-	_, metrics := p.get(p.internal + "/metrics")
 	for _, name := range []string{
 		`tenantry_http_requests_total{code="201",method="PUT",route="/v1/tenants/{tenant_id}"} 1`,
 		`tenantry_upstream_calls_total{call="PostApps",outcome="ok"} 1`,
 		`tenantry_jobs_total{kind="app",outcome="done"} 1`,
 		`tenantry_build_duration_seconds_count 1`, `tenantry_tenants{state="active"}`, `go_goroutines`,
 	} {
-		if !strings.Contains(metrics, name) {
-			t.Errorf("the metrics lack %s", name)
-		}
+		provisiontest.Eventually(t, "the metrics have "+name, func() bool {
+			_, metrics := p.get(p.internal + "/metrics")
+			return strings.Contains(metrics, name)
+		})
 	}
 	if status, _ := p.get(p.url + "/metrics"); status != http.StatusNotFound {
 		t.Errorf("/metrics on the public listener answers %d", status)
