@@ -14,27 +14,20 @@ import (
 
 // LeaseApp takes an app that is due, building or purging, for at most lease. It
 // reports tenant.NotFound if there is nothing to do or another worker does it.
-//
-// It also notes the intent to make the app, if it is not made yet: from here on
-// until the outcome is recorded, the app may exist upstream.
 func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
 	var a tenant.App
 	var keyID *uuid.UUID
 	var keyInDoubt *bool
 	err := db.pool.QueryRow(ctx, `
-		WITH due AS (
-			SELECT id, in_doubt_since IS NOT NULL AS in_doubt FROM apps
-			WHERE id = $1 AND state IN ('building', 'purging') AND leased_until < now() AND next_attempt_at <= now()
-			FOR UPDATE SKIP LOCKED
-		), leased AS (
-			UPDATE apps a
-			SET leased_until = now() + $2,
-				in_doubt_since = CASE WHEN a.state = 'building' AND a.made_at IS NULL
-					THEN coalesce(a.in_doubt_since, now()) END
-			FROM due WHERE a.id = due.id
-			RETURNING a.*, due.in_doubt
+		WITH leased AS (
+			UPDATE apps SET leased_until = now() + $2
+			WHERE id = (
+				SELECT id FROM apps
+				WHERE id = $1 AND state IN ('building', 'purging') AND leased_until < now() AND next_attempt_at <= now()
+				FOR UPDATE SKIP LOCKED)
+			RETURNING *
 		)
-		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt,
+		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt,
@@ -48,18 +41,34 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	return a, translate("lease app", err)
 }
 
-// AppMade records that the app of a leased build exists upstream, and the intent
-// to make its key: from here on the key may exist upstream. A key that is being
-// made already keeps its row; the id of the row that stands is returned.
-func (db *DB) AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error) {
+// BeginApp records the intent to make the app of a leased build: from here on,
+// until the outcome is recorded, it may exist upstream.
+func (db *DB) BeginApp(ctx context.Context, a tenant.App) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE apps SET in_doubt_since = coalesce(in_doubt_since, now()), updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'building' AND made_at IS NULL`,
+		a.ID, a.LeasedUntil)
+	return oneRow("record intent to make app", tag, err)
+}
+
+// AppMade records that the app of a leased build exists upstream.
+func (db *DB) AppMade(ctx context.Context, a tenant.App) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE apps SET made_at = coalesce(made_at, now()), in_doubt_since = NULL, updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
+		a.ID, a.LeasedUntil)
+	return oneRow("record app as made", tag, err)
+}
+
+// BeginKey records the intent to make the key of a leased build: from here on,
+// until the outcome is recorded, it may exist upstream. A key that is being made
+// already keeps its row; the id of the row that stands is returned.
+func (db *DB) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error) {
 	var id uuid.UUID
 	err := db.pool.QueryRow(ctx, `
-		WITH made AS (
-			UPDATE apps SET made_at = coalesce(made_at, now()), in_doubt_since = NULL, updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state = 'building'
-			RETURNING id)
 		INSERT INTO keys AS k (id, app_id, name, scopes, in_doubt_since)
-		SELECT $3, id, $4, $5, now() FROM made
+		SELECT $3, id, $4, $5, now() FROM apps
+		WHERE id = $1 AND leased_until = $2 AND state = 'building' AND made_at IS NOT NULL
 		ON CONFLICT (app_id, name) WHERE state = 'creating' DO UPDATE
 		SET in_doubt_since = now(), scopes = excluded.scopes, updated_at = now()
 		RETURNING k.id`,
@@ -67,7 +76,7 @@ func (db *DB) AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (
 	if errors.Is(err, pgx.ErrNoRows) {
 		return id, tenant.ErrLeaseLost
 	}
-	return id, translate("record app as made", err)
+	return id, translate("record intent to make key", err)
 }
 
 // GiveUpKey turns the key that is being made for a leased build, and that could
@@ -144,21 +153,12 @@ func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) er
 }
 
 // DeferApp lets the lease of an app go, to be looked at again after delay. Nothing
-// failed and nothing was called.
+// failed, and what is in doubt stays so.
 func (db *DB) DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error {
 	tag, err := db.pool.Exec(ctx, `
-		WITH app AS (
-			UPDATE apps
-			SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity',
-				in_doubt_since = CASE WHEN $4 THEN in_doubt_since END
-			WHERE id = $1 AND leased_until = $2
-			RETURNING id
-		), key AS (
-			UPDATE keys SET in_doubt_since = NULL
-			FROM app WHERE keys.app_id = app.id AND keys.state = 'creating' AND NOT $5
-		)
-		SELECT FROM app`,
-		a.ID, a.LeasedUntil, delay, a.InDoubt, a.Creating.InDoubt)
+		UPDATE apps SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
+		WHERE id = $1 AND leased_until = $2`,
+		a.ID, a.LeasedUntil, delay)
 	return oneRow("defer app", tag, err)
 }
 

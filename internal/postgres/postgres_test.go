@@ -207,6 +207,9 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 	if err != nil || late.InDoubt || late.Made {
 		t.Fatalf("LeaseApp = %+v, %v; want a fresh app", late, err)
 	}
+	if err := db.BeginApp(t.Context(), late); err != nil {
+		t.Fatal(err)
+	}
 	if _, err := db.LeaseApp(t.Context(), id, time.Minute); !errors.Is(err, tenant.NotFound) {
 		t.Fatalf("a second lease fails with %v; want NotFound", err)
 	}
@@ -218,14 +221,19 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 		t.Fatalf("LeaseApp after a lease that ran out = %+v, %v; want the app in doubt", owner, err)
 	}
 	key := tenant.NewKeyRow{ID: uuid.Must(uuid.NewV7()), Name: "default", Scopes: []string{"All"}}
-	if _, err := db.AppMade(t.Context(), owner, key); err != nil {
+	if err := db.AppMade(t.Context(), owner); err != nil {
 		t.Fatal(err)
 	}
+	if id, err := db.BeginKey(t.Context(), owner, key); err != nil || id != key.ID {
+		t.Fatalf("BeginKey = %v, %v", id, err)
+	}
 	sealed := tenant.SealedKey{ID: key.ID, Ciphertext: []byte("c"), Fingerprint: []byte("f"), Hint: "cdef"}
-	_, lateMade := db.AppMade(t.Context(), late, tenant.NewKeyRow{ID: uuid.New(), Name: "default", Scopes: []string{"All"}})
+	_, lateKey := db.BeginKey(t.Context(), late, tenant.NewKeyRow{ID: uuid.New(), Name: "default", Scopes: []string{"All"}})
 	late.Creating.ID = key.ID
 	for what, err := range map[string]error{
-		"AppMade":     lateMade,
+		"BeginApp":    db.BeginApp(t.Context(), late),
+		"AppMade":     db.AppMade(t.Context(), late),
+		"BeginKey":    lateKey,
 		"FinishBuild": db.FinishBuild(t.Context(), late, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor),
 		"AppSetback":  db.AppSetback(t.Context(), late, tenant.Setback{}),
 		"DeferApp":    db.DeferApp(t.Context(), late, 0),

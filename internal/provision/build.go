@@ -106,8 +106,7 @@ func (s *Service) failed(act string, err error, fields ...zap.Field) outcome {
 
 // build takes an app from where it stands to ready. It may be repeated from any
 // point: an earlier try may have made the app or the key and died before it could
-// say so. It keeps a in step with what is known, so that whoever records a failure
-// knows what is in doubt.
+// say so.
 func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	began := time.Now()
 	profile, ok := s.profiles[a.Profile]
@@ -116,6 +115,9 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	}
 	if !a.Made {
 		if err := s.makeApp(ctx, a, profile); err != nil {
+			return err
+		}
+		if err := s.Store.AppMade(ctx, *a); err != nil {
 			return err
 		}
 	}
@@ -153,8 +155,13 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 			return err
 		}
 	}
-	err := s.call(ctx, func(ctx context.Context) error {
-		a.InDoubt = true
+	if err := s.turn(ctx); err != nil {
+		return err
+	}
+	if err := s.Store.BeginApp(ctx, *a); err != nil {
+		return err
+	}
+	err := s.send(ctx, func(ctx context.Context) error {
 		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: marker})
 	})
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
@@ -195,7 +202,6 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 		case err != nil:
 			return tenant.Secret{}, err
 		case found && key.Secret.IsSet():
-			a.Made = true
 			return key.Secret, nil
 		case found:
 			// No tenant has had this app: to begin anew is safe, and leaves no key
@@ -209,17 +215,19 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 		}
 		a.Creating = tenant.CreatingKey{}
 	}
+	if err := s.turn(ctx); err != nil {
+		return tenant.Secret{}, err
+	}
 	id, err := uuid.NewV7()
 	if err != nil {
 		return tenant.Secret{}, err
 	}
-	if id, err = s.Store.AppMade(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
+	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
 		return tenant.Secret{}, err
 	}
-	a.Made, a.InDoubt, a.Creating = true, false, tenant.CreatingKey{ID: id}
+	a.Creating.ID = id
 	var secret tenant.Secret
-	err = s.call(ctx, func(ctx context.Context) (err error) {
-		a.Creating.InDoubt = true
+	err = s.send(ctx, func(ctx context.Context) (err error) {
 		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: profile.KeyScopes,
 			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
 		return err

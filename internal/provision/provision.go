@@ -36,7 +36,9 @@ type Store interface {
 	Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error)
 
 	LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error)
-	AppMade(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
+	BeginApp(ctx context.Context, a tenant.App) error
+	AppMade(ctx context.Context, a tenant.App) error
+	BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
 	GiveUpKey(ctx context.Context, a tenant.App) error
 	FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error
 	AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error

@@ -71,12 +71,22 @@ type deferred struct{ wait time.Duration }
 func (d *deferred) Error() string { return fmt.Sprintf("no upstream call is free for %s", d.wait) }
 
 // call makes one upstream call within the budget. It returns *deferred if the
-// call was not made.
+// call was not made. A call that makes something has its intent written down
+// between its turn and its sending: one that still waits for its turn when the
+// process dies leaves nothing in doubt.
 func (s *Service) call(ctx context.Context, f func(context.Context) error) error {
+	if err := s.turn(ctx); err != nil {
+		return err
+	}
+	return s.send(ctx, f)
+}
+
+// turn waits until an upstream call may be made.
+func (s *Service) turn(ctx context.Context) error {
 	if err := s.verifyOperator(ctx); err != nil {
 		return err
 	}
-	return s.spend(ctx, f)
+	return s.takeSlot(ctx)
 }
 
 // verifyOperator makes sure, once, that the PAT is the deployment's operator's:
@@ -92,7 +102,10 @@ func (s *Service) verifyOperator(ctx context.Context) error {
 	if s.pat.isVerified() {
 		return nil
 	}
-	return s.spend(ctx, func(ctx context.Context) error {
+	if err := s.takeSlot(ctx); err != nil {
+		return err
+	}
+	return s.send(ctx, func(ctx context.Context) error {
 		operator, err := s.Upstream.Whoami(ctx)
 		if err != nil {
 			return err
@@ -131,19 +144,20 @@ func takeSlot(ctx context.Context, store Store, rate float64, patience time.Dura
 	}
 }
 
-func (s *Service) spend(ctx context.Context, f func(context.Context) error) error {
+func (s *Service) takeSlot(ctx context.Context) error {
 	// A slot that leaves no time for the call would be wasted.
 	patience := s.CallTimeout
 	if end, ok := ctx.Deadline(); ok {
 		patience = time.Until(end) - s.CallTimeout
 	}
-	err := takeSlot(ctx, s.Store, s.Rate, patience)
-	if err != nil {
-		return err
-	}
+	return takeSlot(ctx, s.Store, s.Rate, patience)
+}
+
+// send makes a call whose turn has come, and notes what it says of the PAT.
+func (s *Service) send(ctx context.Context, f func(context.Context) error) error {
 	ctx, cancel := context.WithTimeout(ctx, s.CallTimeout)
 	defer cancel()
-	err = f(ctx)
+	err := f(ctx)
 	switch class := tenant.ClassOf(err); {
 	case class == tenant.UpstreamPAT && s.PAT().State != PATForeign:
 		s.pat.set(PATRefused)
