@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode/utf8"
 
 	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -31,9 +32,9 @@ const (
 	holdsSecret                 // not even the names of unknown fields are repeated
 )
 
-// decodeBody reads a JSON object into v, which has the fields that are known.
-// Values are not repeated in errors: they may be secrets.
-func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule) error {
+// decodeBody reads a JSON object into v. Fields are named exactly, and no others
+// than known are taken. Values are not repeated in errors: they may be secrets.
+func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, known ...string) error {
 	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBodyBytes))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", MaxBodyBytes)
@@ -53,18 +54,34 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule) er
 				Field: "Content-Type", Detail: "must be application/json"}}
 		}
 	}
-	dec := json.NewDecoder(strings.NewReader(string(body)))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(v); err != nil {
-		return bodyFault(err, dec.InputOffset(), rule)
+	if !utf8.Valid(body) {
+		return invalid("body", "is not valid UTF-8")
 	}
-	if _, err := dec.Token(); !errors.Is(err, io.EOF) {
-		return invalid("body", "goes on behind the JSON object, at byte %d", dec.InputOffset())
+	// encoding/json takes a field in any spelling of upper and lower case, and null
+	// for an object.
+	var fields map[string]json.RawMessage
+	if err := json.Unmarshal(body, &fields); err != nil {
+		return bodyFault(err)
+	}
+	if fields == nil {
+		return invalid("body", "is null, and must be an object")
+	}
+	for name := range fields {
+		if slices.Contains(known, name) {
+			continue
+		}
+		if rule == holdsSecret || len(name) > 64 {
+			return invalid("body", "has a field that this request does not know; there are: %s", strings.Join(known, ", "))
+		}
+		return invalid(name, "is not a field of this request; there are: %s", strings.Join(known, ", "))
+	}
+	if err := json.Unmarshal(body, v); err != nil {
+		return bodyFault(err)
 	}
 	return nil
 }
 
-func bodyFault(err error, offset int64, rule bodyRule) error {
+func bodyFault(err error) error {
 	if e, ok := errors.AsType[*json.UnmarshalTypeError](err); ok {
 		field := "body"
 		if e.Field != "" {
@@ -73,16 +90,9 @@ func bodyFault(err error, offset int64, rule bodyRule) error {
 		return invalid(field, "is a JSON %s at byte %d, and must be %s", e.Value, e.Offset, jsonKind(e.Type.Kind().String()))
 	}
 	if e, ok := errors.AsType[*json.SyntaxError](err); ok {
-		return invalid("body", "is not valid JSON at byte %d", e.Offset)
+		return invalid("body", "is not one valid JSON object: the fault is at byte %d", e.Offset)
 	}
-	if name, ok := strings.CutPrefix(err.Error(), "json: unknown field "); ok {
-		name = strings.Trim(name, `"`)
-		if rule == holdsSecret || len(name) > 64 {
-			return invalid("body", "has a field that this request does not know, before byte %d", offset)
-		}
-		return invalid(name, "is not a field of this request")
-	}
-	return invalid("body", "is not valid JSON at byte %d", offset)
+	return invalid("body", "is not valid JSON")
 }
 
 func jsonKind(goKind string) string {

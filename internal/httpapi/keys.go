@@ -96,7 +96,7 @@ func (s *server) identifyKey(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var body identifyBody
-	if err := decodeBody(w, r, &body, holdsSecret); err != nil {
+	if err := decodeBody(w, r, &body, holdsSecret, "key"); err != nil {
 		return err
 	}
 	if n := len(body.Key); n == 0 || n > maxLeakLength {

@@ -82,7 +82,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	var body signUpBody
-	if err := decodeBody(w, r, &body, mayBeEmpty); err != nil {
+	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels"); err != nil {
 		return err
 	}
 	prefer := parsePrefer(r.Header.Values("Prefer"))
