@@ -92,13 +92,22 @@ var errExit = errors.New("exit")
 
 // printFault prints a failure to a person: several ones a line each.
 func printFault(w io.Writer, err error) {
-	lines := strings.Split(err.Error(), "\n")
-	if len(lines) == 1 {
-		_, _ = fmt.Fprintln(w, "tenantry:", lines[0])
+	var faults []string
+	for line := range strings.SplitSeq(err.Error(), "\n") {
+		rest, continued := strings.CutPrefix(line, "\t") // as the driver's errors do
+		switch {
+		case !continued || len(faults) == 0:
+			faults = append(faults, line)
+		case !strings.Contains(faults[len(faults)-1], rest):
+			faults[len(faults)-1] += " " + rest
+		}
+	}
+	if len(faults) == 1 {
+		_, _ = fmt.Fprintln(w, "tenantry:", faults[0])
 		return
 	}
 	_, _ = fmt.Fprintln(w, "tenantry:")
-	for _, l := range lines {
-		_, _ = fmt.Fprintln(w, "  -", l)
+	for _, f := range faults {
+		_, _ = fmt.Fprintln(w, "  -", f)
 	}
 }
