@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 
 	embedded "github.com/fergusstrange/embedded-postgres"
 )
@@ -37,6 +38,15 @@ func FindOrFetch(ctx context.Context, say func(string)) (Binaries, error) {
 	if !errors.Is(err, ErrNoPostgres) {
 		return b, err
 	}
+	// The tests of several packages come here at once: one of them installs.
+	unlock, err := lockInstallation()
+	if err != nil {
+		return b, err
+	}
+	defer unlock()
+	if b, err = Find(ctx); !errors.Is(err, ErrNoPostgres) {
+		return b, err
+	}
 	if os.Getuid() == 0 {
 		if _, aptErr := exec.LookPath("apt-get"); aptErr == nil {
 			say("installing the distribution's Postgres")
@@ -52,6 +62,21 @@ func FindOrFetch(ctx context.Context, say func(string)) (Binaries, error) {
 		return b, fmt.Errorf("%w (downloading it failed: %v)", ErrNoPostgres, err)
 	}
 	return Find(ctx)
+}
+
+// lockInstallation waits until no other process of ours installs Postgres. The
+// lock ends with the process, however that ends.
+func lockInstallation() (unlock func(), err error) {
+	path := filepath.Join(os.TempDir(), fmt.Sprintf("tenantry-install-%d.lock", os.Getuid()))
+	f, err := os.OpenFile(path, os.O_CREATE|os.O_RDWR|syscall.O_NOFOLLOW, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX); err != nil {
+		_ = f.Close()
+		return nil, err
+	}
+	return func() { _ = f.Close() }, nil
 }
 
 // Find looks for the server programs: in PG_BINDIR, which must have them if it is
@@ -121,7 +146,7 @@ func look(ctx context.Context, dir string) (Binaries, error) {
 // make and start.
 func install(ctx context.Context) error {
 	apt := func(args ...string) error {
-		cmd := exec.CommandContext(ctx, "apt-get", args...)
+		cmd := exec.CommandContext(ctx, "apt-get", append([]string{"-o", "DPkg::Lock::Timeout=300"}, args...)...)
 		cmd.Env = append(os.Environ(), "DEBIAN_FRONTEND=noninteractive")
 		if out, err := cmd.CombinedOutput(); err != nil {
 			return fmt.Errorf("apt-get %s: %w: %s", strings.Join(args, " "), err, tail(out))
