@@ -201,8 +201,8 @@ func parseListQuery(q url.Values) (listQuery, error) {
 			return l, invalid(name, "is given %d times", len(values))
 		}
 		for _, v := range values {
-			if strings.ContainsRune(v, 0) || len(v) > 1024 {
-				return l, invalid(name, "holds a zero byte or is longer than 1024 bytes")
+			if strings.ContainsRune(v, 0) || len(v) > 1024 || !utf8.ValidString(v) {
+				return l, invalid(name, "holds a zero byte, is not valid UTF-8 or is longer than 1024 bytes")
 			}
 		}
 	}

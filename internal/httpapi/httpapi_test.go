@@ -180,6 +180,8 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/tenants?created_after=yesterday", "", nil, 400, "invalid_request", "2026-01-31T12:00:00Z"},
 		{"GET", "/v1/tenants?problem=maybe", "", nil, 400, "invalid_request", "true or false"},
 		{"GET", "/v1/tenants?id_prefix=%00", "", nil, 400, "invalid_request", "zero byte"},
+		{"GET", "/v1/tenants?id_prefix=%ff", "", nil, 400, "invalid_request", "UTF-8"},
+		{"GET", "/v1/tenants?profile=a%FFb", "", nil, 400, "invalid_request", "UTF-8"},
 		{"POST", "/v1/keys/identify", "", nil, 400, "invalid_request", "is empty"},
 		{"POST", "/v1/keys/identify", `{"key":""}`, nil, 400, "invalid_request", "1 to 512"},
 		{"POST", "/v1/keys/identify", `{"key":"nobody's"}`, nil, 404, "key_not_found", ""},
@@ -350,7 +352,7 @@ func TestRequestLog(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	_, token := tenant.NewToken()
-	for id, kept := range map[string]bool{"req-7.a:b/c=": true, "": false, "has space": false, strings.Repeat("x", 129): false, "tab\tbed": false, token.Reveal(): false} {
+	for id, kept := range map[string]bool{"req-7.a:b/c=": true, "": false, "has space": false, strings.Repeat("x", 129): false, "tab\tbed": false, token.Reveal(): false, "a" + token.Reveal(): false} {
 		s.logs.TakeAll()
 		got := s.call(tenant.Viewer, "GET", "/v1/tenants/user_%34", "", "X-Request-Id", id)
 		if answered := got.header.Get("X-Request-Id"); answered == "" || (answered == id) != kept {

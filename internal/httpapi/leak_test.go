@@ -78,6 +78,7 @@ func TestNothingLeaks(t *testing.T) {
 		s.call("", "GET", "/v1/upstream", "", "Authorization", "Bearer "+s.tokens[tenant.Admin]+"x"),
 		s.call("", "GET", "/v1/upstream", "", "Authorization", "Basic "+s.tokens[tenant.Admin]),
 		s.call("", "GET", "/v1/upstream", "", "X-Request-Id", s.tokens[tenant.Admin]),
+		s.call(tenant.Viewer, "GET", "/v1/tenants/user_1", "", "X-Request-Id", "a"+s.tokens[tenant.Admin]),
 		s.call(tenant.Viewer, "GET", "/v1/tenants/user_1/keys/default/secret", ""),
 	} {
 		answers = append(answers, string(a.body), fmt.Sprint(a.header))

@@ -44,7 +44,8 @@ type Token struct {
 	Hash []byte // SHA-256 of the secret part
 }
 
-const tokenPrefix = "tnty_"
+// TokenPrefix begins every token.
+const TokenPrefix = "tnty_"
 
 // crockford is base32 in lower case without letters that are mistaken for digits.
 var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPadding(base32.NoPadding)
@@ -57,12 +58,12 @@ const (
 // NewToken makes a token. Its text is shown once and cannot be had again.
 func NewToken() (Token, Secret) {
 	id, secret := randomText(tokenIDBytes), randomText(tokenSecretBytes)
-	return Token{ID: id, Hash: hashToken(secret)}, NewSecret(tokenPrefix + id + "_" + secret)
+	return Token{ID: id, Hash: hashToken(secret)}, NewSecret(TokenPrefix + id + "_" + secret)
 }
 
 // ParseToken splits a token's text. It reports false for what cannot be one.
 func ParseToken(s string) (Token, bool) {
-	rest, ok := strings.CutPrefix(s, tokenPrefix)
+	rest, ok := strings.CutPrefix(s, TokenPrefix)
 	if !ok {
 		return Token{}, false
 	}
