@@ -86,14 +86,17 @@ func (e TenantState) Valid() bool {
 
 // Defines values for UpstreamBreakerState.
 const (
-	Closed UpstreamBreakerState = "closed"
-	Open   UpstreamBreakerState = "open"
+	Closed   UpstreamBreakerState = "closed"
+	HalfOpen UpstreamBreakerState = "half_open"
+	Open     UpstreamBreakerState = "open"
 )
 
 // Valid indicates whether the value is a known member of the UpstreamBreakerState enum.
 func (e UpstreamBreakerState) Valid() bool {
 	switch e {
 	case Closed:
+		return true
+	case HalfOpen:
 		return true
 	case Open:
 		return true
@@ -262,8 +265,10 @@ type Upstream struct {
 		PausedUntil *time.Time `json:"paused_until,omitempty"`
 
 		// Reason What holds something up, and when it is tried again.
-		Reason *Problem             `json:"reason,omitempty"`
-		State  UpstreamBreakerState `json:"state"`
+		Reason *Problem `json:"reason,omitempty"`
+
+		// State open: no calls are made until paused_until; half_open: one call tries whether Clarifai is back.
+		State UpstreamBreakerState `json:"state"`
 	} `json:"breaker"`
 	Budget struct {
 		NextSlotInSeconds float32 `json:"next_slot_in_seconds"`
@@ -273,7 +278,7 @@ type Upstream struct {
 	// Operator The Clarifai user that owns the apps.
 	Operator string `json:"operator"`
 
-	// Pat As the replica that answers found it last.
+	// Pat As the replica that answers found it last; refused as soon as one replica that has the same PAT found it so.
 	Pat struct {
 		CheckedAt *time.Time       `json:"checked_at,omitempty"`
 		Since     *time.Time       `json:"since,omitempty"`
@@ -294,7 +299,7 @@ type Upstream struct {
 	} `json:"queue"`
 }
 
-// UpstreamBreakerState defines model for Upstream.Breaker.State.
+// UpstreamBreakerState open: no calls are made until paused_until; half_open: one call tries whether Clarifai is back.
 type UpstreamBreakerState string
 
 // UpstreamPatState defines model for Upstream.Pat.State.

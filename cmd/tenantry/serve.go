@@ -58,6 +58,7 @@ type plan struct {
 	database postgres.Config
 	keys     *keyring.Keyring
 	upstream *clarifai.Client
+	pat      *provision.PAT
 	profile  tenant.Profile
 	workers  int
 }
@@ -88,9 +89,12 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	if err == nil && !pat.IsSet() {
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
 	}
+	if err == nil && p.keys != nil {
+		p.pat = provision.NewPAT(pat, p.keys)
+	}
 	if c.UpstreamTimeout <= 0 {
 		note(fmt.Errorf("TENANTRY_UPSTREAM_TIMEOUT: %s must be more than 0", c.UpstreamTimeout))
-	} else if p.upstream, err = clarifai.New(clarifai.Config{BaseURL: c.APIBase, PAT: func() tenant.Secret { return pat },
+	} else if p.upstream, err = clarifai.New(clarifai.Config{BaseURL: c.APIBase, PAT: p.pat.Secret,
 		Timeout: c.UpstreamTimeout, Observe: observe, UserAgent: "tenantry/" + version()}); err != nil {
 		note(fmt.Errorf("CLARIFAI_API_BASE: %w", err))
 	}
@@ -185,7 +189,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	}
 	defer db.Close()
 
-	s := &service{serveCmd: c, plan: p, log: log, db: db, reg: reg, metrics: provision.NewMetrics(reg)}
+	s := &service{serveCmd: c, plan: p, env: e, log: log, db: db, reg: reg, metrics: provision.NewMetrics(reg)}
 	return s.run(ctx, public, internal)
 }
 
@@ -211,6 +215,7 @@ func urlOf(l net.Listener) string {
 type service struct {
 	serveCmd
 	plan
+	env env
 	log *zap.Logger
 	db  *postgres.DB
 
@@ -220,6 +225,14 @@ type service struct {
 	api     atomic.Pointer[http.Handler] // of the public listener, once it has started
 	started atomic.Bool
 	ending  atomic.Bool
+}
+
+// patWatchInterval is how often the PAT's file is read: secrets that are mounted
+// change by the swap of a link, which file notifications miss.
+const patWatchInterval = 2 * time.Second
+
+func (s *service) readPAT() (tenant.Secret, error) {
+	return secretSetting(s.env, "CLARIFAI_PAT", s.PATFile)
 }
 
 // run serves until ctx ends, then stops in order: no more requests, those under
@@ -260,6 +273,9 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	if err == nil {
 		group.Go(func() error { return s.db.Listen(background, s.log) })
 		group.Go(func() error { return engine.Sweep(background) })
+		if s.PATFile != "" {
+			group.Go(func() error { engine.WatchPAT(background, s.readPAT, patWatchInterval); return nil })
+		}
 		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg)})
 		s.api.Store(&handler)
 		s.started.Store(true)
@@ -358,18 +374,14 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	if err := schema.Err(); err != nil {
 		return nil, err
 	}
-	deployment, verified, err := provision.Pin(ctx, s.db, s.upstream, s.UpstreamRate, s.keys, s.log)
+	deployment, err := provision.Pin(ctx, s.db, s.upstream, s.pat, s.UpstreamRate, s.keys, s.log)
 	if err != nil {
 		return nil, err
 	}
 	cfg := s.engine(s.plan)
-	cfg.Store, cfg.Upstream, cfg.Deployment = s.db, s.upstream.As(deployment.Operator), deployment
+	cfg.Store, cfg.Upstream, cfg.PAT, cfg.Deployment = s.db, s.upstream.As(deployment.Operator), s.pat, deployment
 	cfg.Log, cfg.Metrics = s.log, s.metrics
-	engine, err := provision.New(cfg)
-	if err == nil && verified {
-		engine.MarkPATVerified()
-	}
-	return engine, err
+	return provision.New(cfg)
 }
 
 // newUpstreamMetrics returns what counts upstream calls.

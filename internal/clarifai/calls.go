@@ -46,10 +46,10 @@ const markerField = "tenantry"
 // perPage is the most that Clarifai gives at once.
 const perPage = 1000
 
-// Whoami returns the user that the PAT belongs to.
-func (c *Client) Whoami(ctx context.Context) (tenant.UserID, error) {
+// Whoami returns the user that a PAT belongs to; an unset one means the PAT in use.
+func (c *Client) Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error) {
 	var id tenant.UserID
-	err := c.do(ctx, request{call: "GetUser", method: http.MethodGet, path: []string{"users", "me"}, limit: maxAnswer},
+	err := c.do(ctx, request{call: "GetUser", method: http.MethodGet, path: []string{"users", "me"}, limit: maxAnswer, pat: pat},
 		func(a answer) string {
 			var got struct {
 				User userJSON `json:"user"`

@@ -145,6 +145,8 @@ type request struct {
 	limit  int64
 	// key is the key that the path names, if any: nothing may show it.
 	key tenant.Secret
+	// pat is the PAT to use instead of the one in use, if it is set.
+	pat tenant.Secret
 	// also is a status code that is a success too; 0 for none.
 	also int
 }
@@ -155,7 +157,10 @@ func (r request) changes() bool { return r.method != http.MethodGet }
 // do makes the one HTTP request of a call. Read takes what it needs from the
 // answer and says what makes it unusable, or "".
 func (c *Client) do(ctx context.Context, r request, read func(answer) string) error {
-	pat := c.pat()
+	pat := r.pat
+	if !pat.IsSet() {
+		pat = c.pat()
+	}
 	out, fault := c.newRequest(r, pat)
 	if fault != nil {
 		return fault

@@ -58,7 +58,7 @@ var calls = []testCall{
 	{
 		name: "GetUser", method: "GET", uri: "/v2/users/me",
 		answer: `{` + okStatus + `,"user":{"id":"acme","first_name":"A"}}`,
-		run:    func(ctx context.Context, c *clarifai.Client) (any, error) { return c.Whoami(ctx) },
+		run:    func(ctx context.Context, c *clarifai.Client) (any, error) { return c.Whoami(ctx, tenant.Secret{}) },
 		want:   operator,
 	},
 	{
@@ -588,7 +588,7 @@ func TestPATIsReadAtEachCall(t *testing.T) {
 		return pat
 	}})
 	for range 2 {
-		if _, err := c.Whoami(t.Context()); err != nil {
+		if _, err := c.Whoami(t.Context(), tenant.Secret{}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -780,7 +780,7 @@ func TestRequestID(t *testing.T) {
 			w.Header().Set("x-clarifai-request-id", test.header)
 			fmt.Fprintf(w, `{"status":{"code":11100,"req_id":%q}}`, test.body)
 		})
-		_, err := newClient(t, clarifai.Config{BaseURL: u.URL}).Whoami(t.Context())
+		_, err := newClient(t, clarifai.Config{BaseURL: u.URL}).Whoami(t.Context(), tenant.Secret{})
 		if up := asUpstream(t, callNamed(t, "GetUser"), err); up.RequestID != test.want {
 			t.Errorf("req_id %q and header %q gave %q, want %q", test.body, test.header, up.RequestID, test.want)
 		}
@@ -790,7 +790,7 @@ func TestRequestID(t *testing.T) {
 		w.Header().Set("x-clarifai-request-id", "abc")
 		w.WriteHeader(http.StatusBadGateway)
 	})
-	_, err := newClient(t, clarifai.Config{BaseURL: u.URL}).Whoami(t.Context())
+	_, err := newClient(t, clarifai.Config{BaseURL: u.URL}).Whoami(t.Context(), tenant.Secret{})
 	if up := asUpstream(t, callNamed(t, "GetUser"), err); up.RequestID != "abc" {
 		t.Errorf("request id is %q, want abc", up.RequestID)
 	}
@@ -831,7 +831,7 @@ func TestBaseURLWithPath(t *testing.T) {
 			}
 			fmt.Fprint(w, `{`+okStatus+`,"user":{"id":"acme"}}`)
 		})
-		if _, err := newClient(t, clarifai.Config{BaseURL: u.URL + base}).Whoami(t.Context()); err != nil {
+		if _, err := newClient(t, clarifai.Config{BaseURL: u.URL + base}).Whoami(t.Context(), tenant.Secret{}); err != nil {
 			t.Error(err)
 		}
 	}

@@ -109,7 +109,7 @@ func TestLifeOfAnApp(t *testing.T) {
 	t.Parallel()
 	ctx, sim := t.Context(), simulate(t)
 	c := sim.client(t)
-	who, err := c.Whoami(ctx)
+	who, err := c.Whoami(ctx, tenant.Secret{})
 	must(t, err)
 	if who != operator {
 		t.Errorf("Whoami is %q, want %q", who, operator)
@@ -271,7 +271,7 @@ func TestSimulatedLimits(t *testing.T) {
 	var err error
 	for range 2 {
 		if err == nil {
-			_, err = c.Whoami(ctx)
+			_, err = c.Whoami(ctx, tenant.Secret{})
 		}
 	}
 	wantClass(t, "GetUser", err, tenant.UpstreamThrottled, false)
@@ -316,7 +316,7 @@ func TestSimulatedPATs(t *testing.T) {
 		}
 	}
 	pat = key // an app's key in place of the PAT
-	_, err = c.Whoami(ctx)
+	_, err = c.Whoami(ctx, tenant.Secret{})
 	wantClass(t, "GetUser", err, tenant.UpstreamPAT, false)
 
 	must(t, sim.AddPAT(clarifaisim.PAT{Token: unknown, UserID: string(operator), Scopes: []string{"Apps_Get"}}))

@@ -47,11 +47,11 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 	if err := onlyParams(r.URL.Query()); err != nil {
 		return err
 	}
-	u, err := s.DB.Upstream(r.Context())
+	u, pat, err := s.Service.UpstreamStatus(r.Context())
 	if err != nil {
 		return err
 	}
-	pat, rate := s.Service.PAT(), s.Service.Rate
+	rate := s.Service.Rate
 	body := upstreamBody{
 		Operator: s.Service.Deployment.Operator,
 		PAT:      patBody{State: pat.State, Since: pat.Since.UTC(), CheckedAt: pat.CheckedAt.UTC()},
@@ -62,8 +62,14 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 			ETASeconds: float64(u.Waiting*provision.CallsPerBuild) / rate},
 		Problem: u.LastProblem,
 	}
-	if !u.PausedUntil.IsZero() {
+	if u.Pauses > 0 {
 		body.Breaker = breakerBody{State: "open", PausedUntil: u.PausedUntil.UTC(), Reason: u.PauseReason}
+		if !u.PausedUntil.After(u.DatabaseTime) {
+			body.Breaker.State = "half_open"
+		}
+	}
+	if u.PATRefused != nil {
+		body.Problem = u.PATRefused
 	}
 	return respond(w, http.StatusOK, body)
 }

@@ -31,6 +31,7 @@ type Keyring struct {
 const (
 	keyDomain        = "tenantry key\x00"
 	deploymentDomain = "tenantry deployment\x00"
+	patDomain        = "tenantry pat\x00"
 )
 
 // The probe's associated data differs in length from every key id: a probe cannot
@@ -76,6 +77,12 @@ func (k *Keyring) Open(keyID uuid.UUID, ciphertext []byte) (tenant.Secret, error
 // keyset, others with any other. Without the keyset a guess cannot be checked.
 func (k *Keyring) Fingerprint(secret tenant.Secret) []byte {
 	return k.derive(keyDomain + secret.Reveal())
+}
+
+// PATFingerprint returns 32 bytes that stand for a PAT, as Fingerprint does for a
+// key.
+func (k *Keyring) PATFingerprint(pat tenant.Secret) []byte {
+	return k.derive(patDomain + pat.Reveal())
 }
 
 // Hint returns the last four characters of secret, for people to tell keys

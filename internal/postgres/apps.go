@@ -28,9 +28,10 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
+			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating'`,
-		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt,
+		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("app")

@@ -4,53 +4,157 @@ import (
 	"context"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// ReserveSlot reserves the next upstream call, if it can begin within patience.
-// Slots follow one another at perSecond; unused ones are not saved up, so that
-// there is never a burst. No answer means no call.
-func (db *DB) ReserveSlot(ctx context.Context, perSecond float64, patience time.Duration) (tenant.Slot, error) {
+// ReserveSlot reserves the next upstream call, if it can begin within the
+// request's patience. Slots follow one another at the rate; unused ones are not
+// saved up, so that there is never a burst. After a pause one call at a time
+// tries whether Clarifai is back. No answer means no call.
+func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
 	// reserve in the past.
 	var s tenant.Slot
 	err := db.pool.QueryRow(ctx, `
-		WITH slot AS (
+		WITH refused AS (
+			SELECT next_check_at FROM refused_pats WHERE fingerprint = $3 AND NOT $4
+		), slot AS (
 			UPDATE upstream_budget
-			SET next_slot_at = greatest(next_slot_at, clock_timestamp()) + $1::interval
-			WHERE greatest(next_slot_at, paused_until) <= clock_timestamp() + $2::interval
+			SET next_slot_at = greatest(next_slot_at, clock_timestamp()) + $1::interval,
+				probe_until = CASE WHEN pauses > 0 THEN clock_timestamp() + $5::interval ELSE probe_until END
+			WHERE next_slot_at <= clock_timestamp() + $2::interval
 				AND paused_until <= clock_timestamp()
-			RETURNING next_slot_at - $1::interval AS at)
-		SELECT true, greatest(at - clock_timestamp(), '0') FROM slot
+				AND (pauses = 0 OR probe_until <= clock_timestamp())
+				AND NOT EXISTS (SELECT FROM refused)
+			RETURNING next_slot_at - $1::interval AS at, epoch, pauses > 0 AS probe, failures > 0 AS shaky)
+		SELECT true, greatest(at - clock_timestamp(), '0'), clock_timestamp() - statement_timestamp(), epoch, probe, shaky, false
+		FROM slot
 		UNION ALL
-		SELECT false, greatest(paused_until - clock_timestamp(), next_slot_at - clock_timestamp() - $2::interval, '10ms')
+		SELECT false, greatest(paused_until - clock_timestamp(),
+				CASE WHEN pauses > 0 THEN least(probe_until - clock_timestamp(), '250ms') END,
+				next_slot_at - clock_timestamp() - $2::interval,
+				(SELECT next_check_at - clock_timestamp() FROM refused),
+				'1ms'),
+			'0', epoch, false, false, EXISTS (SELECT FROM refused)
 		FROM upstream_budget WHERE NOT EXISTS (SELECT FROM slot)`,
-		time.Duration(float64(time.Second)/perSecond), patience).Scan(&s.Granted, &s.Wait)
+		time.Duration(float64(time.Second)/r.PerSecond), r.Patience, r.PAT, r.ChecksPAT, r.ProbeTimeout).
+		Scan(&s.Granted, &s.Wait, &s.ServerTime, &s.Epoch, &s.Probe, &s.Shaky, &s.PATRefused)
 	return s, translate("reserve an upstream call", err)
 }
 
-// An UpstreamStatus is what the database knows of the work upstream.
-type UpstreamStatus struct {
-	NextSlotIn   time.Duration // until the next free call; 0 means now
-	PausedUntil  time.Time     // zero when upstream work is not paused
-	PauseReason  *tenant.Problem
-	Waiting      int       // tenants that wait for an app
-	OldestSince  time.Time // since when the oldest of them waits; zero if none
-	Building     int       // apps being built
-	Revoking     int       // keys being revoked
-	Purging      int       // apps being removed
-	LastProblem  *tenant.Problem
-	DatabaseTime time.Time
+// SlotHolds reports whether a slot that was reserved in epoch still holds: a
+// pause since then has voided it.
+func (db *DB) SlotHolds(ctx context.Context, epoch int64) (bool, error) {
+	var holds bool
+	err := db.pool.QueryRow(ctx, `SELECT epoch = $1 FROM upstream_budget`, epoch).Scan(&holds)
+	return holds, translate("look whether upstream work is paused", err)
 }
 
-// Upstream reads the budget and what is queued for it.
-func (db *DB) Upstream(ctx context.Context) (UpstreamStatus, error) {
-	var s UpstreamStatus
+// UpstreamFailed records a call that Clarifai failed, and pauses the work of all
+// replicas if it says so, if it was a probe, or if it is the last straw. It
+// returns how long the pause is; 0 means that there is none, or that another
+// call has begun it already.
+func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (time.Duration, error) {
+	var pause time.Duration
+	rows, _ := db.pool.Query(ctx, `
+		WITH was AS (
+			SELECT $2 OR failures + 1 >= $3 AS trips,
+				least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) AS pause
+			FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
+		UPDATE upstream_budget b
+		SET failures = b.failures + 1,
+			epoch = CASE WHEN trips THEN epoch + 1 ELSE epoch END,
+			pauses = CASE WHEN trips THEN pauses + 1 ELSE pauses END,
+			paused_until = CASE WHEN trips THEN clock_timestamp() + pause ELSE paused_until END,
+			next_slot_at = CASE WHEN trips THEN least(next_slot_at, clock_timestamp() + pause) ELSE next_slot_at END,
+			probe_until = CASE WHEN trips THEN 'epoch' ELSE probe_until END,
+			pause_reason = CASE WHEN trips THEN
+				$6::jsonb || jsonb_build_object('next_attempt_at', clock_timestamp() + pause,
+					'since', coalesce(pause_reason -> 'since', $6::jsonb -> 'since'))
+				ELSE pause_reason END
+		FROM was
+		RETURNING CASE WHEN trips THEN pause ELSE '0' END`,
+		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem)
+	_, err := pgx.ForEachRow(rows, []any{&pause}, func() error { return nil })
+	return pause, translate("record upstream failure", err)
+}
+
+// UpstreamWorks records that Clarifai answers: failures are forgotten, a pause
+// ends, and what waited because of it is tried now. It reports whether a pause
+// ended.
+func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error) {
+	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, `
+			WITH was AS (SELECT pauses FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
+			UPDATE upstream_budget
+			SET failures = 0, pauses = 0, paused_until = 'epoch', pause_reason = NULL, probe_until = 'epoch'
+			FROM was WHERE upstream_budget.pauses > 0 OR failures > 0
+			RETURNING was.pauses > 0`, epoch)
+		if _, err := pgx.ForEachRow(rows, []any{&resumed}, func() error { return nil }); err != nil || !resumed {
+			return err
+		}
+		for _, table := range []string{"apps", "keys"} {
+			if _, err := tx.Exec(ctx, `
+				UPDATE `+table+` SET next_attempt_at = now(), enqueued_at = '-infinity'
+				WHERE id IN (SELECT id FROM `+table+`
+					WHERE next_attempt_at > now() AND problem ->> 'code' IN ('upstream_unavailable', 'upstream_throttled')
+					FOR UPDATE SKIP LOCKED)`); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	return resumed, translate("resume upstream work", err)
+}
+
+// RefusePAT records that Clarifai refuses a PAT: replicas that have it make no
+// calls, but one now and then that asks again, after base, doubling up to most. It
+// reports whether that is news.
+func (db *DB) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error) {
+	err = db.pool.QueryRow(ctx, `
+		INSERT INTO refused_pats AS r (fingerprint, problem, next_check_at)
+		VALUES ($1, $2::jsonb || jsonb_build_object('next_attempt_at', now() + $3::interval), now() + $3::interval)
+		ON CONFLICT (fingerprint) DO UPDATE
+		SET checks = r.checks + 1, next_check_at = now() + least($4::interval, $3::interval * 2 ^ least(r.checks + 1, 20)),
+			problem = excluded.problem || jsonb_build_object('since', r.problem -> 'since',
+				'next_attempt_at', now() + least($4::interval, $3::interval * 2 ^ least(r.checks + 1, 20)))
+		RETURNING checks = 0`, fingerprint, problem, base, most).Scan(&news)
+	return news, translate("record refused PAT", err)
+}
+
+// PATWorks records that a PAT is refused no longer, or not in use any more. It
+// reports whether that is news.
+func (db *DB) PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error) {
+	tag, err := db.pool.Exec(ctx, `DELETE FROM refused_pats WHERE fingerprint = $1`, fingerprint)
+	return err == nil && tag.RowsAffected() > 0, translate("record working PAT", err)
+}
+
+// ClaimPATCheck reports whether a PAT may be checked now: it is not known to be
+// refused, or its next check is due. Of several replicas one gets a due check,
+// and the others wait for as long as it is given, in.
+func (db *DB) ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error) {
+	err = db.pool.QueryRow(ctx, `
+		WITH claimed AS (
+			UPDATE refused_pats SET next_check_at = now() + $2::interval
+			WHERE fingerprint = $1 AND next_check_at <= now()
+			RETURNING 1)
+		SELECT EXISTS (SELECT FROM claimed) OR NOT EXISTS (SELECT FROM refused_pats WHERE fingerprint = $1),
+			greatest('0', (SELECT next_check_at - now() FROM refused_pats WHERE fingerprint = $1))`,
+		fingerprint, in).Scan(&free, &wait)
+	return free, wait, translate("claim check of the PAT", err)
+}
+
+// Upstream reads the budget and what is queued for it, as a replica with the PAT
+// of that fingerprint sees it.
+func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error) {
+	var s tenant.UpstreamStatus
 	var paused, oldest *time.Time
 	err := db.pool.QueryRow(ctx, `
 		SELECT greatest(b.next_slot_at - clock_timestamp(), '0'),
-			CASE WHEN b.paused_until > clock_timestamp() THEN b.paused_until END,
-			CASE WHEN b.paused_until > clock_timestamp() THEN b.pause_reason END,
+			b.pauses, CASE WHEN b.pauses > 0 THEN b.paused_until END, b.pause_reason,
+			(SELECT problem FROM refused_pats WHERE fingerprint = $1),
 			(SELECT count(*) FROM tenants WHERE state = 'provisioning'),
 			(SELECT min(state_since) FROM tenants WHERE state = 'provisioning'),
 			(SELECT count(*) FROM apps WHERE state = 'building'),
@@ -59,9 +163,9 @@ func (db *DB) Upstream(ctx context.Context) (UpstreamStatus, error) {
 			(SELECT problem FROM apps WHERE state IN ('building', 'purging') AND problem IS NOT NULL
 				ORDER BY next_attempt_at DESC LIMIT 1),
 			clock_timestamp()
-		FROM upstream_budget b`).
-		Scan(&s.NextSlotIn, &paused, &s.PauseReason, &s.Waiting, &oldest, &s.Building, &s.Revoking, &s.Purging,
-			&s.LastProblem, &s.DatabaseTime)
+		FROM upstream_budget b`, pat).
+		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Waiting, &oldest, &s.Building, &s.Revoking,
+			&s.Purging, &s.LastProblem, &s.DatabaseTime)
 	s.PausedUntil, s.OldestSince = orZero(paused), orZero(oldest)
 	return s, translate("read upstream status", err)
 }

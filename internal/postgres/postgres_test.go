@@ -272,7 +272,7 @@ func TestBudget(t *testing.T) {
 	var wg sync.WaitGroup
 	for i := range n {
 		wg.Go(func() {
-			if slot, err := dbs[i%2].ReserveSlot(t.Context(), perSecond, 2*time.Hour); err != nil || !slot.Granted {
+			if slot, err := dbs[i%2].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: 2 * time.Hour}); err != nil || !slot.Granted {
 				t.Errorf("ReserveSlot = %+v, %v; want a slot", slot, err)
 			}
 		})
@@ -286,14 +286,14 @@ func TestBudget(t *testing.T) {
 		t.Errorf("%d slots took %s of the budget; want %s", n, got, want)
 	}
 	// An hour is more than an impatient caller waits: nothing is reserved.
-	slot, err := dbs[0].ReserveSlot(t.Context(), perSecond, time.Second)
+	slot, err := dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: time.Second})
 	if err != nil || slot.Granted || slot.Wait < 50*time.Minute {
 		t.Errorf("ReserveSlot beyond patience = %+v, %v; want none, and a wait of about an hour", slot, err)
 	}
 	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = 'epoch', paused_until = clock_timestamp() + interval '1 hour'`); err != nil {
 		t.Fatal(err)
 	}
-	if slot, err = dbs[0].ReserveSlot(t.Context(), perSecond, 2*time.Hour); err != nil || slot.Granted || slot.Wait < 50*time.Minute {
+	if slot, err = dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: 2 * time.Hour}); err != nil || slot.Granted || slot.Wait < 50*time.Minute {
 		t.Errorf("ReserveSlot while paused = %+v, %v; want none", slot, err)
 	}
 	// Slots that nobody took are not saved up.
@@ -301,7 +301,7 @@ func TestBudget(t *testing.T) {
 		t.Fatal(err)
 	}
 	for want := range 2 {
-		slot, err := dbs[0].ReserveSlot(t.Context(), 0.001, time.Hour)
+		slot, err := dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: 0.001, Patience: time.Hour})
 		if err != nil || !slot.Granted || (slot.Wait > time.Minute) != (want == 1) {
 			t.Errorf("slot %d after a rest = %+v, %v", want, slot, err)
 		}

@@ -13,13 +13,15 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A waiting tenant has no app whose problem could be its own: it shows that of
-// a build that could serve it.
+// A waiting tenant has no app whose problem could be its own: it shows why all
+// upstream work stands still, or the problem of a build that could serve it.
 const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), t.display_name, t.labels,
-	coalesce(t.problem, CASE WHEN t.state = 'provisioning' THEN (
-		SELECT a.problem FROM apps a
+	coalesce(t.problem, CASE WHEN t.state = 'provisioning' THEN coalesce(
+		(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
+		(SELECT pause_reason FROM upstream_budget WHERE pauses > 0),
+		(SELECT a.problem FROM apps a
 		WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL
-		ORDER BY a.next_attempt_at LIMIT 1) END),
+		ORDER BY a.next_attempt_at LIMIT 1)) END),
 	t.version, t.created_at, t.updated_at`
 
 func scanTenant(row pgx.CollectableRow) (tenant.Tenant, error) {
@@ -109,8 +111,10 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 		add("t.created_at < ?", f.CreatedBefore)
 	}
 	if f.HasProblem != nil {
-		condition := `(t.problem IS NOT NULL OR t.state = 'provisioning' AND EXISTS (SELECT FROM apps a
-			WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL))`
+		condition := `(t.problem IS NOT NULL OR t.state = 'provisioning' AND (
+			EXISTS (SELECT FROM refused_pats) OR EXISTS (SELECT FROM upstream_budget WHERE pauses > 0)
+			OR EXISTS (SELECT FROM apps a
+				WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL)))`
 		if !*f.HasProblem {
 			condition = "NOT " + condition
 		}

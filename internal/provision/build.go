@@ -65,7 +65,7 @@ func (s *Service) endApp(ctx context.Context, a tenant.App, err error) outcome {
 		return outcomeGivenUp
 	}
 	if d, ok := errors.AsType[*deferred](err); ok {
-		if err := s.Store.DeferApp(ctx, a, d.wait); err != nil {
+		if err := s.Store.DeferApp(ctx, a, d.bounded()); err != nil {
 			return s.failed("defer app", err, field)
 		}
 		return outcomeDeferred
@@ -146,7 +146,7 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Profile) error {
 	marker := tenant.Marker{Deployment: s.Deployment.ID, App: a.ID}
 	if a.InDoubt {
-		switch ours, err := s.look(ctx, a.ID); {
+		switch ours, err := s.look(ctx, laneOf(*a), a.ID); {
 		case err == nil && ours:
 			return nil
 		case err == nil:
@@ -155,20 +155,21 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 			return err
 		}
 	}
-	if err := s.turn(ctx); err != nil {
+	t, err := s.turn(ctx, laneOf(*a))
+	if err != nil {
 		return err
 	}
 	if err := s.Store.BeginApp(ctx, *a); err != nil {
 		return err
 	}
-	err := s.send(ctx, func(ctx context.Context) error {
+	err = s.send(ctx, t, func(ctx context.Context) error {
 		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: marker})
 	})
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
 		return err
 	}
 	// An earlier call landed after all, or the id is somebody else's.
-	switch ours, lookErr := s.look(ctx, a.ID); {
+	switch ours, lookErr := s.look(ctx, laneOf(*a), a.ID); {
 	case lookErr == nil && ours:
 		return nil
 	case lookErr == nil:
@@ -180,11 +181,19 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 	}
 }
 
+// laneOf says how urgent a build is: while nobody waits it can wait itself.
+func laneOf(a tenant.App) lane {
+	if a.Wanted {
+		return urgent
+	}
+	return background
+}
+
 // look asks Clarifai whether an app exists, and reports whether its marker is
 // ours.
-func (s *Service) look(ctx context.Context, id tenant.AppID) (ours bool, err error) {
+func (s *Service) look(ctx context.Context, l lane, id tenant.AppID) (ours bool, err error) {
 	var app tenant.UpstreamApp
-	err = s.call(ctx, func(ctx context.Context) (err error) {
+	err = s.call(ctx, l, func(ctx context.Context) (err error) {
 		app, err = s.Upstream.App(ctx, id)
 		return err
 	})
@@ -195,7 +204,7 @@ func (s *Service) look(ctx context.Context, id tenant.AppID) (ours bool, err err
 // Afterwards a.Creating is the row of that key.
 func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
 	if a.Creating.InDoubt {
-		key, found, err := s.findKey(ctx, a.ID, a.Creating.ID)
+		key, found, err := s.findKey(ctx, laneOf(*a), a.ID, a.Creating.ID)
 		switch {
 		case err != nil && tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "the app is gone upstream")
@@ -215,7 +224,8 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 		}
 		a.Creating = tenant.CreatingKey{}
 	}
-	if err := s.turn(ctx); err != nil {
+	t, err := s.turn(ctx, laneOf(*a))
+	if err != nil {
 		return tenant.Secret{}, err
 	}
 	id, err := uuid.NewV7()
@@ -227,7 +237,7 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 	}
 	a.Creating.ID = id
 	var secret tenant.Secret
-	err = s.send(ctx, func(ctx context.Context) (err error) {
+	err = s.send(ctx, t, func(ctx context.Context) (err error) {
 		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: profile.KeyScopes,
 			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
 		return err
@@ -239,12 +249,12 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 }
 
 // findKey looks for the key of a row among the app's keys upstream.
-func (s *Service) findKey(ctx context.Context, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
+func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
 	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}
 	// Clarifai gives no total: the last page is the one that comes back empty.
 	for page := 1; ; page++ {
 		var keys []tenant.UpstreamKey
-		err := s.call(ctx, func(ctx context.Context) (err error) {
+		err := s.call(ctx, l, func(ctx context.Context) (err error) {
 			keys, err = s.Upstream.AppKeys(ctx, app, page)
 			return err
 		})
@@ -277,7 +287,7 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 // purge removes an app upstream. Removal needs proof: a row that says so, which
 // the caller leased, and our marker at a fresh look.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
-	ours, err := s.look(ctx, a.ID)
+	ours, err := s.look(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
 		return s.Store.AppDeleted(ctx, a, worker)
 	}
@@ -288,7 +298,7 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
 			Detail: "the app lacks our marker and is not removed"}
 	}
-	err = s.call(ctx, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
+	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
 	if err != nil {
 		return err
 	}

@@ -23,16 +23,15 @@ func TestPin(t *testing.T) {
 	}
 	const foreignPAT = "fedcba9876543210fedcba9876543210"
 	w.AddPAT(foreignPAT, "umbrella")
-	pat := func(s string) func() tenant.Secret { return func() tenant.Secret { return tenant.NewSecret(s) } }
-	wrong, foreign := provisiontest.Options{PAT: pat(strings.Repeat("9", 32))}, provisiontest.Options{PAT: pat(foreignPAT)}
+	wrong, foreign := provisiontest.Options{PAT: strings.Repeat("9", 32)}, provisiontest.Options{PAT: foreignPAT}
 
 	refused("a wrong PAT on a new database", "must learn from Clarifai whose PAT this is", wrong)
 	w.Faults(map[string]any{"call": "*", "drop_before": true})
 	refused("Clarifai away on a new database", "must learn from Clarifai whose PAT this is", provisiontest.Options{})
 	w.Faults()
 	first := w.Start(provisiontest.Options{})
-	if first.PAT().State != provision.PATWorks {
-		t.Errorf("the PAT is %s after a good start", first.PAT().State)
+	if first.PAT.Health().State != provision.PATWorks {
+		t.Errorf("the PAT is %s after a good start", first.PAT.Health().State)
 	}
 
 	refused("another operator's PAT", `belongs to the Clarifai user "umbrella", and this database to "acme"`, foreign)
@@ -44,14 +43,14 @@ func TestPin(t *testing.T) {
 	// Once the operator is known, look-ups do not need Clarifai.
 	w.Faults(map[string]any{"call": "*", "drop_before": true})
 	later := w.Start(provisiontest.Options{})
-	if later.PAT().State != provision.PATUnknown {
-		t.Errorf("the PAT is %s though it could not be checked", later.PAT().State)
+	if later.PAT.Health().State != provision.PATUnknown {
+		t.Errorf("the PAT is %s though it could not be checked", later.PAT.Health().State)
 	}
 	first.Stop()
 	w.Faults()
 	signUp(t, later, "user_1")
-	if later.PAT().State != provision.PATWorks {
-		t.Errorf("the PAT is %s after it was used", later.PAT().State)
+	if later.PAT.Health().State != provision.PATWorks {
+		t.Errorf("the PAT is %s after it was used", later.PAT.Health().State)
 	}
 }
 
@@ -64,7 +63,7 @@ func TestForeignPATIsNeverUsed(t *testing.T) {
 	const foreignPAT = "fedcba9876543210fedcba9876543210"
 	w.AddPAT(foreignPAT, "umbrella")
 	w.Faults(map[string]any{"call": "*", "drop_before": true})
-	r := w.Start(provisiontest.Options{PAT: func() tenant.Secret { return tenant.NewSecret(foreignPAT) }})
+	r := w.Start(provisiontest.Options{PAT: foreignPAT})
 	w.Faults()
 	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
 		t.Fatal(err)
@@ -76,7 +75,7 @@ func TestForeignPATIsNeverUsed(t *testing.T) {
 	if s := w.State(); s.Apps != 0 || s.Calls["PostApps"] != 0 {
 		t.Errorf("the foreign PAT was used: %+v", s)
 	}
-	if r.PAT().State != provision.PATForeign {
-		t.Errorf("the PAT is %s; want %s", r.PAT().State, provision.PATForeign)
+	if r.PAT.Health().State != provision.PATForeign {
+		t.Errorf("the PAT is %s; want %s", r.PAT.Health().State, provision.PATForeign)
 	}
 }

@@ -51,7 +51,15 @@ type Store interface {
 	KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error
 
-	ReserveSlot(ctx context.Context, perSecond float64, patience time.Duration) (tenant.Slot, error)
+	ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error)
+	SlotHolds(ctx context.Context, epoch int64) (bool, error)
+	UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (pause time.Duration, err error)
+	UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error)
+	RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error)
+	PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error)
+	ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error)
+	Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error)
+
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
 	Enqueue(ctx context.Context) (int, error)
@@ -62,7 +70,7 @@ type Store interface {
 // An Upstream is Clarifai, as one operator. Each method makes one call and does
 // not repeat it. Failures are *tenant.UpstreamError.
 type Upstream interface {
-	Whoami(ctx context.Context) (tenant.UserID, error)
+	Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error)
 	CreateApp(ctx context.Context, app tenant.NewApp) error
 	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
 	DeleteApp(ctx context.Context, id tenant.AppID) error
@@ -76,6 +84,7 @@ type Upstream interface {
 type Config struct {
 	Store      Store
 	Upstream   Upstream
+	PAT        *PAT // that Upstream uses
 	Keyring    *keyring.Keyring
 	Deployment tenant.Deployment // from Pin
 	Profiles   []tenant.Profile  // one of them named tenant.DefaultProfile
@@ -93,6 +102,12 @@ type Config struct {
 	MaxBuilds   int           // builds of one profile at once; 64
 	BackoffBase time.Duration // after the first failure; 1 s
 	BackoffCap  time.Duration // 30 s
+
+	TripAfter    int           // calls in a row that Clarifai fails before all work pauses; 5
+	PauseBase    time.Duration // the first pause; 1 s
+	PauseCap     time.Duration // 30 s
+	PATCheckBase time.Duration // after which a refused PAT is tried again; 15 s
+	PATCheckCap  time.Duration // 5 min
 }
 
 // Validate reports every fault of c.
@@ -141,6 +156,10 @@ func (c Config) WithDefaults() Config {
 		{&c.LookAgain, 2 * time.Second},
 		{&c.BackoffBase, time.Second},
 		{&c.BackoffCap, 30 * time.Second},
+		{&c.PauseBase, time.Second},
+		{&c.PauseCap, 30 * time.Second},
+		{&c.PATCheckBase, 15 * time.Second},
+		{&c.PATCheckCap, 5 * time.Minute},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value
@@ -149,14 +168,17 @@ func (c Config) WithDefaults() Config {
 	if c.MaxBuilds == 0 {
 		c.MaxBuilds = 64
 	}
+	if c.TripAfter == 0 {
+		c.TripAfter = 5
+	}
 	return c
 }
 
 // A Service is the engine. It is safe for use by many goroutines.
 type Service struct {
 	Config
-	profiles map[string]tenant.Profile
-	pat      patHealth
+	profiles   map[string]tenant.Profile
+	background chan struct{} // held by the one call of the background lane that asks for a slot
 
 	drainOnce sync.Once
 	draining  chan struct{} // closed by Drain
@@ -168,7 +190,7 @@ func New(c Config) (*Service, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{})}
+	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, background: make(chan struct{}, 1), draining: make(chan struct{})}
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}
@@ -286,6 +308,18 @@ func (s *Service) Reveal(ctx context.Context, id tenant.ID, name string, actor t
 // reports tenant.NotFound for a string that was never a key of ours.
 func (s *Service) Identify(ctx context.Context, secret tenant.Secret, actor tenant.Actor) (tenant.IdentifiedKey, error) {
 	return s.Store.Identify(ctx, s.Keyring.Fingerprint(secret), actor)
+}
+
+// UpstreamStatus reads what is known of Clarifai and of the work that waits for
+// it, and how this replica last found its PAT.
+func (s *Service) UpstreamStatus(ctx context.Context) (tenant.UpstreamStatus, PATHealth, error) {
+	_, fingerprint, _ := s.PAT.current()
+	status, err := s.Store.Upstream(ctx, fingerprint)
+	health := s.PAT.Health()
+	if status.PATRefused != nil && health.State != PATForeign {
+		health.State, health.Since = PATRefused, status.PATRefused.Since
+	}
+	return status, health, err
 }
 
 func (s *Service) profileNames() []string {

@@ -341,14 +341,14 @@ func TestPATRefused(t *testing.T) {
 	}
 	provisiontest.Eventually(t, "the problem shows", func() bool {
 		got, err := r.DB.Tenant(t.Context(), "user_2")
-		return err == nil && got.Problem != nil && got.Problem.Code == "upstream_pat_refused" && r.PAT().State == provision.PATRefused
+		return err == nil && got.Problem != nil && got.Problem.Code == "upstream_pat_refused" && r.PAT.Health().State == provision.PATRefused
 	})
 	if _, _, err := r.Reveal(t.Context(), first.ID, tenant.DefaultKey, caller); err != nil {
 		t.Errorf("a key cannot be read meanwhile: %v", err)
 	}
 	w.Faults()
 	signUp(t, r, "user_2")
-	if got := r.PAT().State; got != provision.PATWorks {
+	if got := r.PAT.Health().State; got != provision.PATWorks {
 		t.Errorf("the PAT is %s; want ok", got)
 	}
 }

@@ -32,7 +32,7 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	d, isDeferred := errors.AsType[*deferred](err)
 	switch {
 	case isDeferred:
-		err = s.Store.DeferKey(ctx, k, d.wait)
+		err = s.Store.DeferKey(ctx, k, d.bounded())
 	case up == nil:
 		return s.failed("revoke key", err, field)
 	case interrupted:
@@ -60,7 +60,7 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 		return s.deleteKey(ctx, k, secret)
 	}
 	// The answer of the call that made it was lost, if it made it at all.
-	key, found, err := s.findKey(ctx, k.AppID, k.ID)
+	key, found, err := s.findKey(ctx, normal, k.AppID, k.ID)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
 		return s.Store.KeyEnded(ctx, k, nil, worker)
@@ -81,7 +81,7 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 }
 
 func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret tenant.Secret) error {
-	err := s.call(ctx, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
+	err := s.call(ctx, urgent, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err
 	}

@@ -5,166 +5,208 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"sync"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A PATState is what is known of the operator's PAT.
-type PATState string
-
-// The states of a PAT.
-const (
-	PATUnknown PATState = "unknown" // not checked since the start
-	PATWorks   PATState = "ok"
-	PATRefused PATState = "refused"
-	PATForeign PATState = "other_operator" // it works, and is another operator's: it is not used
-)
-
-// A PATHealth is how this replica last found the PAT.
-type PATHealth struct {
-	State     PATState
-	Since     time.Time // of the state
-	CheckedAt time.Time // of the last answer that showed it; zero means never
-}
-
-type patHealth struct {
-	verify sync.Mutex // held while the operator is being verified
-
-	mu       sync.Mutex
-	health   PATHealth // guarded by mu
-	verified bool      // guarded by mu
-}
-
-func (p *patHealth) set(state PATState) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	now := time.Now()
-	if p.health.State != state {
-		p.health.State, p.health.Since = state, now
-	}
-	p.health.CheckedAt = now
-	p.verified = p.verified || state == PATWorks
-}
-
-func (p *patHealth) isVerified() bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.verified
-}
-
-// PAT returns how this replica last found the PAT.
-func (s *Service) PAT() PATHealth {
-	s.pat.mu.Lock()
-	defer s.pat.mu.Unlock()
-	h := s.pat.health
-	if h.State == "" {
-		h.State = PATUnknown
-	}
-	return h
-}
-
-// deferred says that a call was not made: the budget had no place for it.
+// deferred says that a call was not made, and when to ask again: the budget had
+// no place for it, or upstream work is paused.
 type deferred struct{ wait time.Duration }
 
 func (d *deferred) Error() string { return fmt.Sprintf("no upstream call is free for %s", d.wait) }
+
+// maxDefer bounds how long a row stays away though nothing is wrong with it:
+// what it waits for may be over sooner than it was said.
+const maxDefer = 5 * time.Second
+
+func (d *deferred) bounded() time.Duration { return min(d.wait, maxDefer) }
+
+// A lane says how urgent an upstream call is.
+type lane int
+
+const (
+	// Somebody waits: the next slot is reserved, however many are before it.
+	urgent lane = iota
+	// Nobody waits: the next slot is reserved unless more than a second's worth is
+	// reserved already, so that urgent calls come first.
+	normal
+	// A slot is taken only if one is free now: work of any amount delays nobody by
+	// more than a slot.
+	background
+)
+
+const normalPatience = time.Second
+
+// A turn is the permission to make one upstream call.
+type turn struct {
+	tenant.Slot
+	pat       []byte // fingerprint of the PAT in use when it was given
+	checksPAT bool
+}
 
 // call makes one upstream call within the budget. It returns *deferred if the
 // call was not made. A call that makes something has its intent written down
 // between its turn and its sending: one that still waits for its turn when the
 // process dies leaves nothing in doubt.
-func (s *Service) call(ctx context.Context, f func(context.Context) error) error {
-	if err := s.turn(ctx); err != nil {
-		return err
-	}
-	return s.send(ctx, f)
-}
-
-// turn waits until an upstream call may be made.
-func (s *Service) turn(ctx context.Context) error {
-	if err := s.verifyOperator(ctx); err != nil {
-		return err
-	}
-	return s.takeSlot(ctx)
-}
-
-// verifyOperator makes sure, once, that the PAT is the deployment's operator's:
-// with another's, every app would be made in the wrong account.
-func (s *Service) verifyOperator(ctx context.Context) error {
-	if s.pat.isVerified() {
-		return nil
-	}
-	if !s.pat.verify.TryLock() {
-		return &deferred{wait: s.BackoffBase} // another job is at it
-	}
-	defer s.pat.verify.Unlock()
-	if s.pat.isVerified() {
-		return nil
-	}
-	if err := s.takeSlot(ctx); err != nil {
-		return err
-	}
-	return s.send(ctx, func(ctx context.Context) error {
-		operator, err := s.Upstream.Whoami(ctx)
-		if err != nil {
-			return err
-		}
-		if err := checkOperator(s.Deployment, operator); err != nil {
-			s.pat.set(PATForeign)
-			return &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()}
-		}
-		return nil
-	})
-}
-
-// MarkPATVerified notes that Pin found the PAT to be the operator's.
-func (s *Service) MarkPATVerified() { s.pat.set(PATWorks) }
-
-// takeSlot waits for the next upstream call that is free. It returns *deferred if
-// none is within patience.
-func takeSlot(ctx context.Context, store Store, rate float64, patience time.Duration) error {
-	if patience < 0 {
-		return &deferred{}
-	}
-	slot, err := store.ReserveSlot(ctx, rate, patience)
+func (s *Service) call(ctx context.Context, l lane, f func(context.Context) error) error {
+	t, err := s.turn(ctx, l)
 	if err != nil {
 		return err
 	}
-	if !slot.Granted {
-		return &deferred{wait: slot.Wait}
+	return s.send(ctx, t, f)
+}
+
+// turn waits until an upstream call may be made with a PAT that is verified.
+func (s *Service) turn(ctx context.Context, l lane) (turn, error) {
+	_, fingerprint, verified := s.PAT.current()
+	if !verified {
+		if err := s.verifyPAT(ctx); err != nil {
+			return turn{}, err
+		}
+		_, fingerprint, _ = s.PAT.current()
 	}
-	wait := time.NewTimer(slot.Wait)
+	return s.takeSlot(ctx, l, tenant.SlotRequest{PAT: fingerprint})
+}
+
+// takeSlot waits for the next upstream call of a lane that is free. It returns
+// *deferred if none is in time.
+func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (turn, error) {
+	// A slot that leaves no time for the call would be wasted.
+	end := time.Now().Add(s.CallTimeout)
+	if deadline, ok := ctx.Deadline(); ok {
+		end = deadline.Add(-s.CallTimeout)
+	}
+	r.PerSecond, r.ProbeTimeout = s.Rate, 2*s.CallTimeout
+	if l == background {
+		// One of this replica's asks at a time: more would only ask more often.
+		select {
+		case s.background <- struct{}{}:
+			defer func() { <-s.background }()
+		case <-ctx.Done():
+			return turn{}, &deferred{}
+		case <-time.After(time.Until(end)):
+			return turn{}, &deferred{}
+		}
+	}
+	for {
+		patience := time.Until(end)
+		if patience < 0 {
+			return turn{}, &deferred{}
+		}
+		switch r.Patience = patience; l {
+		case normal:
+			r.Patience = min(patience, normalPatience)
+		case background:
+			r.Patience = 0
+		}
+		slot, ok, err := reserve(ctx, s.Store, r)
+		if err != nil {
+			return turn{}, err
+		}
+		if ok {
+			return turn{Slot: slot, pat: r.PAT, checksPAT: r.ChecksPAT}, nil
+		}
+		if slot.PATRefused {
+			s.PAT.found(r.PAT, PATRefused)
+		}
+		// A slot that came too late is asked for again, and a background call waits
+		// for the slot that may be free; the others come back later.
+		again := slot.Granted || l == background && slot.Wait < time.Until(end)
+		if !again || !sleep(ctx, slot.Wait) {
+			return turn{}, &deferred{wait: slot.Wait}
+		}
+	}
+}
+
+// How late a call may begin after its slot, at rates at which slots are closer
+// together than that, and from which wait on a pause in between is looked for.
+const (
+	maxLate     = 50 * time.Millisecond
+	lookForStop = 50 * time.Millisecond
+)
+
+// reserve takes one slot and waits for it. It reports false if the call must not
+// be made: no slot was granted, or the slot was granted and is void, because of a
+// pause since then or because it has passed: calls that were held up must not
+// be sent all at once.
+func reserve(ctx context.Context, store Store, r tenant.SlotRequest) (tenant.Slot, bool, error) {
+	asked := time.Now()
+	slot, err := store.ReserveSlot(ctx, r)
+	if err != nil || !slot.Granted {
+		return slot, false, err
+	}
+	if !sleep(ctx, slot.Wait) {
+		return tenant.Slot{}, false, nil
+	}
+	if slot.Wait > lookForStop {
+		holds, err := store.SlotHolds(ctx, slot.Epoch)
+		if err != nil || !holds {
+			return tenant.Slot{Granted: true}, false, err
+		}
+	}
+	late := time.Since(asked) - slot.ServerTime - slot.Wait
+	if late > max(maxLate, time.Duration(float64(time.Second)/r.PerSecond)) {
+		return tenant.Slot{Granted: true}, false, nil
+	}
+	return slot, true, nil
+}
+
+// sleep waits, and reports false if ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	wait := time.NewTimer(d)
 	defer wait.Stop()
 	select {
 	case <-wait.C:
-		return nil
+		return true
 	case <-ctx.Done():
-		return &deferred{}
+		return false
 	}
 }
 
-func (s *Service) takeSlot(ctx context.Context) error {
-	// A slot that leaves no time for the call would be wasted.
-	patience := s.CallTimeout
-	if end, ok := ctx.Deadline(); ok {
-		patience = time.Until(end) - s.CallTimeout
-	}
-	return takeSlot(ctx, s.Store, s.Rate, patience)
-}
-
-// send makes a call whose turn has come, and notes what it says of the PAT.
-func (s *Service) send(ctx context.Context, f func(context.Context) error) error {
-	ctx, cancel := context.WithTimeout(ctx, s.CallTimeout)
+// send makes a call whose turn has come, and records what it says of Clarifai and
+// of the PAT.
+func (s *Service) send(ctx context.Context, t turn, f func(context.Context) error) error {
+	limited, cancel := context.WithTimeout(ctx, s.CallTimeout)
 	defer cancel()
-	err := f(ctx)
-	switch class := tenant.ClassOf(err); {
-	case class == tenant.UpstreamPAT && s.PAT().State != PATForeign:
-		s.pat.set(PATRefused)
-	case err == nil && s.PAT().State != PATForeign:
-		s.pat.set(PATWorks)
+	err := f(limited)
+	if ctx.Err() != nil {
+		return err // we gave up: Clarifai did nothing wrong
+	}
+	up := asUpstream(err)
+	switch {
+	case up != nil && (up.Class == tenant.UpstreamDown || up.Class == tenant.UpstreamThrottled):
+		return s.upstreamFailed(ctx, t, up)
+	case t.Probe || t.Shaky:
+		resumed, failed := s.Store.UpstreamWorks(ctx, t.Epoch)
+		if failed != nil {
+			s.Log.Warn("record that Clarifai works", zap.Error(failed))
+		}
+		if resumed {
+			s.Log.Info("Clarifai answers again; upstream work goes on")
+		}
+	}
+	if up != nil && up.Class == tenant.UpstreamPAT && !t.checksPAT {
+		return s.confirmRefusal(ctx, t.pat, up)
 	}
 	return err
+}
+
+// upstreamFailed counts a failure for the fleet, and says of a call that was
+// throttled when to come back.
+func (s *Service) upstreamFailed(ctx context.Context, t turn, up *tenant.UpstreamError) error {
+	throttled := up.Class == tenant.UpstreamThrottled
+	pause, err := s.Store.UpstreamFailed(ctx, tenant.UpstreamFailure{Epoch: t.Epoch, Problem: problemOf(up, nil),
+		Pauses: throttled || t.Probe, TripAfter: s.TripAfter, PauseBase: s.PauseBase, PauseCap: s.PauseCap})
+	if err != nil { // the call's own outcome is worth more
+		s.Log.Warn("record that Clarifai failed", zap.Error(err))
+	}
+	if pause > 0 {
+		s.Log.Warn("upstream work is paused", zap.Duration("for", pause), zap.Error(up))
+	}
+	return up
 }
 
 // problems says what a failed call means to a person: the code of the problem,
@@ -184,9 +226,8 @@ var problems = map[tenant.UpstreamClass]struct {
 	tenant.UpstreamAccount:   {"upstream_account", "the Clarifai account is blocked or unpaid", false},
 }
 
-// setback says what to write down for a try that failed with up, after attempts
-// earlier ones. Before is the problem that stands.
-func (s *Service) setback(up *tenant.UpstreamError, attempts int, before *tenant.Problem) tenant.Setback {
+// problemOf says to a person what up means. Before is the problem that stands.
+func problemOf(up *tenant.UpstreamError, before *tenant.Problem) tenant.Problem {
 	p, ok := problems[up.Class]
 	if !ok {
 		p.code, p.detail = "upstream_failed", "Clarifai failed"
@@ -196,11 +237,21 @@ func (s *Service) setback(up *tenant.UpstreamError, attempts int, before *tenant
 	if before != nil && before.Code == problem.Code {
 		problem.Since = before.Since
 	}
+	return problem
+}
+
+// setback says what to write down for a try that failed with up, after attempts
+// earlier ones. Before is the problem that stands.
+func (s *Service) setback(up *tenant.UpstreamError, attempts int, before *tenant.Problem) tenant.Setback {
 	base, most := s.BackoffBase, s.BackoffCap
-	if !p.soon { // somebody must act first
+	switch {
+	case up.Class == tenant.UpstreamThrottled: // the pause of the fleet is the back-off
+		attempts = 0
+	case !problems[up.Class].soon: // somebody must act first
 		base, most = 4*base, 4*most
 	}
-	return tenant.Setback{Problem: problem, Delay: backoff(base, most, attempts), Counts: true}
+	return tenant.Setback{Problem: problemOf(up, before), Delay: backoff(base, most, attempts),
+		Counts: up.Class != tenant.UpstreamThrottled}
 }
 
 // backoff doubles from base up to most, less up to a quarter, so that rows that

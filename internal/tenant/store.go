@@ -69,12 +69,62 @@ type Setback struct {
 // on: what the worker meant to write no longer holds.
 var ErrLeaseLost = errors.New("the row's lease was lost")
 
+// A SlotRequest asks for a place in the order of upstream calls.
+type SlotRequest struct {
+	PerSecond float64       // the rate of all replicas together
+	Patience  time.Duration // how far ahead the place may be
+	PAT       []byte        // fingerprint of the PAT that the call is made with
+	// ChecksPAT says that the call asks whether the PAT is still refused: others
+	// are not made with a PAT that is.
+	ChecksPAT bool
+	// ProbeTimeout is when a probe that nobody has heard of again counts as failed.
+	ProbeTimeout time.Duration
+}
+
 // A Slot is a place in the order of upstream calls of all replicas together.
 type Slot struct {
 	// Granted says that the call may be made, once Wait has passed. Otherwise
 	// nothing was reserved, and Wait is when to ask again.
 	Granted bool
 	Wait    time.Duration
+	// ServerTime is how much of the time that the answer took was spent before
+	// Wait was reckoned.
+	ServerTime time.Duration
+	// Epoch counts the pauses before the slot. A pause voids what was reserved.
+	Epoch int64
+	// Probe says that this is the one call that tries whether Clarifai is back.
+	Probe bool
+	// Shaky says that the calls before this one failed: a success is news.
+	Shaky bool
+	// PATRefused says that the slot is not granted since the PAT is refused.
+	PATRefused bool
+}
+
+// An UpstreamFailure is a call that Clarifai failed, throttled or did not answer.
+type UpstreamFailure struct {
+	Epoch     int64   // of the call's slot
+	Problem   Problem // why all upstream work pauses, if it comes to that
+	Pauses    bool    // this failure alone is reason enough
+	TripAfter int     // so many failures in a row are
+	// PauseBase is the first pause. Each that follows without a success between is
+	// twice as long, up to PauseCap.
+	PauseBase, PauseCap time.Duration
+}
+
+// An UpstreamStatus is what the database knows of the work upstream.
+type UpstreamStatus struct {
+	NextSlotIn   time.Duration // until the next free call; 0 means now
+	Pauses       int           // in a row; 0 while calls flow
+	PausedUntil  time.Time     // when one call tries whether Clarifai is back; zero while calls flow
+	PauseReason  *Problem
+	PATRefused   *Problem  // why the PAT is not used; nil while it is
+	Waiting      int       // tenants that wait for an app
+	OldestSince  time.Time // since when the oldest of them waits; zero if none
+	Building     int       // apps being built
+	Revoking     int       // keys being revoked
+	Purging      int       // apps being removed
+	LastProblem  *Problem
+	DatabaseTime time.Time
 }
 
 // An IdentifiedKey is whose key a string is.

@@ -115,6 +115,8 @@ type App struct {
 	LeasedUntil time.Time
 	// Made says that the app is known to exist upstream.
 	Made bool
+	// Wanted says that a tenant waits for such an app.
+	Wanted bool
 	// InDoubt says that, before this lease, a call was begun that may have made
 	// the app, and that its outcome was never recorded.
 	InDoubt bool

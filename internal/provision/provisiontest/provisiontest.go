@@ -177,7 +177,7 @@ type Replica struct {
 
 // Options change how a replica runs.
 type Options struct {
-	PAT      func() tenant.Secret // default: PAT
+	PAT      string // default: PAT
 	Adjust   func(*provision.Config)
 	Clarifai string // default: the world's
 	// Idle leaves out workers and sweep: another replica does the work.
@@ -203,9 +203,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	core, logs := observer.New(zapcore.DebugLevel)
 	r := &Replica{DB: pgtest.OpenURL(w.t, w.URL), Reg: prometheus.NewRegistry(), Logs: logs}
 	log := zap.New(core)
-	if o.PAT == nil {
-		o.PAT = func() tenant.Secret { return tenant.NewSecret(PAT) }
-	}
+	pat := provision.NewPAT(tenant.NewSecret(cmp.Or(o.PAT, PAT)), w.Keys)
 	if o.Clarifai == "" {
 		o.Clarifai = w.Clarifai
 	}
@@ -219,25 +217,24 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		CallTimeout: 500 * time.Millisecond, JobTimeout: 5 * time.Second, Lease: 6 * time.Second,
 		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond,
 		BackoffBase: 20 * time.Millisecond, BackoffCap: 200 * time.Millisecond,
+		PauseBase: 20 * time.Millisecond, PauseCap: 200 * time.Millisecond,
+		PATCheckBase: 50 * time.Millisecond, PATCheckCap: 200 * time.Millisecond,
 	}
 	if o.Adjust != nil {
 		o.Adjust(&cfg)
 	}
-	client, err := clarifai.New(clarifai.Config{BaseURL: o.Clarifai, PAT: o.PAT, Timeout: cfg.CallTimeout})
+	client, err := clarifai.New(clarifai.Config{BaseURL: o.Clarifai, PAT: pat.Secret, Timeout: cfg.CallTimeout})
 	if err != nil {
 		return nil, err
 	}
 	w.t.Cleanup(client.Close)
-	deployment, verified, err := provision.Pin(ctx, r.DB, client, cfg.Rate, w.Keys, log)
+	deployment, err := provision.Pin(ctx, r.DB, client, pat, cfg.Rate, w.Keys, log)
 	if err != nil {
 		return nil, err
 	}
-	cfg.Deployment, cfg.Upstream = deployment, client.As(deployment.Operator)
+	cfg.Deployment, cfg.Upstream, cfg.PAT = deployment, client.As(deployment.Operator), pat
 	if r.Service, err = provision.New(cfg); err != nil {
 		return nil, err
-	}
-	if verified {
-		r.MarkPATVerified()
 	}
 	if err := r.work(ctx, log, o); err != nil {
 		return nil, err

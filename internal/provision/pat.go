@@ -1,0 +1,261 @@
+package provision
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/keyring"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A PATState is what is known of the operator's PAT.
+type PATState string
+
+// The states of a PAT.
+const (
+	PATUnknown PATState = "unknown" // not checked since the start
+	PATWorks   PATState = "ok"
+	PATRefused PATState = "refused"
+	PATForeign PATState = "other_operator" // it works, and is another operator's: it is not used
+)
+
+// A PATHealth is how this replica last found the PAT.
+type PATHealth struct {
+	State     PATState
+	Since     time.Time // of the state
+	CheckedAt time.Time // of the last answer that showed it; zero means never
+}
+
+// A PAT is the operator's Personal Access Token in use, and how it was last
+// found. It may be replaced while it is in use. It is safe for use by many
+// goroutines.
+type PAT struct {
+	checking sync.Mutex // held while the PAT is being checked
+
+	mu          sync.Mutex
+	secret      tenant.Secret // guarded by mu, as all below
+	fingerprint []byte
+	health      PATHealth
+	verified    bool // it is the operator's: calls may be made with it
+}
+
+// NewPAT returns a PAT that is not verified yet.
+func NewPAT(secret tenant.Secret, keys *keyring.Keyring) *PAT {
+	return &PAT{secret: secret, fingerprint: keys.PATFingerprint(secret), health: PATHealth{State: PATUnknown}}
+}
+
+// Secret returns the PAT in use.
+func (p *PAT) Secret() tenant.Secret {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.secret
+}
+
+// Health returns how the PAT was last found.
+func (p *PAT) Health() PATHealth {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.health
+}
+
+func (p *PAT) current() (secret tenant.Secret, fingerprint []byte, verified bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.secret, p.fingerprint, p.verified
+}
+
+// found notes how the PAT of that fingerprint was found; one that has been
+// replaced since is nobody's business any more.
+func (p *PAT) found(fingerprint []byte, state PATState) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !bytes.Equal(p.fingerprint, fingerprint) {
+		return
+	}
+	now := time.Now()
+	if p.health.State != state {
+		p.health.State, p.health.Since = state, now
+	}
+	p.health.CheckedAt = now
+	p.verified = state == PATWorks
+}
+
+func (p *PAT) replace(secret tenant.Secret, fingerprint []byte) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	now := time.Now()
+	p.secret, p.fingerprint, p.verified = secret, fingerprint, true
+	p.health = PATHealth{State: PATWorks, Since: now, CheckedAt: now}
+}
+
+// verifyPAT makes sure that the PAT is the deployment's operator's: with
+// another's, every app would be made in the wrong account. It returns *deferred
+// while the PAT cannot be used.
+func (s *Service) verifyPAT(ctx context.Context) error {
+	if !s.PAT.checking.TryLock() {
+		return &deferred{wait: s.BackoffBase} // another job is at it
+	}
+	defer s.PAT.checking.Unlock()
+	secret, fingerprint, verified := s.PAT.current()
+	if verified {
+		return nil
+	}
+	return s.checkPAT(ctx, secret, fingerprint)
+}
+
+// checkPAT asks Clarifai whose a PAT is, and records the answer for all replicas.
+func (s *Service) checkPAT(ctx context.Context, secret tenant.Secret, fingerprint []byte) error {
+	free, wait, err := s.Store.ClaimPATCheck(ctx, fingerprint, s.JobTimeout)
+	if err != nil {
+		return err
+	}
+	if !free {
+		s.PAT.found(fingerprint, PATRefused)
+		return &deferred{wait: wait}
+	}
+	slot, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true})
+	if err != nil {
+		return err
+	}
+	var operator tenant.UserID
+	err = s.send(ctx, slot, func(ctx context.Context) (err error) {
+		operator, err = s.Upstream.Whoami(ctx, secret)
+		return err
+	})
+	if up := asUpstream(err); up != nil && up.Class == tenant.UpstreamPAT {
+		return s.refusePAT(ctx, fingerprint, PATRefused, up)
+	}
+	if err != nil {
+		return err
+	}
+	if err := checkOperator(s.Deployment, operator); err != nil {
+		return s.refusePAT(ctx, fingerprint, PATForeign, &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()})
+	}
+	news, err := s.Store.PATWorks(ctx, fingerprint)
+	if err != nil {
+		return err
+	}
+	if news {
+		s.Log.Info("the PAT works again; upstream work goes on")
+	}
+	s.PAT.found(fingerprint, PATWorks)
+	return nil
+}
+
+// refusePAT pauses the upstream work of every replica that has this PAT. Of all
+// the calls that were refused, one is logged.
+func (s *Service) refusePAT(ctx context.Context, fingerprint []byte, state PATState, up *tenant.UpstreamError) error {
+	s.PAT.found(fingerprint, state)
+	news, err := s.Store.RefusePAT(ctx, fingerprint, problemOf(up, nil), s.PATCheckBase, s.PATCheckCap)
+	if err != nil {
+		return err
+	}
+	if news {
+		s.Log.Error("the PAT cannot be used; upstream work is paused until it is replaced or accepted again, look-ups go on", zap.Error(up))
+	}
+	return &deferred{wait: s.PATCheckBase}
+}
+
+// confirmRefusal finds out whether a call was refused because of the PAT. It
+// returns what the refusal means if the PAT is fine, or why the call is not to be
+// made again now.
+func (s *Service) confirmRefusal(ctx context.Context, used []byte, refusal *tenant.UpstreamError) error {
+	secret, fingerprint, _ := s.PAT.current()
+	if !bytes.Equal(fingerprint, used) { // replaced meanwhile
+		return &deferred{}
+	}
+	if !s.PAT.checking.TryLock() {
+		return &deferred{wait: s.BackoffBase}
+	}
+	defer s.PAT.checking.Unlock()
+	if err := s.checkPAT(ctx, secret, fingerprint); err != nil {
+		return err
+	}
+	of := *refusal
+	of.Class, of.Detail = tenant.UpstreamRefused, "the credential is refused for this, though the PAT works: "+of.Detail
+	return &of
+}
+
+// WatchPAT reads the PAT anew every interval until ctx ends. A new one takes over
+// once Clarifai says that it is the same operator's; until then, and if it cannot
+// be read, the one in use stays. Each fault is logged once.
+func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, error), interval time.Duration) {
+	var said string // of the fault that stands
+	once := func(text string, err error) {
+		if key := text + err.Error(); key != said {
+			said = key
+			s.Log.Error(text, zap.Error(err))
+		}
+	}
+	var refused []byte // the candidate that was refused last, and when to try it again
+	var again time.Time
+	tick := time.NewTicker(interval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+		}
+		secret, err := read()
+		if err != nil {
+			once("the PAT cannot be read; the one in use stays", err)
+			continue
+		}
+		candidate := s.Keyring.PATFingerprint(secret)
+		_, inUse, _ := s.PAT.current()
+		if bytes.Equal(candidate, inUse) {
+			said, refused = "", nil
+			continue
+		}
+		if bytes.Equal(candidate, refused) && time.Now().Before(again) {
+			continue
+		}
+		switch err := s.takeOver(ctx, secret, candidate, inUse); {
+		case err == nil:
+			said, refused = "", nil
+			s.Log.Info("a new PAT of the same operator is in use")
+		case tenant.ClassOf(err) == tenant.UpstreamPAT:
+			refused, again = candidate, time.Now().Add(s.PATCheckBase)
+			once("the new PAT is refused; the one in use stays", err)
+		case ctx.Err() == nil:
+			if d, ok := errors.AsType[*deferred](err); !ok || d.wait > s.BackoffCap {
+				once("the new PAT cannot be checked yet; the one in use stays", err)
+			}
+		}
+	}
+}
+
+// takeOver puts a PAT in the place of the one in use, if it is the operator's.
+func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate, inUse []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
+	defer cancel()
+	slot, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
+	if err != nil {
+		return err
+	}
+	var operator tenant.UserID
+	err = s.send(ctx, slot, func(ctx context.Context) (err error) {
+		operator, err = s.Upstream.Whoami(ctx, secret)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := checkOperator(s.Deployment, operator); err != nil {
+		return &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()}
+	}
+	// The new one may have been tried too early, the old one is history.
+	for _, fingerprint := range [][]byte{candidate, inUse} {
+		if _, err := s.Store.PATWorks(ctx, fingerprint); err != nil {
+			return err
+		}
+	}
+	s.PAT.replace(secret, candidate)
+	return nil
+}
