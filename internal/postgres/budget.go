@@ -109,6 +109,22 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 	return resumed, translate("resume upstream work", err)
 }
 
+// Interrupt voids every slot that was reserved in epoch and grants the next one,
+// as the only call until its outcome is known. It grants none if another call did
+// so first.
+func (db *DB) Interrupt(ctx context.Context, epoch int64, perSecond float64, probeTimeout time.Duration, reason tenant.Problem) (tenant.Slot, error) {
+	s := tenant.Slot{Probe: true}
+	rows, _ := db.pool.Query(ctx, `
+		UPDATE upstream_budget
+		SET epoch = epoch + 1, pauses = pauses + 1, paused_until = clock_timestamp(), pause_reason = $4,
+			probe_until = clock_timestamp() + $3::interval, next_slot_at = clock_timestamp() + 2 * $2::interval
+		WHERE epoch = $1
+		RETURNING true, next_slot_at - clock_timestamp() - $2::interval, epoch`,
+		epoch, time.Duration(float64(time.Second)/perSecond), probeTimeout, reason)
+	_, err := pgx.ForEachRow(rows, []any{&s.Granted, &s.Wait, &s.Epoch}, func() error { return nil })
+	return s, translate("interrupt upstream work", err)
+}
+
 // RefusePAT records that Clarifai refuses a PAT: replicas that have it make no
 // calls, but one now and then that asks again, after base, doubling up to most. It
 // reports whether that is news.

@@ -105,11 +105,6 @@ func (s *Service) verifyPAT(ctx context.Context) error {
 	if verified {
 		return nil
 	}
-	return s.checkPAT(ctx, secret, fingerprint)
-}
-
-// checkPAT asks Clarifai whose a PAT is, and records the answer for all replicas.
-func (s *Service) checkPAT(ctx context.Context, secret tenant.Secret, fingerprint []byte) error {
 	free, wait, err := s.Store.ClaimPATCheck(ctx, fingerprint, s.JobTimeout)
 	if err != nil {
 		return err
@@ -118,32 +113,47 @@ func (s *Service) checkPAT(ctx context.Context, secret tenant.Secret, fingerprin
 		s.PAT.found(fingerprint, PATRefused)
 		return &deferred{wait: wait}
 	}
-	slot, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true})
+	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true})
 	if err != nil {
 		return err
 	}
-	var operator tenant.UserID
-	err = s.send(ctx, slot, func(ctx context.Context) (err error) {
-		operator, err = s.Upstream.Whoami(ctx, secret)
+	return s.checkPAT(ctx, t, secret)
+}
+
+// checkPAT asks Clarifai whose a PAT is, and records the answer for all replicas
+// that have it.
+func (s *Service) checkPAT(ctx context.Context, t turn, secret tenant.Secret) error {
+	refused := false
+	err := s.send(ctx, t, func(ctx context.Context) error {
+		operator, err := s.Upstream.Whoami(ctx, secret)
+		up, state := asUpstream(err), PATRefused
+		if err == nil {
+			if err := checkOperator(s.Deployment, operator); err != nil {
+				up, state = &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()}, PATForeign
+			}
+		}
+		if refused = up != nil && up.Class == tenant.UpstreamPAT; refused {
+			// Before send lets the next call go.
+			if err := s.refusePAT(ctx, t.pat, state, up); err != nil {
+				return err
+			}
+		}
 		return err
 	})
-	if up := asUpstream(err); up != nil && up.Class == tenant.UpstreamPAT {
-		return s.refusePAT(ctx, fingerprint, PATRefused, up)
-	}
-	if err != nil {
+	switch {
+	case refused:
+		return &deferred{wait: s.PATCheckBase}
+	case err != nil:
 		return err
 	}
-	if err := checkOperator(s.Deployment, operator); err != nil {
-		return s.refusePAT(ctx, fingerprint, PATForeign, &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()})
-	}
-	news, err := s.Store.PATWorks(ctx, fingerprint)
+	news, err := s.Store.PATWorks(ctx, t.pat)
 	if err != nil {
 		return err
 	}
 	if news {
 		s.Log.Info("the PAT works again; upstream work goes on")
 	}
-	s.PAT.found(fingerprint, PATWorks)
+	s.PAT.found(t.pat, PATWorks)
 	return nil
 }
 
@@ -158,22 +168,28 @@ func (s *Service) refusePAT(ctx context.Context, fingerprint []byte, state PATSt
 	if news {
 		s.Log.Error("the PAT cannot be used; upstream work is paused until it is replaced or accepted again, look-ups go on", zap.Error(up))
 	}
-	return &deferred{wait: s.PATCheckBase}
+	return nil
 }
 
-// confirmRefusal finds out whether a call was refused because of the PAT. It
-// returns what the refusal means if the PAT is fine, or why the call is not to be
-// made again now.
-func (s *Service) confirmRefusal(ctx context.Context, used []byte, refusal *tenant.UpstreamError) error {
+// confirmRefusal finds out whether a call was refused because of the PAT. Until
+// it knows no other call is made. It returns what the refusal means if the PAT is
+// fine, or why the call is not to be made again now.
+func (s *Service) confirmRefusal(ctx context.Context, used turn, refusal *tenant.UpstreamError) error {
 	secret, fingerprint, _ := s.PAT.current()
-	if !bytes.Equal(fingerprint, used) { // replaced meanwhile
+	if !bytes.Equal(fingerprint, used.pat) { // replaced meanwhile
 		return &deferred{}
 	}
-	if !s.PAT.checking.TryLock() {
+	slot, err := s.Store.Interrupt(ctx, used.Epoch, s.Rate, 2*s.CallTimeout, problemOf(refusal, nil))
+	if err != nil {
+		return err
+	}
+	if !slot.Granted { // another call was refused too, and is being looked into
 		return &deferred{wait: s.BackoffBase}
 	}
-	defer s.PAT.checking.Unlock()
-	if err := s.checkPAT(ctx, secret, fingerprint); err != nil {
+	if !sleep(ctx, slot.Wait) {
+		return &deferred{}
+	}
+	if err := s.checkPAT(ctx, turn{Slot: slot, pat: fingerprint, checksPAT: true}, secret); err != nil {
 		return err
 	}
 	of := *refusal
@@ -186,8 +202,8 @@ func (s *Service) confirmRefusal(ctx context.Context, used []byte, refusal *tena
 // be read, the one in use stays. Each fault is logged once.
 func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, error), interval time.Duration) {
 	var said string // of the fault that stands
-	once := func(text string, err error) {
-		if key := text + err.Error(); key != said {
+	once := func(text, key string, err error) {
+		if key != said {
 			said = key
 			s.Log.Error(text, zap.Error(err))
 		}
@@ -204,7 +220,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 		}
 		secret, err := read()
 		if err != nil {
-			once("the PAT cannot be read; the one in use stays", err)
+			once("the PAT cannot be read; the one in use stays", err.Error(), err)
 			continue
 		}
 		candidate := s.Keyring.PATFingerprint(secret)
@@ -222,10 +238,10 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 			s.Log.Info("a new PAT of the same operator is in use")
 		case tenant.ClassOf(err) == tenant.UpstreamPAT:
 			refused, again = candidate, time.Now().Add(s.PATCheckBase)
-			once("the new PAT is refused; the one in use stays", err)
+			once("the new PAT is refused; the one in use stays", "refused"+string(candidate), err)
 		case ctx.Err() == nil:
 			if d, ok := errors.AsType[*deferred](err); !ok || d.wait > s.BackoffCap {
-				once("the new PAT cannot be checked yet; the one in use stays", err)
+				once("the new PAT cannot be checked yet; the one in use stays", "unchecked"+string(candidate), err)
 			}
 		}
 	}
@@ -235,12 +251,12 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate, inUse []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
 	defer cancel()
-	slot, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
+	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
 	if err != nil {
 		return err
 	}
 	var operator tenant.UserID
-	err = s.send(ctx, slot, func(ctx context.Context) (err error) {
+	err = s.send(ctx, t, func(ctx context.Context) (err error) {
 		operator, err = s.Upstream.Whoami(ctx, secret)
 		return err
 	})

@@ -55,6 +55,7 @@ type Store interface {
 	SlotHolds(ctx context.Context, epoch int64) (bool, error)
 	UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (pause time.Duration, err error)
 	UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error)
+	Interrupt(ctx context.Context, epoch int64, perSecond float64, probeTimeout time.Duration, reason tenant.Problem) (tenant.Slot, error)
 	RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error)
 	PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error)
 	ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error)

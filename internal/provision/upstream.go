@@ -189,7 +189,7 @@ func (s *Service) send(ctx context.Context, t turn, f func(context.Context) erro
 		}
 	}
 	if up != nil && up.Class == tenant.UpstreamPAT && !t.checksPAT {
-		return s.confirmRefusal(ctx, t.pat, up)
+		return s.confirmRefusal(ctx, t, up)
 	}
 	return err
 }

@@ -1,0 +1,342 @@
+package provision_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/clarifaisim"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// highestSecond counts the calls of the busiest second.
+func highestSecond(calls []clarifaisim.Call) int {
+	most := 0
+	for i, from := 0, 0; i < len(calls); i++ {
+		for calls[i].At.Sub(calls[from].At) >= time.Second {
+			from++
+		}
+		most = max(most, i-from+1)
+	}
+	return most
+}
+
+// signUpMany signs up n tenants without waiting.
+func signUpMany(t testing.TB, r *provisiontest.Replica, n int) {
+	t.Helper()
+	for i := range n {
+		if _, _, err := r.SignUp(t.Context(), tenant.ID(fmt.Sprint("user_", i)), tenant.SignUp{}, 0, caller); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
+	t.Helper()
+	return context.WithCancel(t.Context())
+}
+
+func eventuallyActive(t testing.TB, r *provisiontest.Replica, n int) {
+	t.Helper()
+	provisiontest.Eventually(t, fmt.Sprintf("%d tenants are active", n), func() bool {
+		counts, err := r.DB.CountTenants(t.Context())
+		return err == nil && counts[tenant.Active] == n
+	})
+}
+
+// However many replicas there are, no second sees more calls than the rate, but
+// for one that arrives early or late.
+func TestRateIsKept(t *testing.T) {
+	t.Parallel()
+	for _, replicas := range []int{1, 2, 8} {
+		t.Run(fmt.Sprint(replicas), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			const rate, n = 14, 30
+			var r *provisiontest.Replica
+			for range replicas {
+				r = w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate = rate }})
+			}
+			signUpMany(t, r, n)
+			eventuallyActive(t, r, n)
+			if got := highestSecond(w.Sim.Calls()); got > rate+1 {
+				t.Errorf("the busiest second had %d calls; the rate is %d", got, rate)
+			}
+		})
+	}
+}
+
+// Background work of any amount delays a sign-up by no more than a slot for each
+// of its calls.
+func TestBackgroundWorkGivesWay(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	slow := func(c *provision.Config) { c.Rate = 20 }
+	replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: slow}), w.Start(provisiontest.Options{Adjust: slow})}
+	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), `
+		INSERT INTO apps (id, profile, profile_revision, state) SELECT 'gone-' || i, 'default', 'x', 'purging' FROM generate_series(1, 3000) i`); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the background is busy", func() bool { return w.State().Calls["GetApp"] > 20 })
+	for i := range 5 {
+		before := len(w.Sim.Calls())
+		signUp(t, replicas[i%2], tenant.ID(fmt.Sprint("user_", i)))
+		others := 0
+		for _, c := range w.Sim.Calls()[before:] {
+			if c.Call == "PostKeys" {
+				break
+			}
+			if c.Call == "GetApp" {
+				others++
+			}
+		}
+		// One that was on its way at the sign-up, and one before each of its calls.
+		if others > 3 {
+			t.Errorf("%d calls of the background came between the sign-up %d and its end", others, i)
+		}
+	}
+}
+
+// An hour is a pause that no test lasts out.
+func patient(c *provision.Config) {
+	c.Rate = 50
+	c.PauseBase, c.PauseCap = time.Hour, time.Hour
+	c.PATCheckBase, c.PATCheckCap = time.Hour, time.Hour
+}
+
+// liftPause makes a pause end now.
+func liftPause(t *testing.T, w *provisiontest.World) {
+	t.Helper()
+	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), `
+		WITH budget AS (UPDATE upstream_budget SET paused_until = 'epoch', next_slot_at = 'epoch')
+		UPDATE refused_pats SET next_check_at = now()`); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// When Clarifai throttles or is down, all replicas stop together after few calls,
+// tenants that wait are told why, and it goes on by itself after one probe.
+func TestFleetPauses(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		fault map[string]any
+		code  string
+		most  int // calls that may fail: what stops the fleet, and one on its way at each replica
+	}{
+		"throttled": {map[string]any{"call": "*", "status": 11005}, "upstream_throttled", 1 + 2},
+		"down":      {map[string]any{"call": "*", "drop_before": true}, "upstream_unavailable", 5 + 2},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: patient}), w.Start(provisiontest.Options{Adjust: patient})}
+			w.Faults(c.fault)
+			const n = 20
+			before := len(w.Sim.Calls())
+			signUpMany(t, replicas[0], n)
+			provisiontest.Eventually(t, "every build has been held up", func() bool {
+				u, _, err := replicas[1].UpstreamStatus(t.Context())
+				return err == nil && u.Pauses == 1 && deferred(t, w, n)
+			})
+			if got := len(w.Sim.Calls()) - before; got > c.most {
+				t.Errorf("%d calls were made to a Clarifai that fails them all; want %d at most", got, c.most)
+			}
+			got, _, err := replicas[1].SignUp(t.Context(), "user_0", tenant.SignUp{}, 0, caller)
+			if err != nil || got.Problem == nil || got.Problem.Code != c.code || time.Until(got.Problem.NextAttemptAt) < 30*time.Minute {
+				t.Errorf("a tenant that waits shows %+v, %v; want %s and when it goes on", got.Problem, err, c.code)
+			}
+			if logged := logLines(replicas, "upstream work is paused"); logged != 1 {
+				t.Errorf("the pause was logged %d times; want once", logged)
+			}
+
+			// The probe is alone until it is answered.
+			w.Faults(map[string]any{"call": "*", "count": 1, "delay_ms": 300})
+			probe := len(w.Sim.Calls())
+			liftPause(t, w)
+			eventuallyActive(t, replicas[0], n)
+			if calls := w.Sim.Calls(); calls[probe+1].At.Sub(calls[probe].At) < 300*time.Millisecond {
+				t.Errorf("another call came %s after the probe, before its answer", calls[probe+1].At.Sub(calls[probe].At))
+			}
+			if u, _, err := replicas[0].UpstreamStatus(t.Context()); err != nil || u.Pauses != 0 || u.PauseReason != nil {
+				t.Errorf("after the pause the status is %+v, %v", u, err)
+			}
+		})
+	}
+}
+
+// deferred reports whether each of n builds has had its turn and none is at work.
+func deferred(t *testing.T, w *provisiontest.World, n int) bool {
+	t.Helper()
+	var waiting int
+	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `
+		SELECT count(*) FROM apps WHERE state = 'building' AND leased_until = '-infinity' AND next_attempt_at > created_at`).
+		Scan(&waiting); err != nil {
+		t.Fatal(err)
+	}
+	return waiting == n
+}
+
+func logLines(replicas []*provisiontest.Replica, message string) int {
+	n := 0
+	for _, r := range replicas {
+		n += r.Logs.FilterMessage(message).Len()
+	}
+	return n
+}
+
+// A call that fails now and then does not stop the others.
+func TestScatteredFailuresDoNotPause(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: patient})
+	for i := range 12 {
+		w.Faults(map[string]any{"call": "PostKeys", "count": 2, "drop_before": true})
+		signUp(t, r, tenant.ID(fmt.Sprint("user_", i)))
+	}
+}
+
+// A PAT that Clarifai refuses stops the fleet at once, once confirmed, and is said
+// once; look-ups go on.
+func TestRefusedPATPausesTheFleet(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: patient}), w.Start(provisiontest.Options{Adjust: patient})}
+	first := signUp(t, replicas[0], "first")
+	w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+	before := len(w.Sim.Calls())
+	const n = 20
+	signUpMany(t, replicas[0], n)
+	provisiontest.Eventually(t, "every replica knows", func() bool {
+		for _, r := range replicas {
+			u, health, err := r.UpstreamStatus(t.Context())
+			if err != nil || health.State != provision.PATRefused || u.PATRefused == nil {
+				return false
+			}
+		}
+		return deferred(t, w, n)
+	})
+	if got := len(w.Sim.Calls()) - before; got > 6 {
+		t.Errorf("%d calls were made with a refused PAT; want the refused ones on their way and their confirmation", got)
+	}
+	if logged := logLines(replicas, "the PAT cannot be used; upstream work is paused until it is replaced or accepted again, look-ups go on"); logged != 1 {
+		t.Errorf("the refusal was logged %d times; want once", logged)
+	}
+	got, err := replicas[1].Tenant(t.Context(), "user_0", 0)
+	if err != nil || got.Problem == nil || got.Problem.Code != "upstream_pat_refused" {
+		t.Errorf("a tenant that waits shows %+v, %v", got.Problem, err)
+	}
+	if _, _, err := replicas[1].Reveal(t.Context(), first.ID, tenant.DefaultKey, caller); err != nil {
+		t.Errorf("a key cannot be read meanwhile: %v", err)
+	}
+
+	w.AddPAT(provisiontest.PAT, string(provisiontest.Operator))
+	liftPause(t, w)
+	eventuallyActive(t, replicas[0], n+1)
+}
+
+// A refusal that is not about the PAT holds up one row and not the fleet.
+func TestRefusalThatIsNotThePATs(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: patient})
+	w.Faults(map[string]any{"call": "PostKeys", "count": 2, "status": 11009})
+	signUp(t, r, "user_1")
+	if health := r.PAT.Health(); health.State != provision.PATWorks {
+		t.Errorf("the PAT is %s; want ok", health.State)
+	}
+}
+
+// A new PAT of the same operator takes over without a call that fails; all else
+// that may stand in its place changes nothing and is said once.
+func TestNewPATTakesOver(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	const foreign, next = "fedcba9876543210fedcba9876543210", "00112233445566778899aabbccddeeff"
+	w.AddPAT(foreign, "umbrella")
+	var mu sync.Mutex
+	var text string
+	var fault error
+	reads := 0
+	put := func(s string, err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		text, fault, reads = s, err, 0
+	}
+	put(provisiontest.PAT, nil)
+	readTimes := func(n int) bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return reads >= n
+	}
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	ctx, stop := contextOf(t)
+	defer stop()
+	watch.Go(func() {
+		r.WatchPAT(ctx, func() (tenant.Secret, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			reads++
+			return tenant.NewSecret(text), fault
+		}, 5*time.Millisecond)
+	})
+
+	for name, c := range map[string]struct {
+		text string
+		err  error
+		says string
+	}{
+		"unreadable":        {"", errors.New("it is a directory"), "the PAT cannot be read; the one in use stays"},
+		"another operator":  {foreign, nil, "the new PAT is refused; the one in use stays"},
+		"unknown":           {strings.Repeat("9", 32), nil, "the new PAT is refused; the one in use stays"},
+		"not a PAT at all":  {"two words", nil, "the new PAT is refused; the one in use stays"},
+		"refused once more": {strings.Repeat("8", 32), nil, "the new PAT is refused; the one in use stays"},
+	} {
+		before := r.Logs.FilterMessage(c.says).Len()
+		put(c.text, c.err)
+		provisiontest.Eventually(t, name+" is read some times", func() bool { return readTimes(30) })
+		if logged := r.Logs.FilterMessage(c.says).Len() - before; logged != 1 {
+			t.Errorf("%s: %q was logged %d times; want once", name, c.says, logged)
+		}
+		if got := r.PAT.Secret().Reveal(); got != provisiontest.PAT {
+			t.Fatalf("%s: the PAT in use was replaced", name)
+		}
+	}
+	signUp(t, r, "user_1")
+
+	w.AddPAT(next, string(provisiontest.Operator))
+	put(next, nil)
+	provisiontest.Eventually(t, "the new PAT is in use", func() bool { return r.PAT.Secret().Reveal() == next })
+	w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+	before := len(w.Sim.Calls())
+	signUp(t, r, "user_2")
+	for _, c := range w.Sim.Calls()[before:] {
+		if c.Status != 10000 {
+			t.Errorf("after the take-over %s was answered %d", c.Call, c.Status)
+		}
+	}
+}
+
+// A new PAT ends the pause that the refused one began.
+func TestNewPATEndsThePause(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: patient})
+	w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+	signUpMany(t, r, 3)
+	provisiontest.Eventually(t, "the PAT is refused", func() bool { return r.PAT.Health().State == provision.PATRefused })
+	const next = "00112233445566778899aabbccddeeff"
+	w.AddPAT(next, string(provisiontest.Operator))
+	ctx, stop := contextOf(t)
+	defer stop()
+	go r.WatchPAT(ctx, func() (tenant.Secret, error) { return tenant.NewSecret(next), nil }, 5*time.Millisecond)
+	eventuallyActive(t, r, 3)
+}
