@@ -107,6 +107,7 @@ func (s *server) routes(r chi.Router) {
 	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
 	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
 	r.Get("/v1/tenants", s.allow(any, s.listTenants))
+	r.Post("/v1/tenants/{tenant_id}/retry", s.allow([]tenant.Role{tenant.Admin}, s.retryTenant))
 	r.Get("/v1/tenants/{tenant_id}/keys", s.allow(any, s.listKeys))
 	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}/secret", s.allow(provisioner, s.getKeySecret))
 	r.Get("/v1/apps/{app_id}", s.allow(any, s.getAppTenant))

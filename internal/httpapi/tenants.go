@@ -211,3 +211,24 @@ func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
 	infoOf(r).tenant = t.ID
 	return s.respondTenant(w, r, t)
 }
+
+func (s *server) retryTenant(w http.ResponseWriter, r *http.Request) error {
+	id, err := pathTenantID(r)
+	if err != nil {
+		return err
+	}
+	if err := onlyParams(r.URL.Query()); err != nil {
+		return err
+	}
+	if err := decodeBody(w, r, &struct{}{}, mayBeEmpty); err != nil {
+		return err
+	}
+	t, err := s.Service.Retry(r.Context(), id, actorOf(r))
+	if err != nil {
+		return err
+	}
+	w.Header().Set("ETag", etagOf(t))
+	w.Header().Set("Location", pathOf(id))
+	setRetryAfter(w, retryProvisioning)
+	return respond(w, http.StatusAccepted, s.tenantBody(t))
+}

@@ -227,6 +227,38 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
+// Retry makes due now what a tenant waits for and whose next try is due later, and
+// what a pause of all upstream work has held up with it: one call tries whether it
+// can go on. It reports tenant.NotFound for an id that never signed up.
+func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
+	var t tenant.Tenant
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
+		var err error
+		if t, err = oneTenant(rows); err != nil {
+			return err
+		}
+		batch := &pgx.Batch{}
+		batch.Queue(`
+			UPDATE apps SET next_attempt_at = now(), enqueued_at = '-infinity'
+			WHERE id IN (SELECT id FROM apps
+				WHERE next_attempt_at > now() AND (tenant_id = $1 OR state = 'building' AND profile = $2 AND $3)
+				FOR UPDATE SKIP LOCKED)`, id, t.Profile, t.State == tenant.Provisioning)
+		batch.Queue(`
+			UPDATE keys SET next_attempt_at = now(), enqueued_at = '-infinity'
+			WHERE id IN (SELECT k.id FROM keys k JOIN apps a ON a.id = k.app_id
+				WHERE a.tenant_id = $1 AND k.state = 'revoking' AND k.next_attempt_at > now()
+				FOR UPDATE OF k SKIP LOCKED)`, id)
+		batch.Queue(`UPDATE upstream_budget SET paused_until = clock_timestamp() WHERE paused_until > clock_timestamp()`)
+		batch.Queue(`UPDATE refused_pats SET next_check_at = now() WHERE next_check_at > now()`)
+		batch.Queue(`
+			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id)
+			VALUES ($1, nullif($2, ''), 'tenant.retried', $3, nullif($4, ''))`, actor.Name, actor.RequestID, id, t.AppID)
+		return tx.SendBatch(ctx, batch).Close()
+	})
+	return t, translate("retry", err)
+}
+
 // Claim gives ready apps of a profile to waiting tenants, until either runs
 // out, and wakes who waits for them. It returns how many it gave.
 func (db *DB) Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error) {

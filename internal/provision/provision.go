@@ -31,6 +31,7 @@ type Store interface {
 
 	SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error)
 	Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error)
+	Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
 	Watch(id tenant.ID) (changed <-chan struct{}, stop func())
 	Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error)
 	Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error)
@@ -260,6 +261,12 @@ func (s *Service) Tenant(ctx context.Context, id tenant.ID, wait time.Duration) 
 		return t, err
 	}
 	return s.await(ctx, t, wait, changed)
+}
+
+// Retry tries now what a tenant waits for, instead of when it is due. It returns
+// the tenant as it stands, and tenant.NotFound for an unknown one.
+func (s *Service) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
+	return s.Store.Retry(ctx, id, actor)
 }
 
 // await returns t as it stands when it stays so, when wait has passed or when
