@@ -100,8 +100,11 @@ func (a answer) failure(call string, also int) *tenant.UpstreamError {
 		e.Class = tenant.UpstreamDuplicate // the documented code is 40010; this one was heard of
 	case s.code == codeInvalidRequest && strings.Contains(lower, "authorization header"):
 		e.Class = tenant.UpstreamPAT // a PAT of an impossible form, or a proxy that took it out
-	case s.code == codeMoved && s.movedTo != "":
-		e.Detail = "moved to " + s.movedTo + ": " + s.detail
+	case s.code == codeMoved:
+		e.Moved = true
+		if s.movedTo != "" {
+			e.Detail = "moved to " + s.movedTo + ": " + s.detail
+		}
 	case s.code == 0:
 		e.Detail = strings.TrimSuffix(s.name+": "+s.detail, ": ")
 	}

@@ -168,32 +168,111 @@ func (c *Client) CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secre
 	return secret, err
 }
 
-// AppKeys returns one page of an app's keys, counted from 1; a page after the last
-// is empty. It reports tenant.UpstreamNotFound if there is no such app.
-func (c *Client) AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error) {
-	query := url.Values{"page": {strconv.Itoa(page)}, "per_page": {strconv.Itoa(perPage)}}
-	var keys []tenant.UpstreamKey
-	err := c.do(ctx, request{call: "ListAppKeys", method: http.MethodGet, path: c.path("apps", string(id), "keys"), query: query, limit: maxListing},
+// Apps returns one page of the operator's apps, oldest first, counted from 1; a page
+// after the last is empty. Apps that are removed meanwhile make it pass others over.
+func (c *Client) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error) {
+	query := pageQuery(page)
+	query.Set("sort_by_created_at", "true")
+	query.Set("sort_ascending", "true")
+	var apps []tenant.UpstreamApp
+	err := c.do(ctx, request{call: "ListApps", method: http.MethodGet, path: c.path("apps"), query: query, limit: maxListing},
 		func(a answer) string {
 			var got struct {
-				Keys []keyJSON `json:"keys"`
+				Apps []appJSON `json:"apps"`
 			}
 			if !a.decode(&got) {
-				return "it holds no list of keys"
+				return "it holds no list of apps"
 			}
-			if len(got.Keys) > perPage {
-				return fmt.Sprintf("it holds %d keys, more than a page", len(got.Keys))
+			if len(got.Apps) > perPage {
+				return fmt.Sprintf("it holds %d apps, more than a page", len(got.Apps))
 			}
-			keys = make([]tenant.UpstreamKey, len(got.Keys))
-			for i, k := range got.Keys {
-				keys[i] = tenant.UpstreamKey{Description: k.Description, Scopes: k.Scopes}
-				if !masked(k.ID) {
-					keys[i].Secret = tenant.NewSecret(k.ID)
-				}
+			apps = make([]tenant.UpstreamApp, len(got.Apps))
+			for i, app := range got.Apps {
+				apps[i] = tenant.UpstreamApp{ID: tenant.AppID(app.ID), UserID: tenant.UserID(app.UserID), Marker: readMarker(app.Metadata)}
 			}
 			return ""
 		})
+	return apps, err
+}
+
+// MarkApp writes a marker into an app's metadata and leaves the rest of it alone.
+// It reports tenant.UpstreamNotFound if there is no such app.
+func (c *Client) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error {
+	metadata, err := json.Marshal(map[string]tenant.Marker{markerField: marker})
+	if err != nil {
+		return &tenant.UpstreamError{Call: "PatchApp", Class: tenant.UpstreamRefused, Detail: "not called: the marker cannot be encoded"}
+	}
+	body := map[string]any{
+		"app":             appJSON{ID: string(id), Metadata: metadata},
+		"action":          "overwrite",
+		"metadata_action": map[string]string{"op": "merge"},
+	}
+	return c.do(ctx, request{call: "PatchApp", method: http.MethodPatch, path: c.path("apps", string(id)), body: body, limit: maxAnswer}, nothing)
+}
+
+// AppKeys returns one page of an app's keys, counted from 1; a page after the last
+// is empty. It reports tenant.UpstreamNotFound if there is no such app.
+func (c *Client) AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error) {
+	return c.listKeys(ctx, request{call: "ListAppKeys", path: c.path("apps", string(id), "keys"), query: pageQuery(page)})
+}
+
+// Keys returns one page of the app-specific keys of all the operator's apps, as
+// Apps does.
+func (c *Client) Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error) {
+	query := pageQuery(page)
+	query.Set("type", "app_specific_key")
+	return c.listKeys(ctx, request{call: "ListKeys", path: c.path("keys"), query: query})
+}
+
+func pageQuery(page int) url.Values {
+	return url.Values{"page": {strconv.Itoa(page)}, "per_page": {strconv.Itoa(perPage)}}
+}
+
+func (c *Client) listKeys(ctx context.Context, r request) ([]tenant.UpstreamKey, error) {
+	r.method, r.limit = http.MethodGet, maxListing
+	var keys []tenant.UpstreamKey
+	err := c.do(ctx, r, func(a answer) string {
+		var got struct {
+			Keys []keyJSON `json:"keys"`
+		}
+		if !a.decode(&got) {
+			return "it holds no list of keys"
+		}
+		if len(got.Keys) > perPage {
+			return fmt.Sprintf("it holds %d keys, more than a page", len(got.Keys))
+		}
+		keys = make([]tenant.UpstreamKey, len(got.Keys))
+		for i, k := range got.Keys {
+			keys[i] = tenant.UpstreamKey{Description: k.Description, Scopes: k.Scopes}
+			if len(k.Apps) == 1 {
+				keys[i].AppID = tenant.AppID(k.Apps[0].ID)
+			}
+			if !masked(k.ID) {
+				keys[i].Secret = tenant.NewSecret(k.ID)
+			}
+		}
+		return ""
+	})
 	return keys, err
+}
+
+// KeyExists reports whether a key is there. It reports tenant.UpstreamNotFound if
+// it is not.
+func (c *Client) KeyExists(ctx context.Context, key tenant.Secret) error {
+	if !key.IsSet() {
+		return &tenant.UpstreamError{Call: "GetKey", Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
+	}
+	return c.do(ctx, request{call: "GetKey", method: http.MethodGet, path: c.path("keys", key.Reveal()), limit: maxAnswer, key: key}, nothing)
+}
+
+// SetKeyScopes replaces the scopes of a key. It reports tenant.UpstreamNotFound if
+// there is no such key.
+func (c *Client) SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error {
+	if !key.IsSet() {
+		return &tenant.UpstreamError{Call: "PatchKeys", Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
+	}
+	body := map[string]any{"keys": []keyJSON{{ID: key.Reveal(), Scopes: scopes}}, "action": "overwrite"}
+	return c.do(ctx, request{call: "PatchKeys", method: http.MethodPatch, path: c.path("keys"), body: body, limit: maxAnswer, key: key}, nothing)
 }
 
 // DeleteKey removes a key: it works no longer. It reports tenant.UpstreamNotFound

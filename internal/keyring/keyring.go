@@ -5,6 +5,8 @@ package keyring
 import (
 	"bytes"
 	"encoding/base32"
+	"encoding/base64"
+	"encoding/json"
 	"errors"
 	"fmt"
 
@@ -39,6 +41,8 @@ const (
 const (
 	probeDomain = "tenantry keyset probe"
 	probeText   = "tenantry"
+	// So does the owner's: an app id is no 16 bytes with this before it.
+	ownerDomain = "tenantry app owner\x00"
 )
 
 const fingerprintSize = 32
@@ -71,6 +75,35 @@ func (k *Keyring) Open(keyID uuid.UUID, ciphertext []byte) (tenant.Secret, error
 		return tenant.Secret{}, errors.New("open sealed key: it was sealed by another keyset or for another key, or was altered since")
 	}
 	return tenant.NewSecret(string(text)), nil
+}
+
+// SealOwner encrypts whom the app id was given to, for the app's marker upstream.
+func (k *Keyring) SealOwner(id tenant.AppID, owner tenant.AppOwner) (string, error) {
+	text, err := json.Marshal(owner)
+	if err != nil {
+		return "", fmt.Errorf("seal owner: %w", err)
+	}
+	ciphertext, err := k.seal.Encrypt(text, []byte(ownerDomain+string(id)))
+	if err != nil {
+		return "", fmt.Errorf("seal owner: %w", err)
+	}
+	return base64.RawURLEncoding.EncodeToString(ciphertext), nil
+}
+
+// OpenOwner decrypts what SealOwner made for the same app.
+func (k *Keyring) OpenOwner(id tenant.AppID, sealed string) (tenant.AppOwner, error) {
+	var owner tenant.AppOwner
+	ciphertext, err := base64.RawURLEncoding.DecodeString(sealed)
+	if err == nil {
+		var text []byte
+		if text, err = k.seal.Decrypt(ciphertext, []byte(ownerDomain+string(id))); err == nil {
+			err = json.Unmarshal(text, &owner)
+		}
+	}
+	if err != nil {
+		return owner, errors.New("open sealed owner: it was sealed by another keyset or for another app, or was altered since")
+	}
+	return owner, nil
 }
 
 // Fingerprint returns 32 bytes that stand for secret: always the same with this

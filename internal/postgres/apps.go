@@ -12,8 +12,19 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// LeaseApp takes an app that is due, building or purging, for at most lease. It
-// reports tenant.NotFound if there is nothing to do or another worker does it.
+// dueApp selects the apps that there is work on. While the fence is up nothing is
+// removed, and what was built before it went up is left as it is.
+const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
+	WHEN 'building' THEN NOT suspect
+	WHEN 'purging' THEN NOT ` + fenced + `
+	WHEN 'held' THEN pending
+	ELSE false END`
+
+// fenced says whether the restore fence is up.
+const fenced = `EXISTS (SELECT FROM deployment WHERE fence_since IS NOT NULL)`
+
+// LeaseApp takes an app that there is work on, for at most lease. It reports
+// tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
 	var a tenant.App
 	var keyID *uuid.UUID
@@ -23,15 +34,17 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			UPDATE apps SET leased_until = now() + $2
 			WHERE id = (
 				SELECT id FROM apps
-				WHERE id = $1 AND state IN ('building', 'purging') AND leased_until < now() AND next_attempt_at <= now()
+				WHERE id = $1 AND `+dueApp+`
 				FOR UPDATE SKIP LOCKED)
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
+			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), l.marked_at IS NOT NULL,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
+		&a.Tenant, &a.Generation, &a.Marked,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("app")
@@ -69,7 +82,7 @@ func (db *DB) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) 
 	err := db.pool.QueryRow(ctx, `
 		INSERT INTO keys AS k (id, app_id, name, scopes, in_doubt_since)
 		SELECT $3, id, $4, $5, now() FROM apps
-		WHERE id = $1 AND leased_until = $2 AND state = 'building' AND made_at IS NOT NULL
+		WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'held') AND made_at IS NOT NULL
 		ON CONFLICT (app_id, name) WHERE state = 'creating' DO UPDATE
 		SET in_doubt_since = now(), scopes = excluded.scopes, updated_at = now()
 		RETURNING k.id`,
@@ -86,7 +99,7 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE keys SET state = 'revoking', next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state = 'creating'
-			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state = 'building')`,
+			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state IN ('building', 'held'))`,
 		a.Creating.ID, a.ID, a.LeasedUntil)
 	return oneRow("give up key", tag, err)
 }
@@ -133,6 +146,38 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
+// FinishKey stores the key that was made for a leased app that a tenant holds.
+func (db *DB) FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error {
+	tag, err := db.pool.Exec(ctx, `
+		WITH app AS (
+			UPDATE apps
+			SET pending = marked_at IS NULL, attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'held'
+			RETURNING id, tenant_id
+		), made AS (
+			UPDATE keys k
+			SET state = 'active', ciphertext = $4, fingerprint = $5, hint = $6, in_doubt_since = NULL, attempts = 0,
+				problem = NULL, activated_at = now(), updated_at = now()
+			FROM app WHERE k.id = $3 AND k.app_id = app.id AND k.state = 'creating'
+			RETURNING k.id, k.name, app.id AS app_id, app.tenant_id)
+		INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, detail)
+		SELECT $7, 'key.created', tenant_id, app_id, id, jsonb_build_object('name', name) FROM made`,
+		a.ID, a.LeasedUntil, key.ID, key.Ciphertext, key.Fingerprint, key.Hint, actor.Name)
+	return oneRow("finish key", tag, err)
+}
+
+// AppMarked records that the marker of a leased app names its tenant, or that it
+// need not.
+func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE apps
+		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
+			pending = EXISTS (SELECT FROM keys k WHERE k.app_id = apps.id AND k.state = 'creating')
+		WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
+		a.ID, a.LeasedUntil)
+	return oneRow("record app as marked", tag, err)
+}
+
 // AppSetback records a failed try on a leased app and lets the lease go.
 func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error {
 	tag, err := db.pool.Exec(ctx, `
@@ -142,7 +187,7 @@ func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) er
 				next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
 				in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
 				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging')
+			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held')
 			RETURNING id
 		), key AS (
 			UPDATE keys SET in_doubt_since = NULL, updated_at = now()

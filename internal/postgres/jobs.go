@@ -33,54 +33,74 @@ func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error 
 
 // Enqueue inserts jobs for the rows that are due, unleased and not in the queue:
 // those whose job was lost with a crash, and those whose next try has come. It
-// returns how many it inserted.
+// returns how many it inserted. Of what can wait it keeps the queue short.
 func (db *DB) Enqueue(ctx context.Context) (int, error) {
-	const most = 100 // a turn
-	var building, purging []tenant.AppID
-	rows, _ := db.pool.Query(ctx, `
+	const most, mostBackground = 100, 50
+	var jobs []river.InsertManyParams
+	add := func(queue string, priority int, args river.JobArgs) {
+		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
+	}
+	var building, later []tenant.AppID
+	var keys, reconciliations []uuid.UUID
+	const notQueued = `enqueued_at < now() - $1::interval`
+	batch := &pgx.Batch{}
+	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
 		WHERE id IN (
-			SELECT id FROM apps
-			WHERE state IN ('building', 'purging') AND next_attempt_at <= now() AND leased_until < now()
-				AND enqueued_at < now() - $1::interval
+			SELECT id FROM apps WHERE state = 'building' AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
-		RETURNING id, state`, requeueAfter, most)
-	var id tenant.AppID
-	var state tenant.AppState
-	_, err := pgx.ForEachRow(rows, []any{&id, &state}, func() error {
-		if state == tenant.AppBuilding {
-			building = append(building, id)
-		} else {
-			purging = append(purging, id)
-		}
-		return nil
-	})
-	if err != nil {
-		return 0, translate("find apps that are due", err)
-	}
-	rows, _ = db.pool.Query(ctx, `
+		RETURNING id`, requeueAfter, most)
+	collect(batch, &keys, `
 		UPDATE keys SET enqueued_at = now()
 		WHERE id IN (
 			SELECT id FROM keys
-			WHERE state = 'revoking' AND next_attempt_at <= now() AND leased_until < now()
-				AND enqueued_at < now() - $1::interval
+			WHERE state = 'revoking' AND next_attempt_at <= now() AND leased_until < now() AND NOT `+fenced+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 		RETURNING id`, requeueAfter, most)
-	keys, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
-	if err != nil {
-		return 0, translate("find keys that are due", err)
+	collect(batch, &reconciliations, `
+		UPDATE reconciliations SET enqueued_at = now()
+		WHERE state = 'running' AND next_attempt_at <= now() AND leased_until < now() AND `+notQueued+`
+		RETURNING id`, requeueAfter)
+	for _, state := range []string{"purging", "held"} {
+		pending := ""
+		if state == "held" {
+			pending = " AND pending"
+		}
+		collect(batch, &later, `
+			UPDATE apps SET enqueued_at = now()
+			WHERE id IN (
+				SELECT id FROM apps WHERE state = '`+state+`'`+pending+` AND `+dueApp+` AND `+notQueued+`
+				ORDER BY next_attempt_at
+				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3))
+				FOR UPDATE SKIP LOCKED)
+			RETURNING id`, requeueAfter, mostBackground, tenant.QueueBackground)
 	}
-	if err := db.enqueueApps(ctx, tenant.QueueInteractive, building); err != nil {
-		return 0, err
+	// Without BEGIN, the statements of a batch are one transaction.
+	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
+		return 0, translate("find rows that are due", err)
 	}
-	if err := db.enqueueApps(ctx, tenant.QueueBackground, purging); err != nil {
-		return 0, err
+	for _, id := range building {
+		add(tenant.QueueInteractive, 1, tenant.AppJob{AppID: id})
 	}
-	jobs := make([]river.InsertManyParams, 0, len(keys))
 	for _, id := range keys {
-		jobs = append(jobs, river.InsertManyParams{Args: tenant.KeyJob{KeyID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}})
+		add(tenant.QueueBackground, 1, tenant.KeyJob{KeyID: id})
 	}
-	return len(building) + len(purging) + len(keys), db.enqueue(ctx, jobs)
+	for _, id := range reconciliations {
+		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
+	}
+	for _, id := range later {
+		add(tenant.QueueBackground, 3, tenant.AppJob{AppID: id})
+	}
+	return len(jobs), db.enqueue(ctx, jobs)
+}
+
+// collect queues a statement whose rows are appended to ids.
+func collect[T any](batch *pgx.Batch, ids *[]T, sql string, args ...any) {
+	batch.Queue(sql, args...).Query(func(rows pgx.Rows) error {
+		found, err := pgx.CollectRows(rows, pgx.RowTo[T])
+		*ids = append(*ids, found...)
+		return err
+	})
 }
 
 // StartBuilds begins builds for the tenants of a profile that wait and that no

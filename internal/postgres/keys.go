@@ -101,7 +101,7 @@ func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (
 	err := db.pool.QueryRow(ctx, `
 		UPDATE keys SET leased_until = now() + $2
 		WHERE id = (SELECT id FROM keys
-			WHERE id = $1 AND state = 'revoking' AND leased_until < now() AND next_attempt_at <= now()
+			WHERE id = $1 AND state = 'revoking' AND leased_until < now() AND next_attempt_at <= now() AND NOT `+fenced+`
 			FOR UPDATE SKIP LOCKED)
 		RETURNING id, app_id, name, ciphertext, coalesce(now() - in_doubt_since, '0'), attempts, problem, leased_until`,
 		id, lease).

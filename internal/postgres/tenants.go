@@ -17,6 +17,9 @@ import (
 // upstream work stands still, or the problem of a build that could serve it.
 const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), t.display_name, t.labels,
 	coalesce(t.problem, CASE WHEN t.state = 'provisioning' THEN coalesce(
+		(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
+			'the database may be behind Clarifai, and no app is given to a tenant until a reconciliation has shown that it is not: '
+			|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL),
 		(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
 		(SELECT pause_reason FROM upstream_budget WHERE pauses > 0),
 		(SELECT a.problem FROM apps a
@@ -112,7 +115,7 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	}
 	if f.HasProblem != nil {
 		condition := `(t.problem IS NOT NULL OR t.state = 'provisioning' AND (
-			EXISTS (SELECT FROM refused_pats) OR EXISTS (SELECT FROM upstream_budget WHERE pauses > 0)
+			` + fenced + ` OR EXISTS (SELECT FROM refused_pats) OR EXISTS (SELECT FROM upstream_budget WHERE pauses > 0)
 			OR EXISTS (SELECT FROM apps a
 				WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL)))`
 		if !*f.HasProblem {
@@ -154,7 +157,7 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 const claimSQL = `
 	WITH picked AS (
 		SELECT id FROM apps
-		WHERE state = 'ready' AND profile = $1
+		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
 			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)
 		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), waiter AS (
@@ -163,7 +166,8 @@ const claimSQL = `
 		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), given AS (
 		UPDATE apps a
-		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, updated_at = now()
+		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, pending = true, next_attempt_at = now(),
+			enqueued_at = '-infinity', updated_at = now()
 		FROM waiter w, picked p WHERE a.id = p.id
 		RETURNING a.id, a.tenant_id, a.tenant_generation
 	), activated AS (
@@ -187,10 +191,11 @@ const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', i
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
 	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
-	SELECT unnest($1::text[]), $2, $3, now()
+	SELECT unnest($1::text[]), $2, $3, now() WHERE NOT ` + fenced + `
 	LIMIT greatest(0,
 		(SELECT count(*) FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) waiting)
-		- (SELECT count(*) FROM (SELECT FROM apps WHERE state IN ('building', 'ready') AND profile = $2 LIMIT $4) coming))
+		- (SELECT count(*) FROM (SELECT FROM apps
+			WHERE state IN ('building', 'ready') AND profile = $2 AND NOT suspect LIMIT $4) coming))
 	RETURNING id`
 
 // SignUp makes a tenant, gives it a ready app if there is one, and begins a

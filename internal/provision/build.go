@@ -42,9 +42,12 @@ func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
 	if err != nil {
 		return s.failed("lease app", err, zap.String("app", string(id)))
 	}
-	if a.State == tenant.AppPurging {
+	switch a.State {
+	case tenant.AppPurging:
 		err = s.purge(ctx, a)
-	} else {
+	case tenant.AppHeld:
+		err = s.tend(ctx, &a)
+	default:
 		err = s.build(ctx, &a)
 	}
 	return s.endApp(ctx, a, err)
@@ -121,17 +124,16 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 			return err
 		}
 	}
-	secret, err := s.makeKey(ctx, a, profile)
+	secret, err := s.makeKey(ctx, a, profile.KeyScopes)
 	if err != nil {
 		return err
 	}
-	ciphertext, err := s.Keyring.Seal(a.Creating.ID, secret)
+	sealed, err := s.sealed(a.Creating.ID, secret)
 	if err != nil {
 		return err
 	}
 	err = s.Store.FinishBuild(ctx, *a, tenant.BuildEnd{
-		Key: tenant.SealedKey{ID: a.Creating.ID, Ciphertext: ciphertext,
-			Fingerprint: s.Keyring.Fingerprint(secret), Hint: s.Keyring.Hint(secret)},
+		Key:        sealed,
 		Profile:    profile,
 		NextBuilds: s.newAppIDs(1),
 		MaxBuilds:  s.MaxBuilds,
@@ -144,14 +146,8 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 
 // makeApp makes sure that the app exists upstream and is ours.
 func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Profile) error {
-	marker := tenant.Marker{Deployment: s.Deployment.ID, App: a.ID}
 	if a.InDoubt {
-		switch ours, err := s.look(ctx, laneOf(*a), a.ID); {
-		case err == nil && ours:
-			return nil
-		case err == nil:
-			return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
-		case tenant.ClassOf(err) != tenant.UpstreamNotFound:
+		if err := s.isMade(ctx, a); tenant.ClassOf(err) != tenant.UpstreamNotFound {
 			return err
 		}
 	}
@@ -163,22 +159,32 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 		return err
 	}
 	err = s.send(ctx, t, func(ctx context.Context) error {
-		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: marker})
+		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: s.markerOf(*a)})
 	})
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
 		return err
 	}
 	// An earlier call landed after all, or the id is somebody else's.
-	switch ours, lookErr := s.look(ctx, laneOf(*a), a.ID); {
-	case lookErr == nil && ours:
-		return nil
-	case lookErr == nil:
-		return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
-	case tenant.ClassOf(lookErr) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
+	err = s.isMade(ctx, a)
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions {
 		return s.abandon(ctx, *a, true, "Clarifai says that the id is taken, and does not show the app")
-	default:
-		return lookErr
 	}
+	return err
+}
+
+// isMade looks whether the app of a build is there, and gives the build up if it is
+// somebody else's.
+func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
+	app, err := s.lookAt(ctx, laneOf(*a), a.ID)
+	switch {
+	case err != nil:
+		return err
+	case !app.Marker.Owns(s.Deployment.ID, a.ID):
+		return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
+	case app.Marker.Tenant != "":
+		return s.behind(ctx, a.ID)
+	}
+	return nil
 }
 
 // laneOf says how urgent a build is: while nobody waits it can wait itself.
@@ -192,33 +198,38 @@ func laneOf(a tenant.App) lane {
 // look asks Clarifai whether an app exists, and reports whether its marker is
 // ours.
 func (s *Service) look(ctx context.Context, l lane, id tenant.AppID) (ours bool, err error) {
-	var app tenant.UpstreamApp
+	app, err := s.lookAt(ctx, l, id)
+	return app.Marker.Owns(s.Deployment.ID, id), err
+}
+
+func (s *Service) lookAt(ctx context.Context, l lane, id tenant.AppID) (app tenant.UpstreamApp, err error) {
 	err = s.call(ctx, l, func(ctx context.Context) (err error) {
 		app, err = s.Upstream.App(ctx, id)
 		return err
 	})
-	return app.Marker != nil && *app.Marker == tenant.Marker{Deployment: s.Deployment.ID, App: id}, err
+	return app, err
 }
 
 // makeKey makes sure that the app has a key whose secret we know, and returns it.
 // Afterwards a.Creating is the row of that key.
-func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
+func (s *Service) makeKey(ctx context.Context, a *tenant.App, scopes []string) (tenant.Secret, error) {
 	if a.Creating.InDoubt {
 		key, found, err := s.findKey(ctx, laneOf(*a), a.ID, a.Creating.ID)
 		switch {
-		case err != nil && tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
+		case err != nil && tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions && a.State == tenant.AppBuilding:
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "the app is gone upstream")
 		case err != nil:
 			return tenant.Secret{}, err
 		case found && key.Secret.IsSet():
 			return key.Secret, nil
-		case found:
+		case found && a.State == tenant.AppBuilding:
 			// No tenant has had this app: to begin anew is safe, and leaves no key
 			// that nobody knows.
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "a key was made, its answer was lost, and listings are masked")
 		}
-		// The lost call may still land. The row goes on to be looked for and
-		// revoked; a key row of its own is made below.
+		// The lost call may still land, or has made a key that cannot be addressed.
+		// The row goes on to be looked for and revoked; a key row of its own is made
+		// below.
 		if err := s.Store.GiveUpKey(ctx, *a); err != nil {
 			return tenant.Secret{}, err
 		}
@@ -232,17 +243,17 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 	if err != nil {
 		return tenant.Secret{}, err
 	}
-	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
+	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: scopes}); err != nil {
 		return tenant.Secret{}, err
 	}
 	a.Creating.ID = id
 	var secret tenant.Secret
 	err = s.send(ctx, t, func(ctx context.Context) (err error) {
-		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: profile.KeyScopes,
+		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: scopes,
 			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
 		return err
 	})
-	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions {
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions && a.State == tenant.AppBuilding {
 		return secret, s.abandon(ctx, *a, true, "the app is gone upstream")
 	}
 	return secret, err
@@ -298,6 +309,9 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
 			Detail: "the app lacks our marker and is not removed"}
 	}
+	if err := s.mayRemove(ctx); err != nil {
+		return err
+	}
 	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
 	if err != nil {
 		return err
@@ -305,4 +319,13 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	// Clarifai may accept a removal and carry it out later: only a look that
 	// finds nothing ends the purge.
 	return &deferred{wait: s.BackoffBase}
+}
+
+// mayRemove defers a removal that was begun before the restore fence went up.
+func (s *Service) mayRemove(ctx context.Context) error {
+	fence, err := s.Store.Fence(ctx)
+	if err == nil && fence.Up() {
+		return &deferred{wait: maxDefer}
+	}
+	return err
 }

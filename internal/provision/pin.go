@@ -46,6 +46,13 @@ func Pin(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate float
 	if err := checkKeyset(d, keys); err != nil {
 		return d, err
 	}
+	// Before anything is handed out or removed.
+	if fence, err := store.CheckRestored(ctx); err != nil {
+		return d, err
+	} else if fence.Up() {
+		log.Error("the restore fence is up: nothing is removed and no app is given to a tenant until a reconciliation has shown that the database knows all that Clarifai holds",
+			zap.Time("since", fence.Since), zap.String("reason", fence.Reason))
+	}
 	operator, err := whoami(ctx, store, upstream, pat, rate)
 	if err != nil {
 		log.Error("the PAT could not be checked; look-ups are served, and it is checked again before Clarifai is used", zap.Error(err))

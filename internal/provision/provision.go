@@ -47,10 +47,47 @@ type Store interface {
 	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
 	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
 
+	FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error
+	AppMarked(ctx context.Context, a tenant.App) error
+
 	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error)
 	KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error
 	KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error
+
+	Fence(ctx context.Context) (tenant.Fence, error)
+	RaiseFence(ctx context.Context, reason string) error
+	CheckRestored(ctx context.Context) (tenant.Fence, error)
+
+	StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error)
+	StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error)
+	StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error)
+	Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconciliation, error)
+	LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error)
+	ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, s tenant.Setback) error
+	DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error
+	EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error)
+	SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error
+	SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error
+	Compare(ctx context.Context, r tenant.Reconciliation) error
+	TurnTo(ctx context.Context, r tenant.Reconciliation, phase tenant.ReconciliationPhase) error
+	NextFinding(ctx context.Context, r tenant.Reconciliation, state tenant.FindingState) (tenant.Finding, error)
+	ConfirmFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	DropFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	EndFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, state tenant.FindingState, note string) error
+	CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error)
+	KeyOf(ctx context.Context, f tenant.Finding) (tenant.SealedKey, []string, error)
+	AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error
+	RemoveApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	RevokeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.SealedKey) error
+	ForgetApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	DiscardApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.NewKeyRow) error
+	KeyRescoped(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	ReleaseApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	RemovalsInLastHour(ctx context.Context) (n int, until time.Duration, err error)
+	SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes) (tenant.Tenant, error)
 
 	ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error)
 	SlotHolds(ctx context.Context, epoch int64) (bool, error)
@@ -75,9 +112,14 @@ type Upstream interface {
 	Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error)
 	CreateApp(ctx context.Context, app tenant.NewApp) error
 	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
+	Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error)
+	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
 	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
+	Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error)
+	KeyExists(ctx context.Context, key tenant.Secret) error
+	SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error
 	DeleteKey(ctx context.Context, key tenant.Secret) error
 }
 
@@ -104,6 +146,10 @@ type Config struct {
 	MaxBuilds   int           // builds of one profile at once; 64
 	BackoffBase time.Duration // after the first failure; 1 s
 	BackoffCap  time.Duration // 30 s
+
+	ReportEvery time.Duration // Clarifai is compared with the database by itself; 24 h
+	RemovalCap  int           // what repairs may remove in an hour; 100
+	SkipMarks   bool          // leave tenants out of the markers of their apps
 
 	TripAfter    int           // calls in a row that Clarifai fails before all work pauses; 5
 	PauseBase    time.Duration // the first pause; 1 s
@@ -158,6 +204,7 @@ func (c Config) WithDefaults() Config {
 		{&c.LookAgain, 2 * time.Second},
 		{&c.BackoffBase, time.Second},
 		{&c.BackoffCap, 30 * time.Second},
+		{&c.ReportEvery, 24 * time.Hour},
 		{&c.PauseBase, time.Second},
 		{&c.PauseCap, 30 * time.Second},
 		{&c.PATCheckBase, 15 * time.Second},
@@ -169,6 +216,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.MaxBuilds == 0 {
 		c.MaxBuilds = 64
+	}
+	if c.RemovalCap == 0 {
+		c.RemovalCap = 100
 	}
 	if c.TripAfter == 0 {
 		c.TripAfter = 5
@@ -226,7 +276,11 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		return t, false, err
 	}
 	t = signedUp.Tenant
-	if !signedUp.Created {
+	if signedUp.FirstUnknown() {
+		if t, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes()); err != nil {
+			return t, false, err
+		}
+	} else if !signedUp.Created {
 		if err := agrees(up, t, signedUp.FirstHash); err != nil {
 			return t, false, err
 		}

@@ -81,6 +81,9 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 }
 
 func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret tenant.Secret) error {
+	if err := s.mayRemove(ctx); err != nil {
+		return err
+	}
 	err := s.call(ctx, urgent, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err

@@ -28,6 +28,7 @@ func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers i
 	w := river.NewWorkers()
 	river.AddWorker(w, &appWorker{s: s})
 	river.AddWorker(w, &keyWorker{s: s})
+	river.AddWorker(w, &reconciliationWorker{s: s})
 	// The queue's own news are of no use to operators.
 	quiet, err := zapcore.NewIncreaseLevelCore(s.Log.Named("river").Core(), zapcore.WarnLevel)
 	if err != nil { // the log is quieter than that already
@@ -74,6 +75,20 @@ func (w *keyWorker) Timeout(*river.Job[tenant.KeyJob]) time.Duration { return w.
 
 func (w *keyWorker) Work(ctx context.Context, job *river.Job[tenant.KeyJob]) error {
 	w.s.Metrics.job(job.Kind, w.s.workKey(ctx, job.Args.KeyID))
+	return nil
+}
+
+type reconciliationWorker struct {
+	river.WorkerDefaults[tenant.ReconciliationJob]
+	s *Service
+}
+
+func (w *reconciliationWorker) Timeout(*river.Job[tenant.ReconciliationJob]) time.Duration {
+	return w.s.JobTimeout
+}
+
+func (w *reconciliationWorker) Work(ctx context.Context, job *river.Job[tenant.ReconciliationJob]) error {
+	w.s.Metrics.job(job.Kind, w.s.workReconciliation(ctx, job.Args.ReconciliationID))
 	return nil
 }
 
@@ -130,6 +145,9 @@ func (s *Service) sweep(ctx context.Context) error {
 		if err := s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds)); err != nil {
 			return fmt.Errorf("sweep: %w", err)
 		}
+	}
+	if err := s.watchForRestore(ctx); err != nil {
+		return fmt.Errorf("sweep: %w", err)
 	}
 	if _, err := s.Store.Enqueue(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)

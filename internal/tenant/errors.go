@@ -74,6 +74,8 @@ type UpstreamError struct {
 	HTTP      int           // the HTTP status; 0 where no answer came
 	Detail    string        // Clarifai's description and details, shortened and scrubbed
 	RequestID string        // Clarifai's req_id; may be empty
+	// Moved says that the app has another id now; Detail says which.
+	Moved bool
 	// Unclear says that the change may have been made, or may still be made.
 	Unclear bool
 }

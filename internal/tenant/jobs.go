@@ -9,7 +9,7 @@ import (
 // Jobs say which row to look at and nothing more: what is to be done stands in
 // the row. A job that comes twice, late or never does no harm.
 
-// AppJob asks a worker to look at an app that is building or purging.
+// AppJob asks a worker to look at an app: see App.
 type AppJob struct {
 	AppID AppID `json:"app_id"`
 }
@@ -24,6 +24,14 @@ type KeyJob struct {
 
 // Kind names the job in the queue.
 func (KeyJob) Kind() string { return "key" }
+
+// ReconciliationJob asks a worker to go on with a reconciliation.
+type ReconciliationJob struct {
+	ReconciliationID uuid.UUID `json:"reconciliation_id"`
+}
+
+// Kind names the job in the queue.
+func (ReconciliationJob) Kind() string { return "reconciliation" }
 
 // The queues of jobs, and how soon after one another the interactive one is
 // looked into.

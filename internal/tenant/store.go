@@ -1,6 +1,7 @@
 package tenant
 
 import (
+	"bytes"
 	"errors"
 	"time"
 
@@ -35,6 +36,12 @@ type SignedUp struct {
 	Created bool
 	// FirstHash is the hash of the attributes of the first sign-up.
 	FirstHash []byte
+}
+
+// FirstUnknown reports whether the tenant was adopted, and its first sign-up is not
+// known.
+func (s SignedUp) FirstUnknown() bool {
+	return !bytes.ContainsFunc(s.FirstHash, func(r rune) bool { return r != 0 })
 }
 
 // A NewKeyRow is the intent to make a key.

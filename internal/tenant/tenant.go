@@ -102,7 +102,8 @@ type Problem struct {
 	NextAttemptAt     time.Time `json:"next_attempt_at,omitzero"`
 }
 
-// An App is an app that a worker has leased.
+// An App is an app that a worker has leased: one that is building or purging, or
+// that is held and pending.
 type App struct {
 	ID       AppID
 	Profile  string
@@ -120,6 +121,11 @@ type App struct {
 	// InDoubt says that, before this lease, a call was begun that may have made
 	// the app, and that its outcome was never recorded.
 	InDoubt bool
+	// Tenant and Generation are whose the app is; zero for one that nobody holds.
+	Tenant     ID
+	Generation int
+	// Marked says that the app's marker upstream names its tenant.
+	Marked bool
 	// Creating is the key that is being made for the app; its ID is zero when
 	// there is none.
 	Creating CreatingKey
@@ -219,6 +225,9 @@ func (s SignUp) Attributes() Attributes {
 	}
 	return a
 }
+
+// AttributesHashSize is the length of a hash of attributes, in bytes.
+const AttributesHashSize = 2 * sha256.Size
 
 // Hash names a, so that a sign-up that is sent again is recognised after its
 // attributes were changed. Its two halves of 32 bytes are SHA-256 of the

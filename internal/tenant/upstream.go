@@ -11,6 +11,23 @@ import (
 type Marker struct {
 	Deployment string `json:"deployment"`
 	App        AppID  `json:"app"`
+	Profile    string `json:"profile,omitempty"`
+	// Tenant is the sealed id and generation of the tenant that the app was given
+	// to; empty until then.
+	Tenant string `json:"tenant,omitempty"`
+}
+
+// Owns reports whether m marks the app id as made by a deployment.
+func (m *Marker) Owns(deployment string, id AppID) bool {
+	return m != nil && m.Deployment == deployment && m.App == id
+}
+
+// An AppOwner is the tenant that an app was given to, as the app's marker keeps it
+// sealed.
+type AppOwner struct {
+	Tenant     ID     `json:"tenant"`
+	Generation int    `json:"generation"`
+	Profile    string `json:"profile"`
 }
 
 // An UpstreamApp is an app as Clarifai shows it.
@@ -31,6 +48,7 @@ type NewApp struct {
 type UpstreamKey struct {
 	// Secret is unset where the listing masks ids: the key cannot be addressed.
 	Secret      Secret
+	AppID       AppID // empty where the listing does not say
 	Description string
 	Scopes      []string
 }

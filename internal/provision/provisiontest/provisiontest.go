@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -182,6 +183,8 @@ type Options struct {
 	Clarifai string // default: the world's
 	// Idle leaves out workers and sweep: another replica does the work.
 	Idle bool
+	// Fenced keeps the fence that a new database begins with.
+	Fenced bool
 	// Workers is how many builds run at once; 0 means 8.
 	Workers int
 }
@@ -232,6 +235,11 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !o.Fenced {
+		if err := lowerFence(ctx, w.URL); err != nil {
+			return nil, err
+		}
+	}
 	cfg.Deployment, cfg.Upstream, cfg.PAT = deployment, client.As(deployment.Operator), pat
 	if r.Service, err = provision.New(cfg); err != nil {
 		return nil, err
@@ -241,6 +249,16 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	}
 	w.t.Cleanup(r.Stop)
 	return r, nil
+}
+
+func lowerFence(ctx context.Context, url tenant.Secret) error {
+	conn, err := pgx.Connect(ctx, url.Reveal())
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(ctx) }()
+	_, err = conn.Exec(ctx, `UPDATE deployment SET fence_since = NULL`)
+	return err
 }
 
 func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {

@@ -1,0 +1,470 @@
+package postgres
+
+import (
+	"context"
+	"crypto/rand"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/riverqueue/river"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+const reconciliationColumns = `r.id, r.kind, r.adopt_only, r.report_id, r.requested_by, r.state = 'done', r.phase, r.page,
+	r.apps_seen, r.keys_seen, r.foreign_apps, coalesce(r.token, ''), r.attempts, r.problem, r.created_at, r.finished_at, r.leased_until`
+
+func scanReconciliation(row pgx.CollectableRow) (tenant.Reconciliation, error) {
+	var r tenant.Reconciliation
+	var report *uuid.UUID
+	var finished *time.Time
+	var leased any // may be -infinity
+	err := row.Scan(&r.ID, &r.Kind, &r.AdoptOnly, &report, &r.RequestedBy, &r.Done, &r.Phase, &r.Page,
+		&r.AppsSeen, &r.KeysSeen, &r.ForeignApps, &r.Token, &r.Attempts, &r.Problem, &r.CreatedAt, &finished, &leased)
+	if report != nil {
+		r.ReportID = *report
+	}
+	r.FinishedAt = orZero(finished)
+	r.LeasedUntil, _ = leased.(time.Time)
+	return r, err
+}
+
+func (db *DB) oneReconciliation(ctx context.Context, act, sql string, args ...any) (tenant.Reconciliation, error) {
+	rows, _ := db.pool.Query(ctx, sql, args...)
+	r, err := pgx.CollectExactlyOneRow(rows, scanReconciliation)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return r, errNotFound("reconciliation")
+	}
+	return r, translate(act, err)
+}
+
+// tokenLife is how long a report may be acted upon: what it found is looked at
+// anew in any case.
+const tokenLife = 24 * time.Hour
+
+// StartReport begins a report. It reports tenant.Conflict while a reconciliation
+// runs.
+func (db *DB) StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error) {
+	return db.startReconciliation(ctx, actor, `
+		INSERT INTO reconciliations AS r (id, kind, phase, requested_by, enqueued_at) VALUES ($1, 'report', 'apps', $2, now())`,
+		id, actor.Name)
+}
+
+// StartRepair begins to carry out the report that a token names. It reports
+// tenant.Conflict, and changes nothing, if the token is no report's, if something
+// was reconciled since or the report is old, and while a reconciliation runs.
+func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+	r, err := db.startReconciliation(ctx, actor, `
+		INSERT INTO reconciliations AS r (id, kind, phase, report_id, adopt_only, requested_by, enqueued_at)
+		SELECT $1, 'repair', 'repair', p.id, $4, $2, now() FROM reconciliations p
+		WHERE p.token = $3 AND p.finished_at > now() - $5::interval
+			AND NOT EXISTS (SELECT FROM reconciliations later WHERE later.created_at > p.created_at)`,
+		id, actor.Name, token, adoptOnly, tokenLife)
+	if !errors.Is(err, tenant.NotFound) {
+		return r, err
+	}
+	var known bool
+	if err := db.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM reconciliations WHERE token = $1)`, token).Scan(&known); err != nil {
+		return r, translate("look for report", err)
+	}
+	if known {
+		return r, tenant.Errorf(tenant.Conflict, "reconciliation_token_stale",
+			"the report is older than %s, or something was reconciled since: make a new report and use its token", tokenLife)
+	}
+	return r, tenant.Errorf(tenant.Conflict, "reconciliation_token_unknown", "there is no report of this token")
+}
+
+func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, insert string, args ...any) (tenant.Reconciliation, error) {
+	args = append(args, actor.RequestID)
+	var r tenant.Reconciliation
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, insert+` RETURNING `+reconciliationColumns, args[:len(args)-1]...)
+		var err error
+		if r, err = pgx.CollectExactlyOneRow(rows, scanReconciliation); err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `
+			INSERT INTO audit_events (actor, request_id, action, detail)
+			VALUES ($1, nullif($2, ''), 'reconciliation.started', jsonb_build_object('id', $3::uuid, 'kind', $4::text, 'adopt_only', $5::bool))`,
+			actor.Name, actor.RequestID, r.ID, r.Kind, r.AdoptOnly)
+		return err
+	})
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.ConstraintName == "reconciliations_one_running" {
+		var running uuid.UUID
+		if err := db.pool.QueryRow(ctx, `SELECT id FROM reconciliations WHERE state = 'running'`).Scan(&running); err != nil {
+			running = uuid.Nil // it has just ended
+		}
+		return r, tenant.Errorf(tenant.Conflict, "reconciliation_running", "the reconciliation %s runs; there is one at a time", running)
+	}
+	if errors.Is(err, pgx.ErrNoRows) {
+		return r, errNotFound("reconciliation")
+	}
+	if err != nil {
+		return r, translate("start reconciliation", err)
+	}
+	return r, db.enqueue(ctx, []river.InsertManyParams{{Args: tenant.ReconciliationJob{ReconciliationID: r.ID},
+		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 2}}})
+}
+
+// StartDueReport begins a report if the last is older than every, or if the fence
+// is up and nobody has looked since. It reports whether it did.
+func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
+	var due bool
+	if err := db.pool.QueryRow(ctx, `
+		SELECT coalesce(
+			NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
+			AND CASE
+				WHEN d.fence_since IS NULL THEN greatest(d.created_at, last.created_at) < now() - $1::interval
+				ELSE last.created_at IS NULL OR last.created_at < d.fence_since OR last.kind = 'repair' END, false)
+		FROM deployment d LEFT JOIN LATERAL (
+			SELECT created_at, kind FROM reconciliations ORDER BY created_at DESC LIMIT 1) last ON true`,
+		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return false, translate("look for a due report", err)
+	}
+	if !due {
+		return false, nil
+	}
+	_, err := db.StartReport(ctx, id, actor)
+	if errors.Is(err, tenant.Conflict) { // another replica was first
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Reconciliation reads a reconciliation. It reports tenant.NotFound if there is
+// none of that id.
+func (db *DB) Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconciliation, error) {
+	return db.oneReconciliation(ctx, "read reconciliation", `SELECT `+reconciliationColumns+` FROM reconciliations r WHERE id = $1`, id)
+}
+
+// LastReport reads the newest report that is done. It reports tenant.NotFound if
+// there is none.
+func (db *DB) LastReport(ctx context.Context) (tenant.Reconciliation, error) {
+	return db.oneReconciliation(ctx, "read last report", `
+		SELECT `+reconciliationColumns+` FROM reconciliations r WHERE kind = 'report' AND state = 'done'
+		ORDER BY created_at DESC LIMIT 1`)
+}
+
+// findingsOf selects the findings of a report.
+const findingsOf = `reconciliation_id = $1 AND state <> 'doubted'`
+
+// reportOf returns the report whose findings a reconciliation makes or works on.
+func reportOf(r tenant.Reconciliation) uuid.UUID {
+	if r.Kind == tenant.Repair {
+		return r.ReportID
+	}
+	return r.ID
+}
+
+// Findings lists up to limit findings after a number. Those of a repair are its
+// report's.
+func (db *DB) Findings(ctx context.Context, r tenant.Reconciliation, after int64, limit int) ([]tenant.Finding, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT `+findingColumns+` FROM reconciliation_items
+		WHERE `+findingsOf+` AND number > $2 ORDER BY number LIMIT $3`, reportOf(r), after, limit)
+	found, err := pgx.CollectRows(rows, scanFinding)
+	return found, translate("list findings", err)
+}
+
+const findingColumns = `number, kind, action, coalesce(app_id, ''), key_id, coalesce(tenant_id, ''), detail, state, note`
+
+func scanFinding(row pgx.CollectableRow) (tenant.Finding, error) {
+	var f tenant.Finding
+	var key *uuid.UUID
+	err := row.Scan(&f.Number, &f.Kind, &f.Action, &f.AppID, &key, &f.TenantID, &f.Detail, &f.State, &f.Note)
+	if key != nil {
+		f.KeyID = *key
+	}
+	return f, err
+}
+
+// CountFindings counts findings by kind and by state.
+func (db *DB) CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT kind, state, count(*) FROM reconciliation_items WHERE `+findingsOf+` GROUP BY kind, state`, reportOf(r))
+	kinds, states := map[tenant.FindingKind]int{}, map[tenant.FindingState]int{}
+	var kind tenant.FindingKind
+	var state tenant.FindingState
+	var n int
+	_, err := pgx.ForEachRow(rows, []any{&kind, &state, &n}, func() error { kinds[kind] += n; states[state] += n; return nil })
+	return kinds, states, translate("count findings", err)
+}
+
+// LeaseReconciliation takes a reconciliation that is due, for at most lease. It
+// reports tenant.NotFound if there is nothing to do or another worker does it.
+func (db *DB) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error) {
+	return db.oneReconciliation(ctx, "lease reconciliation", `
+		UPDATE reconciliations r SET leased_until = now() + $2
+		WHERE id = (SELECT id FROM reconciliations
+			WHERE id = $1 AND state = 'running' AND leased_until < now() AND next_attempt_at <= now()
+			FOR UPDATE SKIP LOCKED)
+		RETURNING `+reconciliationColumns, id, lease)
+}
+
+// underLease runs act in a transaction that holds the leased reconciliation.
+func (db *DB) underLease(ctx context.Context, what string, r tenant.Reconciliation, act func(pgx.Tx) error) error {
+	return translate(what, pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			UPDATE reconciliations SET attempts = 0, problem = NULL WHERE id = $1 AND leased_until = $2 AND state = 'running'`,
+			r.ID, r.LeasedUntil)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() != 1 {
+			return tenant.ErrLeaseLost
+		}
+		return act(tx)
+	}))
+}
+
+// SawApps keeps a page of the list of apps and turns to the next. An empty page
+// is the last.
+func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error {
+	return db.underLease(ctx, "keep list of apps", r, func(tx pgx.Tx) error {
+		batch := &pgx.Batch{}
+		foreign := 0
+		for _, a := range apps {
+			if a.Marker == "" {
+				foreign++
+			}
+			batch.Queue(`
+				INSERT INTO reconciliation_apps (reconciliation_id, app_id, marker_app, tenant_id, tenant_generation)
+				VALUES ($1, $2, $3, nullif($4, ''), nullif($5, 0)) ON CONFLICT DO NOTHING`,
+				r.ID, a.ID, a.Marker, a.Owner.Tenant, a.Owner.Generation)
+		}
+		batch.Queue(`
+			UPDATE reconciliations
+			SET apps_seen = apps_seen + $2, page = CASE WHEN $2 = 0 THEN 1 ELSE page + 1 END,
+				phase = CASE WHEN $2 = 0 THEN 'keys' ELSE phase END
+			WHERE id = $1`, r.ID, len(apps))
+		return tx.SendBatch(ctx, batch).Close()
+	})
+}
+
+// SawKeys keeps a page of the list of keys, as SawApps does.
+func (db *DB) SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error {
+	return db.underLease(ctx, "keep list of keys", r, func(tx pgx.Tx) error {
+		batch := &pgx.Batch{}
+		for _, k := range keys {
+			batch.Queue(`
+				INSERT INTO reconciliation_keys (reconciliation_id, app_id, key_id, fingerprint, scopes)
+				VALUES ($1, $2, nullif($3, '00000000-0000-0000-0000-000000000000'::uuid), $4, $5)`,
+				r.ID, k.AppID, k.KeyID, k.Fingerprint, k.Scopes)
+		}
+		batch.Queue(`
+			UPDATE reconciliations
+			SET keys_seen = keys_seen + $2, page = CASE WHEN $2 = 0 THEN 1 ELSE page + 1 END,
+				phase = CASE WHEN $2 = 0 THEN 'compare' ELSE phase END
+			WHERE id = $1`, r.ID, len(keys))
+		return tx.SendBatch(ctx, batch).Close()
+	})
+}
+
+// longDoubt is how long a call's outcome may be unknown before a report names it.
+const longDoubt = 10 * time.Minute
+
+// compareSQL finds the differences. $1 is the reconciliation, $2 when it began:
+// rows that changed since are passed over, for the listing may be older.
+var compareSQL = []string{
+	// Apps that are listed. By R4 a marked app has a row: if it has none, it is the row that was lost.
+	`SELECT
+		CASE
+			WHEN a.id IS NULL AND s.marker_app = s.app_id THEN 'app_unknown'
+			WHEN s.marker_app <> s.app_id THEN 'app_renamed'
+			WHEN a.state = 'deleted' THEN 'app_alive'
+			WHEN a.tenant_id IS NULL THEN 'app_forgotten'
+			ELSE 'app_differs' END,
+		CASE
+			WHEN s.marker_app <> s.app_id THEN ''
+			WHEN a.id IS NULL THEN 'adopt'
+			WHEN a.state = 'deleted' THEN 'remove'
+			WHEN a.tenant_id IS NULL AND a.state IN ('building', 'ready') THEN 'adopt'
+			ELSE '' END,
+		s.app_id, NULL::uuid, coalesce(s.tenant_id, a.tenant_id),
+		CASE
+			WHEN s.marker_app <> s.app_id THEN 'it was made as ' || s.marker_app || ': give it that id again in Clarifai'
+			WHEN a.tenant_id IS NOT NULL AND a.state <> 'deleted' THEN 'the row says ' || a.tenant_id || ', generation ' || a.tenant_generation
+			ELSE '' END,
+		CASE WHEN a.state = 'deleted' AND s.marker_app = s.app_id THEN 'doubted' ELSE 'open' END
+	FROM reconciliation_apps s LEFT JOIN apps a ON a.id = s.app_id
+	WHERE s.reconciliation_id = $1 AND s.marker_app <> '' AND (
+		a.id IS NULL OR s.marker_app <> s.app_id
+		OR a.state = 'deleted' AND a.updated_at < $2
+		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
+			AND a.state <> 'deleted')`,
+	// Apps that are not listed, or not as ours.
+	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
+		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
+		a.id, NULL, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
+	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
+	WHERE a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
+		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
+	`SELECT 'app_suspect', 'release', id, NULL, NULL,
+		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
+	FROM apps WHERE suspect AND state IN ('building', 'ready')`,
+	// Keys that are listed.
+	`SELECT
+		CASE WHEN s.key_id IS NULL THEN 'key_unmanaged'
+			WHEN k.id IS NULL THEN 'key_unknown'
+			WHEN s.fingerprint IS NULL AND k.state = 'lost' THEN 'key_lost'
+			ELSE 'key_alive' END,
+		CASE WHEN s.key_id IS NULL THEN ''
+			WHEN k.id IS NULL THEN 'adopt'
+			WHEN s.fingerprint IS NULL THEN ''
+			ELSE 'revoke' END,
+		s.app_id, s.key_id, a.tenant_id, '', 'open'
+	FROM reconciliation_keys s
+	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained')
+	LEFT JOIN keys k ON k.id = s.key_id
+	WHERE s.reconciliation_id = $1
+		AND (k.id IS NULL OR k.state IN ('revoked', 'lost') AND k.updated_at < $2)
+		AND (s.key_id IS NOT NULL OR s.fingerprint IS NULL OR NOT EXISTS (SELECT FROM keys known WHERE known.fingerprint = s.fingerprint))`,
+	// Keys that are not listed though their app is.
+	`SELECT 'key_gone', CASE a.state WHEN 'held' THEN 'remake' WHEN 'ready' THEN 'forget' ELSE '' END,
+		a.id, k.id, a.tenant_id, '', 'doubted'
+	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state IN ('ready', 'held', 'retained')
+	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
+	WHERE k.state IN ('active', 'retiring') AND k.activated_at < $2
+		AND NOT EXISTS (SELECT FROM reconciliation_keys l WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint))`,
+	`SELECT 'key_drifted', 'rescope', a.id, k.id, a.tenant_id,
+		'Clarifai has ' || array_to_string(s.scopes, ', ') || ', the row ' || array_to_string(k.scopes, ', '), 'open'
+	FROM reconciliation_keys s JOIN keys k ON k.id = s.key_id JOIN apps a ON a.id = k.app_id
+	WHERE s.reconciliation_id = $1 AND k.state IN ('active', 'retiring') AND k.updated_at < $2
+		AND (SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(s.scopes) x) IS DISTINCT FROM
+			(SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(k.scopes) x)`,
+	`SELECT 'in_doubt', '', a.id, NULL, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
+	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $3::interval`,
+	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
+	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $3::interval`,
+}
+
+// Compare writes down the differences between the lists and the rows.
+func (db *DB) Compare(ctx context.Context, r tenant.Reconciliation) error {
+	return db.underLease(ctx, "compare", r, func(tx pgx.Tx) error {
+		batch := &pgx.Batch{}
+		for _, sql := range compareSQL {
+			args := []any{r.ID, r.CreatedAt, longDoubt}
+			// A parameter that a statement does not use must have a type all the same.
+			batch.Queue(`
+				WITH given AS (SELECT $1::uuid, $2::timestamptz, $3::interval)
+				INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, key_id, tenant_id, detail, state)
+				SELECT $1, found.* FROM (`+sql+`) AS found`, args...)
+		}
+		batch.Queue(`
+			UPDATE reconciliations SET phase = 'confirm', foreign_apps = (
+				SELECT count(*) FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.marker_app = ''
+					AND NOT EXISTS (SELECT FROM apps a WHERE a.id = s.app_id))
+			WHERE id = $1`, r.ID)
+		batch.Queue(`DELETE FROM reconciliation_keys WHERE reconciliation_id = $1`, r.ID)
+		batch.Queue(`DELETE FROM reconciliation_apps WHERE reconciliation_id = $1`, r.ID)
+		return tx.SendBatch(ctx, batch).Close()
+	})
+}
+
+// NextFinding returns the next finding in a state; a repair's that has an action.
+// It reports tenant.NotFound when there is none.
+func (db *DB) NextFinding(ctx context.Context, r tenant.Reconciliation, state tenant.FindingState) (tenant.Finding, error) {
+	rows, _ := db.pool.Query(ctx, `
+		SELECT `+findingColumns+` FROM reconciliation_items
+		WHERE reconciliation_id = $1 AND state = $2 AND (NOT $3 OR action <> '') AND (NOT $4 OR action = 'adopt')
+		ORDER BY action <> 'adopt', number LIMIT 1`, reportOf(r), state, r.Kind == tenant.Repair, r.AdoptOnly)
+	f, err := pgx.CollectExactlyOneRow(rows, scanFinding)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return f, errNotFound("finding")
+	}
+	return f, translate("read finding", err)
+}
+
+// DropFinding takes back a finding that turned out to be none.
+func (db *DB) DropFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	return db.underLease(ctx, "drop finding", r, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `DELETE FROM reconciliation_items WHERE reconciliation_id = $1 AND number = $2`, r.ID, f.Number)
+		return err
+	})
+}
+
+// ConfirmFinding keeps a doubted finding, as what it turned out to be.
+func (db *DB) ConfirmFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	return db.underLease(ctx, "confirm finding", r, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `
+			UPDATE reconciliation_items SET state = 'open', kind = $3, action = $4, detail = $5
+			WHERE reconciliation_id = $1 AND number = $2`, r.ID, f.Number, f.Kind, f.Action, f.Detail)
+		return err
+	})
+}
+
+// TurnTo begins another phase of a leased reconciliation.
+func (db *DB) TurnTo(ctx context.Context, r tenant.Reconciliation, phase tenant.ReconciliationPhase) error {
+	return db.underLease(ctx, "begin phase", r, func(tx pgx.Tx) error {
+		_, err := tx.Exec(ctx, `UPDATE reconciliations SET phase = $2 WHERE id = $1`, r.ID, phase)
+		return err
+	})
+}
+
+// ReconciliationSetback records a failed step and lets the lease go.
+func (db *DB) ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, s tenant.Setback) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE reconciliations
+		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
+			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
+			leased_until = '-infinity', enqueued_at = '-infinity'
+		WHERE id = $1 AND leased_until = $2 AND state = 'running'`,
+		r.ID, r.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
+	return oneRow("record setback of reconciliation", tag, err)
+}
+
+// DeferReconciliation lets the lease go, to be taken up again after delay.
+func (db *DB) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE reconciliations SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
+		WHERE id = $1 AND leased_until = $2`, r.ID, r.LeasedUntil, delay)
+	return oneRow("defer reconciliation", tag, err)
+}
+
+// EndReconciliation ends a leased reconciliation. A report gets its token, and the
+// fence goes up or down with what it found: up if Clarifai holds what the database
+// does not know, down if a report that began behind it found nothing of the kind.
+// It returns the fence as it stands, and as it stood.
+func (db *DB) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error) {
+	err = db.underLease(ctx, "end reconciliation", r, func(tx pgx.Tx) error {
+		if was, err = readFence(ctx, tx); err != nil {
+			return err
+		}
+		var token *string
+		if r.Kind == tenant.Report {
+			text := "rec_" + rand.Text()
+			token = &text
+			var behind bool
+			if err := tx.QueryRow(ctx, `
+				SELECT EXISTS (SELECT FROM reconciliation_items
+					WHERE reconciliation_id = $1 AND kind IN ('app_unknown', 'app_forgotten', 'app_differs', 'key_unknown'))`,
+				r.ID).Scan(&behind); err != nil {
+				return err
+			}
+			switch {
+			case behind && !was.Up():
+				if err := raiseFence(ctx, tx, "Clarifai holds apps or keys that the database does not know"); err != nil {
+					return err
+				}
+				fallthrough
+			case behind:
+				if _, err := tx.Exec(ctx, `UPDATE deployment SET fence_behind = true`); err != nil {
+					return err
+				}
+			case was.Up() && r.CreatedAt.After(was.Since):
+				if err := lowerFence(ctx, tx, !was.Behind); err != nil {
+					return err
+				}
+			}
+		}
+		if _, err := tx.Exec(ctx, `
+			UPDATE reconciliations SET state = 'done', phase = 'end', finished_at = now(), token = $2, leased_until = '-infinity' WHERE id = $1`,
+			r.ID, token); err != nil {
+			return err
+		}
+		is, err = readFence(ctx, tx)
+		return err
+	})
+	return was, is, err
+}

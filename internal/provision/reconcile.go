@@ -1,0 +1,478 @@
+package provision
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// StartReport begins to compare Clarifai with Postgres. Nothing is changed. It
+// reports tenant.Conflict while a reconciliation runs.
+func (s *Service) StartReport(ctx context.Context, actor tenant.Actor) (tenant.Reconciliation, error) {
+	id, err := uuid.NewV7()
+	if err != nil {
+		return tenant.Reconciliation{}, err
+	}
+	return s.Store.StartReport(ctx, id, actor)
+}
+
+// StartRepair begins to carry out the report that a token names; with adoptOnly
+// it takes in what the database does not know, and no more. It reports
+// tenant.Conflict for a token that is stale or unknown and while a reconciliation
+// runs.
+func (s *Service) StartRepair(ctx context.Context, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+	id, err := uuid.NewV7()
+	if err != nil {
+		return tenant.Reconciliation{}, err
+	}
+	return s.Store.StartRepair(ctx, id, token, adoptOnly, actor)
+}
+
+// workReconciliation takes a reconciliation as far as the job's time allows.
+// Each step is written down, so that any replica can take the next.
+func (s *Service) workReconciliation(ctx context.Context, id uuid.UUID) outcome {
+	field := zap.Stringer("reconciliation", id)
+	r, err := s.Store.LeaseReconciliation(ctx, id, s.Lease)
+	if errors.Is(err, tenant.NotFound) {
+		return outcomeNothing
+	}
+	if err != nil {
+		return s.failed("lease reconciliation", err, field)
+	}
+	for err == nil && !r.Done {
+		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < 2*s.CallTimeout {
+			err = &deferred{}
+			break
+		}
+		r, err = s.reconcile(ctx, r)
+	}
+	if err == nil {
+		return outcomeDone
+	}
+	interrupted := ctx.Err() != nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	up := asUpstream(err)
+	d, isDeferred := errors.AsType[*deferred](err)
+	switch {
+	case isDeferred:
+		err = s.Store.DeferReconciliation(ctx, r, d.bounded())
+	case up == nil:
+		return s.failed("reconcile", err, field)
+	case interrupted:
+		err = s.Store.DeferReconciliation(ctx, r, 0)
+	default:
+		set := s.setback(up, r.Attempts, r.Problem)
+		s.Log.Warn("reconciliation set back", field, zap.Duration("again_in", set.Delay), zap.Error(up))
+		if err := s.Store.ReconciliationSetback(ctx, r, set); err != nil {
+			return s.failed("record setback", err, field)
+		}
+		return outcomeSetback
+	}
+	if err != nil {
+		return s.failed("defer reconciliation", err, field)
+	}
+	return outcomeDeferred
+}
+
+// reconcile takes one step, and returns the reconciliation as it stands then.
+func (s *Service) reconcile(ctx context.Context, r tenant.Reconciliation) (tenant.Reconciliation, error) {
+	var err error
+	switch r.Phase {
+	case tenant.ListingApps:
+		err = s.listApps(ctx, r)
+	case tenant.ListingKeys:
+		err = s.listKeys(ctx, r)
+	case tenant.Comparing:
+		err = s.Store.Compare(ctx, r)
+	case tenant.Confirming:
+		err = s.confirmNext(ctx, r)
+	case tenant.Repairing:
+		err = s.repairNext(ctx, r)
+	case tenant.Ending:
+		return s.endReconciliation(ctx, r)
+	default:
+		err = fmt.Errorf("reconciliation %s is in the unknown phase %q", r.ID, r.Phase)
+	}
+	if err != nil {
+		return r, err
+	}
+	next, err := s.Store.Reconciliation(ctx, r.ID)
+	if err == nil && !next.LeasedUntil.Equal(r.LeasedUntil) {
+		return r, tenant.ErrLeaseLost
+	}
+	return next, err
+}
+
+func (s *Service) listApps(ctx context.Context, r tenant.Reconciliation) error {
+	var apps []tenant.UpstreamApp
+	err := s.call(ctx, background, func(ctx context.Context) (err error) {
+		apps, err = s.Upstream.Apps(ctx, r.Page)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	listed := make([]tenant.ListedApp, len(apps))
+	for i, a := range apps {
+		listed[i].ID = a.ID
+		if a.Marker == nil || a.Marker.Deployment != s.Deployment.ID {
+			continue
+		}
+		listed[i].Marker = a.Marker.App
+		listed[i].Owner = s.ownerOf(*a.Marker)
+	}
+	return s.Store.SawApps(ctx, r, listed)
+}
+
+// ownerOf opens the tenant in a marker of ours. A seal that cannot be opened names
+// nobody: a marker can be edited by whoever holds a PAT.
+func (s *Service) ownerOf(m tenant.Marker) tenant.AppOwner {
+	if m.Tenant == "" {
+		return tenant.AppOwner{}
+	}
+	owner, err := s.Keyring.OpenOwner(m.App, m.Tenant)
+	if err != nil {
+		s.Log.Warn("the tenant in an app's marker cannot be read", zap.String("app", string(m.App)), zap.Error(err))
+		return tenant.AppOwner{}
+	}
+	return owner
+}
+
+func (s *Service) listKeys(ctx context.Context, r tenant.Reconciliation) error {
+	var keys []tenant.UpstreamKey
+	err := s.call(ctx, background, func(ctx context.Context) (err error) {
+		keys, err = s.Upstream.Keys(ctx, r.Page)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	listed := make([]tenant.ListedKey, len(keys))
+	for i, k := range keys {
+		listed[i] = tenant.ListedKey{AppID: k.AppID, KeyID: s.keyIDOf(k), Scopes: k.Scopes}
+		if k.Scopes == nil {
+			listed[i].Scopes = []string{}
+		}
+		if k.Secret.IsSet() {
+			listed[i].Fingerprint = s.Keyring.Fingerprint(k.Secret)
+		}
+	}
+	return s.Store.SawKeys(ctx, r, listed)
+}
+
+// keyIDOf returns the row that a key's marker names, or zero if it is not ours.
+func (s *Service) keyIDOf(k tenant.UpstreamKey) uuid.UUID {
+	if m, ok := tenant.ParseKeyMarker(k.Description); ok && m.Deployment == s.Deployment.ID {
+		return m.KeyID
+	}
+	return uuid.Nil
+}
+
+// confirmNext looks for the next thing that was not listed: paging passes entries
+// over, and 'gone' is believed only if Clarifai says it of the thing itself.
+func (s *Service) confirmNext(ctx context.Context, r tenant.Reconciliation) error {
+	f, err := s.Store.NextFinding(ctx, r, tenant.FindingDoubted)
+	if errors.Is(err, tenant.NotFound) {
+		return s.Store.TurnTo(ctx, r, tenant.Ending)
+	}
+	if err != nil {
+		return err
+	}
+	exists := false
+	if f.Kind == tenant.FoundKeyGone {
+		exists, err = s.keyExists(ctx, f)
+	} else {
+		exists, err = s.lookFor(ctx, &f)
+	}
+	if err != nil {
+		return err
+	}
+	if exists == (f.Kind == tenant.FoundAppAlive || f.Kind == tenant.FoundAppRenamed) {
+		return s.Store.ConfirmFinding(ctx, r, f)
+	}
+	return s.Store.DropFinding(ctx, r, f)
+}
+
+// lookFor looks for a finding's app. One that has moved becomes another finding.
+func (s *Service) lookFor(ctx context.Context, f *tenant.Finding) (exists bool, err error) {
+	_, err = s.look(ctx, background, f.AppID)
+	up := asUpstream(err)
+	switch {
+	case err == nil:
+		return true, nil
+	case up == nil:
+		return false, err
+	case up.Class == tenant.UpstreamNotFound:
+		return false, nil
+	case up.Moved:
+		f.Kind, f.Action, f.Detail = tenant.FoundAppRenamed, "", up.Detail
+		return true, nil
+	}
+	return false, err
+}
+
+func (s *Service) keyExists(ctx context.Context, f tenant.Finding) (bool, error) {
+	secret, _, err := s.secretOf(ctx, f)
+	if errors.Is(err, tenant.NotFound) { // revoked meanwhile
+		return true, nil
+	}
+	if err != nil {
+		return false, err
+	}
+	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+func (s *Service) secretOf(ctx context.Context, f tenant.Finding) (tenant.Secret, []string, error) {
+	sealed, scopes, err := s.Store.KeyOf(ctx, f)
+	if err != nil {
+		return tenant.Secret{}, nil, err
+	}
+	secret, err := s.Keyring.Open(sealed.ID, sealed.Ciphertext)
+	return secret, scopes, err
+}
+
+func (s *Service) endReconciliation(ctx context.Context, r tenant.Reconciliation) (tenant.Reconciliation, error) {
+	was, is, err := s.Store.EndReconciliation(ctx, r)
+	if err != nil {
+		return r, err
+	}
+	r.Done = true
+	s.logFence(was, is)
+	kinds, states, err := s.Store.CountFindings(ctx, r)
+	if err != nil {
+		s.Log.Warn("count findings", zap.Error(err))
+		return r, nil
+	}
+	s.Log.Info("reconciliation done", zap.Stringer("reconciliation", r.ID), zap.String("kind", string(r.Kind)),
+		zap.Int("apps", r.AppsSeen), zap.Int("keys", r.KeysSeen), zap.Any("findings", kinds), zap.Any("states", states))
+	return r, nil
+}
+
+func (s *Service) logFence(was, is tenant.Fence) {
+	switch {
+	case is.Up() && !was.Up():
+		s.Log.Error("the restore fence is up: nothing is removed and no app is given to a tenant; run `tenantry reconcile --adopt`", zap.String("reason", is.Reason))
+	case is.Behind && !was.Behind:
+		s.Log.Error("the database is behind Clarifai; run `tenantry reconcile --adopt`", zap.String("reason", is.Reason))
+	case was.Up() && !is.Up():
+		s.Log.Info("the restore fence is down", zap.Duration("was_up", time.Since(was.Since)))
+	}
+}
+
+// repairNext carries out the next finding of a report, after a fresh look. Behind
+// the fence nothing but adoption is done.
+func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error {
+	f, err := s.Store.NextFinding(ctx, r, tenant.FindingOpen)
+	if errors.Is(err, tenant.NotFound) {
+		return s.Store.TurnTo(ctx, r, tenant.Ending)
+	}
+	if err != nil {
+		return err
+	}
+	if f.Action != tenant.Adopt {
+		fence, err := s.Store.Fence(ctx)
+		if err != nil {
+			return err
+		}
+		if fence.Up() {
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the restore fence is up, and there is only adoption behind it")
+		}
+	}
+	switch f.Action {
+	case tenant.Remove, tenant.Revoke:
+		n, until, err := s.Store.RemovalsInLastHour(ctx)
+		if err != nil {
+			return err
+		}
+		if n >= s.RemovalCap {
+			return s.Store.ReconciliationSetback(ctx, r, tenant.Setback{Delay: until, Problem: tenant.Problem{Code: "removal_cap",
+				Detail: fmt.Sprintf("%d removals in an hour are allowed, and were made", s.RemovalCap), Since: time.Now().UTC()}})
+		}
+	}
+	err = s.repair(ctx, r, f)
+	if e, ok := errors.AsType[*tenant.Error](err); ok && e.Kind == tenant.Conflict {
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, e.Detail)
+	}
+	if up := asUpstream(err); up != nil && (up.Class == tenant.UpstreamRefused || up.Class == tenant.UpstreamForbidden) {
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, up.Error())
+	}
+	return err
+}
+
+func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	skip := func(why string) error { return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, why) }
+	switch f.Action {
+	case tenant.Adopt:
+		return s.adopt(ctx, r, f)
+	case tenant.Remove:
+		ours, err := s.look(ctx, background, f.AppID)
+		switch {
+		case tenant.ClassOf(err) == tenant.UpstreamNotFound:
+			return skip("it is gone")
+		case err != nil:
+			return err
+		case !ours:
+			return skip("it does not have our marker")
+		}
+		return s.Store.RemoveApp(ctx, r, f)
+	case tenant.Revoke:
+		key, found, err := s.findKey(ctx, background, f.AppID, f.KeyID)
+		switch {
+		case err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound:
+			return err
+		case !found:
+			return skip("it is gone")
+		case !key.Secret.IsSet():
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the listing hides its secret")
+		}
+		sealed, err := s.sealed(f.KeyID, key.Secret)
+		if err != nil {
+			return err
+		}
+		return s.Store.RevokeKey(ctx, r, f, sealed)
+	case tenant.Rebuild, tenant.Forget:
+		if f.Kind == tenant.FoundAppGone {
+			if exists, err := s.lookFor(ctx, &f); err != nil || exists {
+				return errors.Join(err, s.skipUnless(err, skip, "it is there"))
+			}
+			return s.Store.ForgetApp(ctx, r, f)
+		}
+		if exists, err := s.keyExists(ctx, f); err != nil || exists {
+			return errors.Join(err, s.skipUnless(err, skip, "it is there"))
+		}
+		return s.Store.DiscardApp(ctx, r, f)
+	case tenant.Remake:
+		if exists, err := s.keyExists(ctx, f); err != nil || exists {
+			return errors.Join(err, s.skipUnless(err, skip, "it is there"))
+		}
+		id, err := uuid.NewV7()
+		if err != nil {
+			return err
+		}
+		return s.Store.RemakeKey(ctx, r, f, tenant.NewKeyRow{ID: id})
+	case tenant.Rescope:
+		secret, scopes, err := s.secretOf(ctx, f)
+		if errors.Is(err, tenant.NotFound) {
+			return skip("it works no longer")
+		}
+		if err != nil {
+			return err
+		}
+		if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.SetKeyScopes(ctx, secret, scopes) }); err != nil {
+			return err
+		}
+		return s.Store.KeyRescoped(ctx, r, f)
+	case tenant.Mark:
+		return s.Store.MarkAgain(ctx, r, f)
+	case tenant.Release:
+		app, err := s.lookAt(ctx, background, f.AppID)
+		if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
+			return err
+		}
+		if app.Marker != nil && app.Marker.Tenant != "" {
+			return skip("its marker names a tenant")
+		}
+		return s.Store.ReleaseApp(ctx, r, f)
+	}
+	return fmt.Errorf("finding %d has the unknown action %q", f.Number, f.Action)
+}
+
+// skipUnless skips a finding unless it failed.
+func (s *Service) skipUnless(failed error, skip func(string) error, why string) error {
+	if failed != nil {
+		return nil
+	}
+	return skip(why)
+}
+
+func (s *Service) sealed(id uuid.UUID, secret tenant.Secret) (tenant.SealedKey, error) {
+	ciphertext, err := s.Keyring.Seal(id, secret)
+	return tenant.SealedKey{ID: id, Ciphertext: ciphertext, Fingerprint: s.Keyring.Fingerprint(secret), Hint: s.Keyring.Hint(secret)}, err
+}
+
+// adopt takes in an app that the database does not know, or knows less of than
+// Clarifai: as its marker says, with the keys that are ours.
+func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	app, err := s.lookAt(ctx, background, f.AppID)
+	switch {
+	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it is gone")
+	case err != nil:
+		return err
+	case !app.Marker.Owns(s.Deployment.ID, f.AppID):
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it does not have our marker")
+	}
+	a := tenant.AdoptedApp{ID: f.AppID, Profile: app.Marker.Profile, Owner: s.ownerOf(*app.Marker)}
+	if app.Marker.Tenant != "" && a.Owner.Tenant == "" {
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the tenant in its marker cannot be read with this keyset")
+	}
+	if a.Owner.Profile != "" {
+		a.Profile = a.Owner.Profile
+	}
+	if a.Profile == "" {
+		a.Profile = tenant.DefaultProfile
+	}
+	if a.Keys, err = s.adoptableKeys(ctx, f.AppID); err != nil {
+		return err
+	}
+	scopes := []string{"All"}
+	if p, ok := s.profiles[a.Profile]; ok {
+		scopes = p.KeyScopes
+	}
+	id, err := uuid.NewV7()
+	if err != nil {
+		return err
+	}
+	a.NewKey = tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: scopes}
+	return s.Store.AdoptApp(ctx, r, f, a)
+}
+
+// adoptableKeys returns the keys of an app that have our marker, newest first.
+func (s *Service) adoptableKeys(ctx context.Context, app tenant.AppID) ([]tenant.AdoptedKey, error) {
+	var adopted []tenant.AdoptedKey
+	for page := 1; ; page++ {
+		var keys []tenant.UpstreamKey
+		err := s.call(ctx, background, func(ctx context.Context) (err error) {
+			keys, err = s.Upstream.AppKeys(ctx, app, page)
+			return err
+		})
+		if err != nil {
+			return nil, err
+		}
+		if len(keys) == 0 {
+			break
+		}
+		for _, k := range keys {
+			id := s.keyIDOf(k)
+			if id == uuid.Nil {
+				continue
+			}
+			a := tenant.AdoptedKey{SealedKey: tenant.SealedKey{ID: id}, Scopes: k.Scopes}
+			if a.Scopes == nil {
+				a.Scopes = []string{}
+			}
+			if k.Secret.IsSet() {
+				if a.SealedKey, err = s.sealed(id, k.Secret); err != nil {
+					return nil, err
+				}
+			}
+			adopted = append(adopted, a)
+		}
+	}
+	// The ids of rows sort by time.
+	slices.SortFunc(adopted, func(a, b tenant.AdoptedKey) int { return strings.Compare(b.ID.String(), a.ID.String()) })
+	return adopted, nil
+}
