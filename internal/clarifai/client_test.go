@@ -37,7 +37,9 @@ const (
 var (
 	keyID     = uuid.MustParse("0190a000-0000-7000-8000-000000000001")
 	appMarker = tenant.Marker{Deployment: "6zbsym8t7ysrgw5y", App: appID}
-	keyMarker = tenant.KeyMarker{Deployment: "6zbsym8t7ysrgw5y", KeyID: keyID}
+	// ownedMarker is the marker of an app that was given to a tenant.
+	ownedMarker = tenant.Marker{Deployment: "6zbsym8t7ysrgw5y", App: appID, Profile: "default", Tenant: "sealed"}
+	keyMarker   = tenant.KeyMarker{Deployment: "6zbsym8t7ysrgw5y", KeyID: keyID}
 )
 
 const okStatus = `"status":{"code":10000,"description":"Ok","req_id":"r1"}`
@@ -74,9 +76,9 @@ var calls = []testCall{
 	{
 		name: "GetApp", method: "GET", uri: "/v2/users/acme/apps/" + string(appID),
 		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `","user_id":"acme",
-			"metadata":{"other":1,"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `","tenant":"sealed"}}}}`,
+			"metadata":{"other":1,"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `","profile":"default","tenant":"sealed"}}}}`,
 		run:  func(ctx context.Context, c *clarifai.Client) (any, error) { return c.App(ctx, appID) },
-		want: tenant.UpstreamApp{ID: appID, UserID: operator, Marker: &appMarker},
+		want: tenant.UpstreamApp{ID: appID, UserID: operator, Marker: &ownedMarker},
 	},
 	{
 		name: "DeleteApp", method: "DELETE", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
@@ -113,12 +115,62 @@ var calls = []testCall{
 		want: []string{keyText + " a [All]"},
 	},
 	{
+		name: "ListApps", method: "GET", uri: "/v2/users/acme/apps?page=2&per_page=1000&sort_ascending=true&sort_by_created_at=true",
+		answer: `{` + okStatus + `,"apps":[{"id":"other","user_id":"acme","metadata":{"a":1}},{"id":"` + string(appID) + `","user_id":"acme",
+			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `"}}}]}`,
+		run:  func(ctx context.Context, c *clarifai.Client) (any, error) { return orNil(c.Apps(ctx, 2)) },
+		want: []tenant.UpstreamApp{{ID: "other", UserID: operator}, {ID: appID, UserID: operator, Marker: &appMarker}},
+	},
+	{
+		name: "PatchApp", method: "PATCH", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
+		body: `{"app":{"id":"` + string(appID) + `","metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `",
+			"profile":"default","tenant":"sealed"}}},"action":"overwrite","metadata_action":{"op":"merge"}}`,
+		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `"}}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return nil, c.MarkApp(ctx, appID, ownedMarker)
+		},
+	},
+	{
+		name: "ListKeys", method: "GET", uri: "/v2/users/acme/keys?page=1&per_page=1000&type=app_specific_key",
+		answer: `{` + okStatus + `,"keys":[{"id":"` + keyText + `","description":"a","scopes":["All"],"apps":[{"id":"` + string(appID) + `"}]}]}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			keys, err := c.Keys(ctx, 1)
+			if err != nil {
+				return nil, err
+			}
+			return fmt.Sprint(revealed(keys), keys[0].AppID), nil
+		},
+		want: "[" + keyText + " a [All]]" + string(appID),
+	},
+	{
+		name: "GetKey", method: "GET", uri: "/v2/users/acme/keys/" + keyText,
+		answer: `{` + okStatus + `,"key":{"id":"` + keyText + `"}}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return nil, c.KeyExists(ctx, tenant.NewSecret(keyText))
+		},
+	},
+	{
+		name: "PatchKeys", method: "PATCH", uri: "/v2/users/acme/keys", changes: true,
+		body:   `{"keys":[{"id":"` + keyText + `","scopes":["Predict"]}],"action":"overwrite"}`,
+		answer: `{` + okStatus + `,"keys":[{"id":"` + keyText + `"}]}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return nil, c.SetKeyScopes(ctx, tenant.NewSecret(keyText), []string{"Predict"})
+		},
+	},
+	{
 		name: "DeleteKey", method: "DELETE", uri: "/v2/users/acme/keys/" + keyText, changes: true,
 		answer: `{` + okStatus + `}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
 			return nil, c.DeleteKey(ctx, tenant.NewSecret(keyText))
 		},
 	},
+}
+
+func orNil[T any](got []T, err error) (any, error) {
+	if err != nil {
+		return nil, err
+	}
+	return got, nil
 }
 
 func revealed(keys []tenant.UpstreamKey) []string {

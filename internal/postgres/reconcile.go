@@ -296,11 +296,11 @@ var compareSQL = []string{
 	// Apps that are not listed, or not as ours.
 	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
 		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
-		a.id, NULL, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
+		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
 	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
 	WHERE a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
-	`SELECT 'app_suspect', 'release', id, NULL, NULL,
+	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
 		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
 	FROM apps WHERE suspect AND state IN ('building', 'ready')`,
 	// Keys that are listed.
@@ -333,7 +333,7 @@ var compareSQL = []string{
 	WHERE s.reconciliation_id = $1 AND k.state IN ('active', 'retiring') AND k.updated_at < $2
 		AND (SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(s.scopes) x) IS DISTINCT FROM
 			(SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(k.scopes) x)`,
-	`SELECT 'in_doubt', '', a.id, NULL, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
+	`SELECT 'in_doubt', '', a.id, NULL::uuid, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
 	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $3::interval`,
 	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
 	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $3::interval`,
