@@ -350,6 +350,16 @@ func (c *Cluster) CreateDatabase(ctx context.Context, name string) error {
 	return err
 }
 
+// Dump returns a database as the SQL that makes it anew. It needs pg_dump, which a
+// downloaded Postgres lacks.
+func (c *Cluster) Dump(ctx context.Context, database string) (string, error) {
+	out, err := c.command(ctx, "pg_dump", "--no-owner", "--dbname", c.URL(database)).Output()
+	if err != nil {
+		return "", fmt.Errorf("pg_dump: %w", err)
+	}
+	return string(out), nil
+}
+
 // ForTests runs a cluster in a temporary folder until stop is called, or this
 // process ends. It reports ErrNoPostgres where there is none and none can be had.
 func ForTests(ctx context.Context) (c *Cluster, stop func(), err error) {

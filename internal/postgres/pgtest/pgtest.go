@@ -121,6 +121,58 @@ func EmptyURL(t testing.TB) tenant.Secret {
 	return tenant.NewSecret(cluster.URL(name))
 }
 
+// Dump returns a database as the SQL that makes it anew. Where Postgres came
+// without pg_dump the test is skipped.
+func Dump(t testing.TB, url tenant.Secret) string {
+	t.Helper()
+	cfg, err := pgx.ParseConfig(url.Reveal())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sql, err := Cluster(t).Dump(t.Context(), cfg.Database)
+	if errors.Is(err, os.ErrNotExist) {
+		t.Skip(err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sql
+}
+
+// Restore makes a new database of a dump.
+func Restore(t testing.TB, dump string) tenant.Secret {
+	t.Helper()
+	url := EmptyURL(t)
+	// pg_dump's own commands for psql are not SQL.
+	var sql strings.Builder
+	rest := dump
+	conn := Conn(t, url)
+	exec := func() {
+		if _, err := conn.Exec(t.Context(), sql.String()); err != nil {
+			t.Fatalf("restore: %v", err)
+		}
+		sql.Reset()
+	}
+	for rest != "" {
+		line, after, _ := strings.Cut(rest, "\n")
+		rest = after
+		switch {
+		case strings.HasPrefix(line, "\\"): // \restrict and the like
+		case strings.HasPrefix(line, "COPY "):
+			exec()
+			data, after, _ := strings.Cut(rest, "\\.\n")
+			rest = after
+			if _, err := conn.PgConn().CopyFrom(t.Context(), strings.NewReader(data), line); err != nil {
+				t.Fatalf("restore: %v", err)
+			}
+		default:
+			sql.WriteString(line + "\n")
+		}
+	}
+	exec()
+	return url
+}
+
 // Open returns a DB on an empty, migrated database.
 func Open(t testing.TB) *postgres.DB {
 	t.Helper()
