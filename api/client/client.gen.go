@@ -18,6 +18,126 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Defines values for FindingAction.
+const (
+	Adopt   FindingAction = "adopt"
+	Forget  FindingAction = "forget"
+	Mark    FindingAction = "mark"
+	Rebuild FindingAction = "rebuild"
+	Release FindingAction = "release"
+	Remake  FindingAction = "remake"
+	Remove  FindingAction = "remove"
+	Rescope FindingAction = "rescope"
+	Revoke  FindingAction = "revoke"
+)
+
+// Valid indicates whether the value is a known member of the FindingAction enum.
+func (e FindingAction) Valid() bool {
+	switch e {
+	case Adopt:
+		return true
+	case Forget:
+		return true
+	case Mark:
+		return true
+	case Rebuild:
+		return true
+	case Release:
+		return true
+	case Remake:
+		return true
+	case Remove:
+		return true
+	case Rescope:
+		return true
+	case Revoke:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for FindingKind.
+const (
+	AppAlive     FindingKind = "app_alive"
+	AppDiffers   FindingKind = "app_differs"
+	AppForgotten FindingKind = "app_forgotten"
+	AppGone      FindingKind = "app_gone"
+	AppRenamed   FindingKind = "app_renamed"
+	AppSuspect   FindingKind = "app_suspect"
+	AppUnknown   FindingKind = "app_unknown"
+	AppUnmarked  FindingKind = "app_unmarked"
+	InDoubt      FindingKind = "in_doubt"
+	KeyAlive     FindingKind = "key_alive"
+	KeyDrifted   FindingKind = "key_drifted"
+	KeyGone      FindingKind = "key_gone"
+	KeyLost      FindingKind = "key_lost"
+	KeyUnknown   FindingKind = "key_unknown"
+	KeyUnmanaged FindingKind = "key_unmanaged"
+)
+
+// Valid indicates whether the value is a known member of the FindingKind enum.
+func (e FindingKind) Valid() bool {
+	switch e {
+	case AppAlive:
+		return true
+	case AppDiffers:
+		return true
+	case AppForgotten:
+		return true
+	case AppGone:
+		return true
+	case AppRenamed:
+		return true
+	case AppSuspect:
+		return true
+	case AppUnknown:
+		return true
+	case AppUnmarked:
+		return true
+	case InDoubt:
+		return true
+	case KeyAlive:
+		return true
+	case KeyDrifted:
+		return true
+	case KeyGone:
+		return true
+	case KeyLost:
+		return true
+	case KeyUnknown:
+		return true
+	case KeyUnmanaged:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for FindingState.
+const (
+	FindingStateDone    FindingState = "done"
+	FindingStateFailed  FindingState = "failed"
+	FindingStateOpen    FindingState = "open"
+	FindingStateSkipped FindingState = "skipped"
+)
+
+// Valid indicates whether the value is a known member of the FindingState enum.
+func (e FindingState) Valid() bool {
+	switch e {
+	case FindingStateDone:
+		return true
+	case FindingStateFailed:
+		return true
+	case FindingStateOpen:
+		return true
+	case FindingStateSkipped:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for KeyState.
 const (
 	KeyStateActive   KeyState = "active"
@@ -42,6 +162,72 @@ func (e KeyState) Valid() bool {
 	case KeyStateRevoked:
 		return true
 	case KeyStateRevoking:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ReconciliationKind.
+const (
+	ReconciliationKindRepair ReconciliationKind = "repair"
+	ReconciliationKindReport ReconciliationKind = "report"
+)
+
+// Valid indicates whether the value is a known member of the ReconciliationKind enum.
+func (e ReconciliationKind) Valid() bool {
+	switch e {
+	case ReconciliationKindRepair:
+		return true
+	case ReconciliationKindReport:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ReconciliationPhase.
+const (
+	ReconciliationPhaseApps    ReconciliationPhase = "apps"
+	ReconciliationPhaseCompare ReconciliationPhase = "compare"
+	ReconciliationPhaseConfirm ReconciliationPhase = "confirm"
+	ReconciliationPhaseEnd     ReconciliationPhase = "end"
+	ReconciliationPhaseKeys    ReconciliationPhase = "keys"
+	ReconciliationPhaseRepair  ReconciliationPhase = "repair"
+)
+
+// Valid indicates whether the value is a known member of the ReconciliationPhase enum.
+func (e ReconciliationPhase) Valid() bool {
+	switch e {
+	case ReconciliationPhaseApps:
+		return true
+	case ReconciliationPhaseCompare:
+		return true
+	case ReconciliationPhaseConfirm:
+		return true
+	case ReconciliationPhaseEnd:
+		return true
+	case ReconciliationPhaseKeys:
+		return true
+	case ReconciliationPhaseRepair:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for ReconciliationState.
+const (
+	ReconciliationStateDone    ReconciliationState = "done"
+	ReconciliationStateRunning ReconciliationState = "running"
+)
+
+// Valid indicates whether the value is a known member of the ReconciliationState enum.
+func (e ReconciliationState) Valid() bool {
+	switch e {
+	case ReconciliationStateDone:
+		return true
+	case ReconciliationStateRunning:
 		return true
 	default:
 		return false
@@ -86,19 +272,19 @@ func (e TenantState) Valid() bool {
 
 // Defines values for UpstreamBreakerState.
 const (
-	Closed   UpstreamBreakerState = "closed"
-	HalfOpen UpstreamBreakerState = "half_open"
-	Open     UpstreamBreakerState = "open"
+	UpstreamBreakerStateClosed   UpstreamBreakerState = "closed"
+	UpstreamBreakerStateHalfOpen UpstreamBreakerState = "half_open"
+	UpstreamBreakerStateOpen     UpstreamBreakerState = "open"
 )
 
 // Valid indicates whether the value is a known member of the UpstreamBreakerState enum.
 func (e UpstreamBreakerState) Valid() bool {
 	switch e {
-	case Closed:
+	case UpstreamBreakerStateClosed:
 		return true
-	case HalfOpen:
+	case UpstreamBreakerStateHalfOpen:
 		return true
-	case Open:
+	case UpstreamBreakerStateOpen:
 		return true
 	default:
 		return false
@@ -145,6 +331,55 @@ type Credentials struct {
 	Name   string   `json:"name"`
 	Scopes []string `json:"scopes"`
 }
+
+// Fence The restore fence: the database may be behind Clarifai. Until a report has shown that it is not, nothing is
+// removed and no app is given to a tenant.
+type Fence struct {
+	// Behind Clarifai was seen to hold what the database does not know: `tenantry reconcile --adopt` takes it in.
+	Behind bool      `json:"behind"`
+	Reason string    `json:"reason"`
+	Since  time.Time `json:"since"`
+}
+
+// Finding One difference between Clarifai and Tenantry.
+type Finding struct {
+	// Action What a repair does about it. Without it, it is for people.
+	Action *FindingAction      `json:"action,omitempty"`
+	AppId  *string             `json:"app_id,omitempty"`
+	Detail *string             `json:"detail,omitempty"`
+	KeyId  *openapi_types.UUID `json:"key_id,omitempty"`
+
+	// Kind `app_unknown`, `key_unknown`: our marker and no row; `app_forgotten`: the marker names a tenant and the row
+	// none: the database is behind. `app_differs`: marker and row name two tenants. `app_alive`, `key_alive`: the
+	// row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has another
+	// id. `app_unmarked`: it has lost its marker. `app_suspect`: from before a restore, held back. `key_lost`: it
+	// may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it has other scopes.
+	// `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+	// unknown for long; workers are at it.
+	Kind FindingKind `json:"kind"`
+
+	// Note How its repair ended.
+	Note *string `json:"note,omitempty"`
+
+	// State `skipped`: it was so no longer at the moment of the act.
+	State    FindingState `json:"state"`
+	TenantId *string      `json:"tenant_id,omitempty"`
+}
+
+// FindingAction What a repair does about it. Without it, it is for people.
+type FindingAction string
+
+// FindingKind `app_unknown`, `key_unknown`: our marker and no row; `app_forgotten`: the marker names a tenant and the row
+// none: the database is behind. `app_differs`: marker and row name two tenants. `app_alive`, `key_alive`: the
+// row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has another
+// id. `app_unmarked`: it has lost its marker. `app_suspect`: from before a restore, held back. `key_lost`: it
+// may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it has other scopes.
+// `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+// unknown for long; workers are at it.
+type FindingKind string
+
+// FindingState `skipped`: it was so no longer at the moment of the act.
+type FindingState string
 
 // IdentifiedKey defines model for IdentifiedKey.
 type IdentifiedKey struct {
@@ -217,6 +452,67 @@ type ProblemDetails struct {
 	Type string `json:"type"`
 }
 
+// Reconciliation defines model for Reconciliation.
+type Reconciliation struct {
+	AdoptOnly bool `json:"adopt_only"`
+
+	// Counts How many of each kind were found, 0 included. `app_foreign` are apps of the account that are not
+	// Tenantry's: they are counted and never touched.
+	Counts     map[string]int     `json:"counts"`
+	CreatedAt  time.Time          `json:"created_at"`
+	FinishedAt *time.Time         `json:"finished_at,omitempty"`
+	Id         openapi_types.UUID `json:"id"`
+	Items      *[]Finding         `json:"items,omitempty"`
+	Kind       ReconciliationKind `json:"kind"`
+
+	// NextCursor There are more items.
+	NextCursor *string `json:"next_cursor,omitempty"`
+
+	// Outcomes How many items are in each state.
+	Outcomes map[string]int `json:"outcomes"`
+
+	// Phase What it is at.
+	Phase ReconciliationPhase `json:"phase"`
+
+	// Problem What holds something up, and when it is tried again.
+	Problem  *Problem `json:"problem,omitempty"`
+	Progress struct {
+		AppsSeen int `json:"apps_seen"`
+		KeysSeen int `json:"keys_seen"`
+	} `json:"progress"`
+
+	// ReportId The report that a repair carries out.
+	ReportId    *openapi_types.UUID `json:"report_id,omitempty"`
+	RequestedBy string              `json:"requested_by"`
+	State       ReconciliationState `json:"state"`
+
+	// Token Of a report that is done; a repair takes it.
+	Token *string `json:"token,omitempty"`
+}
+
+// ReconciliationKind defines model for Reconciliation.Kind.
+type ReconciliationKind string
+
+// ReconciliationPhase What it is at.
+type ReconciliationPhase string
+
+// ReconciliationState defines model for Reconciliation.State.
+type ReconciliationState string
+
+// ReconciliationList defines model for ReconciliationList.
+type ReconciliationList struct {
+	Reconciliations []Reconciliation `json:"reconciliations"`
+}
+
+// ReconciliationRequest defines model for ReconciliationRequest.
+type ReconciliationRequest struct {
+	// AdoptOnly Take in what the database does not know, and do nothing else.
+	AdoptOnly *bool `json:"adopt_only,omitempty"`
+
+	// Repair The token of the report to carry out.
+	Repair *string `json:"repair,omitempty"`
+}
+
 // SignUp defines model for SignUp.
 type SignUp struct {
 	DisplayName *string `json:"display_name,omitempty"`
@@ -274,6 +570,10 @@ type Upstream struct {
 		NextSlotInSeconds float32 `json:"next_slot_in_seconds"`
 		RequestsPerSecond float32 `json:"requests_per_second"`
 	} `json:"budget"`
+
+	// Fence The restore fence: the database may be behind Clarifai. Until a report has shown that it is not, nothing is
+	// removed and no app is given to a tenant.
+	Fence *Fence `json:"fence,omitempty"`
 
 	// Operator The Clarifai user that owns the apps.
 	Operator string `json:"operator"`
@@ -335,6 +635,20 @@ type Unavailable = ProblemDetails
 // UnsupportedMediaType RFC 9457.
 type UnsupportedMediaType = ProblemDetails
 
+// ListReconciliationsParams defines parameters for ListReconciliations.
+type ListReconciliationsParams struct {
+	Limit *int `form:"limit,omitempty" json:"limit,omitempty"`
+}
+
+// GetReconciliationParams defines parameters for GetReconciliation.
+type GetReconciliationParams struct {
+	// Limit Of items.
+	Limit *int `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before.
+	Cursor *string `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListTenantsParams defines parameters for ListTenants.
 type ListTenantsParams struct {
 	State   *TenantState `form:"state,omitempty" json:"state,omitempty"`
@@ -378,6 +692,9 @@ type PutTenantParams struct {
 
 // IdentifyKeyJSONRequestBody defines body for IdentifyKey for application/json ContentType.
 type IdentifyKeyJSONRequestBody = IdentifyRequest
+
+// StartReconciliationJSONRequestBody defines body for StartReconciliation for application/json ContentType.
+type StartReconciliationJSONRequestBody = ReconciliationRequest
 
 // PutTenantJSONRequestBody defines body for PutTenant for application/json ContentType.
 type PutTenantJSONRequestBody = SignUp
@@ -482,6 +799,48 @@ type ClientInterface interface {
 	//
 	// Corresponds with POST /v1/keys/identify (the `IdentifyKey` operationId).
 	IdentifyKey(ctx context.Context, body IdentifyKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ListReconciliations List the last reconciliations
+	//
+	// Newest first, without their items; the daily reports are among them. Role: admin.
+	//
+	// Corresponds with GET /v1/reconciliations (the `ListReconciliations` operationId).
+	ListReconciliations(ctx context.Context, params *ListReconciliationsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
+	//
+	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	//
+	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+	StartReconciliationWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
+	//
+	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	//
+	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+	StartReconciliation(ctx context.Context, body StartReconciliationJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// GetReconciliation How a reconciliation stands, and what it found
+	//
+	// A repair shows the items of its report. Role: admin.
+	//
+	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
+	GetReconciliation(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// ListTenants List tenants
 	//
@@ -598,6 +957,88 @@ func (c *Client) IdentifyKeyWithBody(ctx context.Context, contentType string, bo
 // Corresponds with POST /v1/keys/identify (the `IdentifyKey` operationId).
 func (c *Client) IdentifyKey(ctx context.Context, body IdentifyKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewIdentifyKeyRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListReconciliations List the last reconciliations
+//
+// Newest first, without their items; the daily reports are among them. Role: admin.
+//
+// Corresponds with GET /v1/reconciliations (the `ListReconciliations` operationId).
+func (c *Client) ListReconciliations(ctx context.Context, params *ListReconciliationsParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListReconciliationsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
+//
+// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+//
+// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+func (c *Client) StartReconciliationWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewStartReconciliationRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
+//
+// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+//
+// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+func (c *Client) StartReconciliation(ctx context.Context, body StartReconciliationJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewStartReconciliationRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetReconciliation How a reconciliation stands, and what it found
+//
+// A repair shows the items of its report. Role: admin.
+//
+// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
+func (c *Client) GetReconciliation(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetReconciliationRequest(c.Server, reconciliationId, params)
 	if err != nil {
 		return nil, err
 	}
@@ -825,6 +1266,173 @@ func NewIdentifyKeyRequestWithBody(server string, contentType string, body io.Re
 	}
 
 	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewListReconciliationsRequest constructs an http.Request for the ListReconciliations method
+func NewListReconciliationsRequest(server string, params *ListReconciliationsParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/reconciliations")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewStartReconciliationRequest calls the generic StartReconciliation builder with application/json body
+func NewStartReconciliationRequest(server string, body StartReconciliationJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewStartReconciliationRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewStartReconciliationRequestWithBody constructs an http.Request for the StartReconciliation method, with any body, and a specified content type
+func NewStartReconciliationRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/reconciliations")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewGetReconciliationRequest constructs an http.Request for the GetReconciliation method
+func NewGetReconciliationRequest(server string, reconciliationId openapi_types.UUID, params *GetReconciliationParams) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "reconciliation_id", reconciliationId, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "string", Format: "uuid"})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/reconciliations/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
 
 	return req, nil
 }
@@ -1326,6 +1934,52 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with POST /v1/keys/identify (the `IdentifyKey` operationId).
 	IdentifyKeyWithResponse(ctx context.Context, body IdentifyKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*IdentifyKeyResponse, error)
 
+	// ListReconciliationsWithResponse List the last reconciliations
+	//
+	// Newest first, without their items; the daily reports are among them. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/reconciliations (the `ListReconciliations` operationId).
+	ListReconciliationsWithResponse(ctx context.Context, params *ListReconciliationsParams, reqEditors ...RequestEditorFn) (*ListReconciliationsResponse, error)
+
+	// StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
+	//
+	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	//
+	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+	StartReconciliationWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*StartReconciliationResponse, error)
+
+	// StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
+	//
+	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	//
+	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+	StartReconciliationWithResponse(ctx context.Context, body StartReconciliationJSONRequestBody, reqEditors ...RequestEditorFn) (*StartReconciliationResponse, error)
+
+	// GetReconciliationWithResponse How a reconciliation stands, and what it found
+	//
+	// A repair shows the items of its report. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
+	GetReconciliationWithResponse(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*GetReconciliationResponse, error)
+
 	// ListTenantsWithResponse List tenants
 	//
 	// Oldest first, a page at a time. Roles: all.
@@ -1657,6 +2311,427 @@ func (r IdentifyKeyResponse) StatusCode() int {
 
 // ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
 func (r IdentifyKeyResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// ListReconciliationsResponse200Headers the declared response headers of an HTTP 200 response for ListReconciliations
+type ListReconciliationsResponse200Headers struct {
+	XRequestId string
+}
+
+// ListReconciliationsResponse400Headers the declared response headers of an HTTP 400 response for ListReconciliations
+type ListReconciliationsResponse400Headers struct {
+	XRequestId string
+}
+
+// ListReconciliationsResponse401Headers the declared response headers of an HTTP 401 response for ListReconciliations
+type ListReconciliationsResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// ListReconciliationsResponse403Headers the declared response headers of an HTTP 403 response for ListReconciliations
+type ListReconciliationsResponse403Headers struct {
+	XRequestId string
+}
+
+// ListReconciliationsResponse500Headers the declared response headers of an HTTP 500 response for ListReconciliations
+type ListReconciliationsResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// ListReconciliationsResponse503Headers the declared response headers of an HTTP 503 response for ListReconciliations
+type ListReconciliationsResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type ListReconciliationsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *ReconciliationList
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *ListReconciliationsResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *ListReconciliationsResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *ListReconciliationsResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *ListReconciliationsResponse403Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *ListReconciliationsResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *ListReconciliationsResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r ListReconciliationsResponse) GetJSON200() *ReconciliationList {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r ListReconciliationsResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r ListReconciliationsResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r ListReconciliationsResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r ListReconciliationsResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r ListReconciliationsResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r ListReconciliationsResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r ListReconciliationsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListReconciliationsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r ListReconciliationsResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// StartReconciliationResponse202Headers the declared response headers of an HTTP 202 response for StartReconciliation
+type StartReconciliationResponse202Headers struct {
+	Location   *string
+	RetryAfter *int
+	XRequestId string
+}
+
+// StartReconciliationResponse400Headers the declared response headers of an HTTP 400 response for StartReconciliation
+type StartReconciliationResponse400Headers struct {
+	XRequestId string
+}
+
+// StartReconciliationResponse401Headers the declared response headers of an HTTP 401 response for StartReconciliation
+type StartReconciliationResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// StartReconciliationResponse403Headers the declared response headers of an HTTP 403 response for StartReconciliation
+type StartReconciliationResponse403Headers struct {
+	XRequestId string
+}
+
+// StartReconciliationResponse409Headers the declared response headers of an HTTP 409 response for StartReconciliation
+type StartReconciliationResponse409Headers struct {
+	XRequestId string
+}
+
+// StartReconciliationResponse413Headers the declared response headers of an HTTP 413 response for StartReconciliation
+type StartReconciliationResponse413Headers struct {
+	XRequestId string
+}
+
+// StartReconciliationResponse415Headers the declared response headers of an HTTP 415 response for StartReconciliation
+type StartReconciliationResponse415Headers struct {
+	XRequestId string
+}
+
+// StartReconciliationResponse500Headers the declared response headers of an HTTP 500 response for StartReconciliation
+type StartReconciliationResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// StartReconciliationResponse503Headers the declared response headers of an HTTP 503 response for StartReconciliation
+type StartReconciliationResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type StartReconciliationResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON202 the response for an HTTP 202 `application/json` response
+	JSON202 *Reconciliation
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers202 the parsed response headers for an HTTP 202 response
+	Headers202 *StartReconciliationResponse202Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *StartReconciliationResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *StartReconciliationResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *StartReconciliationResponse403Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *StartReconciliationResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *StartReconciliationResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *StartReconciliationResponse415Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *StartReconciliationResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *StartReconciliationResponse503Headers
+}
+
+// GetJSON202 returns the response for an HTTP 202 `application/json` response
+func (r StartReconciliationResponse) GetJSON202() *Reconciliation {
+	return r.JSON202
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r StartReconciliationResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r StartReconciliationResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r StartReconciliationResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r StartReconciliationResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r StartReconciliationResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// GetReconciliationResponse200Headers the declared response headers of an HTTP 200 response for GetReconciliation
+type GetReconciliationResponse200Headers struct {
+	XRequestId string
+}
+
+// GetReconciliationResponse400Headers the declared response headers of an HTTP 400 response for GetReconciliation
+type GetReconciliationResponse400Headers struct {
+	XRequestId string
+}
+
+// GetReconciliationResponse401Headers the declared response headers of an HTTP 401 response for GetReconciliation
+type GetReconciliationResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// GetReconciliationResponse403Headers the declared response headers of an HTTP 403 response for GetReconciliation
+type GetReconciliationResponse403Headers struct {
+	XRequestId string
+}
+
+// GetReconciliationResponse404Headers the declared response headers of an HTTP 404 response for GetReconciliation
+type GetReconciliationResponse404Headers struct {
+	XRequestId string
+}
+
+// GetReconciliationResponse500Headers the declared response headers of an HTTP 500 response for GetReconciliation
+type GetReconciliationResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// GetReconciliationResponse503Headers the declared response headers of an HTTP 503 response for GetReconciliation
+type GetReconciliationResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type GetReconciliationResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Reconciliation
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
+	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *GetReconciliationResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *GetReconciliationResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *GetReconciliationResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *GetReconciliationResponse403Headers
+	// Headers404 the parsed response headers for an HTTP 404 response
+	Headers404 *GetReconciliationResponse404Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *GetReconciliationResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *GetReconciliationResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r GetReconciliationResponse) GetJSON200() *Reconciliation {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON404() *NotFound {
+	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r GetReconciliationResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r GetReconciliationResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r GetReconciliationResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r GetReconciliationResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r GetReconciliationResponse) ContentType() string {
 	if r.HTTPResponse != nil {
 		return r.HTTPResponse.Header.Get("Content-Type")
 	}
@@ -2666,6 +3741,76 @@ func (c *ClientWithResponses) IdentifyKeyWithResponse(ctx context.Context, body 
 	return ParseIdentifyKeyResponse(rsp)
 }
 
+// ListReconciliationsWithResponse List the last reconciliations
+//
+// Newest first, without their items; the daily reports are among them. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/reconciliations (the `ListReconciliations` operationId).
+func (c *ClientWithResponses) ListReconciliationsWithResponse(ctx context.Context, params *ListReconciliationsParams, reqEditors ...RequestEditorFn) (*ListReconciliationsResponse, error) {
+	rsp, err := c.ListReconciliations(ctx, params, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListReconciliationsResponse(rsp)
+}
+
+// StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
+//
+// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+//
+// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+func (c *ClientWithResponses) StartReconciliationWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*StartReconciliationResponse, error) {
+	rsp, err := c.StartReconciliationWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseStartReconciliationResponse(rsp)
+}
+
+// StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
+//
+// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
+// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
+// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+//
+// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/reconciliations (the `StartReconciliation` operationId).
+func (c *ClientWithResponses) StartReconciliationWithResponse(ctx context.Context, body StartReconciliationJSONRequestBody, reqEditors ...RequestEditorFn) (*StartReconciliationResponse, error) {
+	rsp, err := c.StartReconciliation(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseStartReconciliationResponse(rsp)
+}
+
+// GetReconciliationWithResponse How a reconciliation stands, and what it found
+//
+// A repair shows the items of its report. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
+func (c *ClientWithResponses) GetReconciliationWithResponse(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*GetReconciliationResponse, error) {
+	rsp, err := c.GetReconciliation(ctx, reconciliationId, params, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseGetReconciliationResponse(rsp)
+}
+
 // ListTenantsWithResponse List tenants
 //
 // Oldest first, a page at a time. Roles: all.
@@ -3087,6 +4232,523 @@ func ParseIdentifyKeyResponse(rsp *http.Response) (*IdentifyKeyResponse, error) 
 		response.Headers500 = &headers
 	case rsp.StatusCode == 503:
 		var headers IdentifyKeyResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseListReconciliationsResponse parses an HTTP response from a ListReconciliationsWithResponse call
+func ParseListReconciliationsResponse(rsp *http.Response) (*ListReconciliationsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListReconciliationsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest ReconciliationList
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers ListReconciliationsResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers ListReconciliationsResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers ListReconciliationsResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers ListReconciliationsResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 500:
+		var headers ListReconciliationsResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers ListReconciliationsResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseStartReconciliationResponse parses an HTTP response from a StartReconciliationWithResponse call
+func ParseStartReconciliationResponse(rsp *http.Response) (*StartReconciliationResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &StartReconciliationResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 202:
+		var dest Reconciliation
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON202 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 202:
+		var headers StartReconciliationResponse202Headers
+		if values := rsp.Header.Values("Location"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Location", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Location = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers202 = &headers
+	case rsp.StatusCode == 400:
+		var headers StartReconciliationResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers StartReconciliationResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers StartReconciliationResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 409:
+		var headers StartReconciliationResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers StartReconciliationResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers StartReconciliationResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 500:
+		var headers StartReconciliationResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers StartReconciliationResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseGetReconciliationResponse parses an HTTP response from a GetReconciliationWithResponse call
+func ParseGetReconciliationResponse(rsp *http.Response) (*GetReconciliationResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &GetReconciliationResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Reconciliation
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 404:
+		var dest NotFound
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON404 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers GetReconciliationResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers GetReconciliationResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers GetReconciliationResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers GetReconciliationResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 404:
+		var headers GetReconciliationResponse404Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers404 = &headers
+	case rsp.StatusCode == 500:
+		var headers GetReconciliationResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers GetReconciliationResponse503Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
 			var value int
 			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {

@@ -143,6 +143,19 @@ func waitParam(q url.Values) (time.Duration, error) {
 	return time.Duration(n) * time.Second, nil
 }
 
+// limitParam reads ?limit=N, the length of a page.
+func limitParam(q url.Values, otherwise, most int) (int, error) {
+	text := q.Get("limit")
+	if text == "" {
+		return otherwise, nil
+	}
+	n, err := strconv.Atoi(text)
+	if err != nil || n < 1 || n > most {
+		return 0, invalid("limit", "must be a whole number from 1 to %d", most)
+	}
+	return n, nil
+}
+
 // A preference is what a caller prefers of RFC 7240, as far as it is honoured.
 type preference struct {
 	wait    time.Duration
@@ -192,7 +205,7 @@ type listQuery struct {
 const defaultLimit, maxLimit = 100, 1000
 
 func parseListQuery(q url.Values) (listQuery, error) {
-	l := listQuery{limit: defaultLimit}
+	var l listQuery
 	if err := onlyParams(q, "state", "profile", "label", "id_prefix", "created_after", "created_before", "problem", "limit", "cursor"); err != nil {
 		return l, err
 	}
@@ -239,15 +252,11 @@ func parseListQuery(q url.Values) (listQuery, error) {
 		}
 		l.filter.HasProblem = &b
 	}
-	if text := q.Get("limit"); text != "" {
-		n, err := strconv.Atoi(text)
-		if err != nil || n < 1 || n > maxLimit {
-			return l, invalid("limit", "must be a whole number from 1 to %d", maxLimit)
-		}
-		l.limit = n
+	var err error
+	if l.limit, err = limitParam(q, defaultLimit, maxLimit); err != nil {
+		return l, err
 	}
 	if text := q.Get("cursor"); text != "" {
-		var err error
 		if l.after, err = parseCursor(text); err != nil {
 			return l, err
 		}

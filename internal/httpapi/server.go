@@ -99,6 +99,7 @@ func New(c Config) http.Handler {
 func (s *server) routes(r chi.Router) {
 	any := tenant.Roles
 	provisioner := []tenant.Role{tenant.Provisioner}
+	admin := []tenant.Role{tenant.Admin}
 
 	r.Get("/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Type", "application/yaml")
@@ -107,12 +108,15 @@ func (s *server) routes(r chi.Router) {
 	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
 	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
 	r.Get("/v1/tenants", s.allow(any, s.listTenants))
-	r.Post("/v1/tenants/{tenant_id}/retry", s.allow([]tenant.Role{tenant.Admin}, s.retryTenant))
+	r.Post("/v1/tenants/{tenant_id}/retry", s.allow(admin, s.retryTenant))
 	r.Get("/v1/tenants/{tenant_id}/keys", s.allow(any, s.listKeys))
 	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}/secret", s.allow(provisioner, s.getKeySecret))
 	r.Get("/v1/apps/{app_id}", s.allow(any, s.getAppTenant))
 	r.Post("/v1/keys/identify", s.allow(any, s.identifyKey))
 	r.Get("/v1/upstream", s.allow(any, s.getUpstream))
+	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
+	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
+	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))
 }
 
 // handler is a handler whose failure is answered by one piece of code.

@@ -14,7 +14,14 @@ type upstreamBody struct {
 	Budget   budgetBody      `json:"budget"`
 	Breaker  breakerBody     `json:"breaker"`
 	Queue    queueBody       `json:"queue"`
+	Fence    *fenceBody      `json:"fence,omitempty"`
 	Problem  *tenant.Problem `json:"problem,omitempty"`
+}
+
+type fenceBody struct {
+	Since  time.Time `json:"since"`
+	Reason string    `json:"reason"`
+	Behind bool      `json:"behind"`
 }
 
 type patBody struct {
@@ -51,6 +58,10 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	fence, err := s.DB.Fence(r.Context())
+	if err != nil {
+		return err
+	}
 	rate := s.Service.Rate
 	body := upstreamBody{
 		Operator: s.Service.Deployment.Operator,
@@ -61,6 +72,9 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 			RevokingKeys: u.Revoking, PurgingApps: u.Purging,
 			ETASeconds: float64(u.Waiting*provision.CallsPerBuild) / rate},
 		Problem: u.LastProblem,
+	}
+	if fence.Up() {
+		body.Fence = &fenceBody{fence.Since.UTC(), fence.Reason, fence.Behind}
 	}
 	if u.Pauses > 0 {
 		body.Breaker = breakerBody{State: "open", PausedUntil: u.PausedUntil.UTC(), Reason: u.PauseReason}

@@ -140,6 +140,13 @@ func (db *DB) Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconcil
 	return db.oneReconciliation(ctx, "read reconciliation", `SELECT `+reconciliationColumns+` FROM reconciliations r WHERE id = $1`, id)
 }
 
+// Reconciliations lists up to limit reconciliations, newest first.
+func (db *DB) Reconciliations(ctx context.Context, limit int) ([]tenant.Reconciliation, error) {
+	rows, _ := db.pool.Query(ctx, `SELECT `+reconciliationColumns+` FROM reconciliations r ORDER BY created_at DESC LIMIT $1`, limit)
+	found, err := pgx.CollectRows(rows, scanReconciliation)
+	return found, translate("list reconciliations", err)
+}
+
 // LastReport reads the newest report that is done. It reports tenant.NotFound if
 // there is none.
 func (db *DB) LastReport(ctx context.Context) (tenant.Reconciliation, error) {

@@ -117,6 +117,9 @@ const (
 	FindingFailed  FindingState = "failed"
 )
 
+// FindingStates lists every state that is shown: what is doubted is no finding yet.
+var FindingStates = []FindingState{FindingOpen, FindingDone, FindingSkipped, FindingFailed}
+
 // A ListedApp is an app as a reconciliation keeps it.
 type ListedApp struct {
 	ID     AppID
