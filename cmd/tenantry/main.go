@@ -34,6 +34,7 @@ type cli struct {
 	Serve       serveCmd       `cmd:"" help:"Run the service: the API, the workers, and an internal listener for probes and metrics."`
 	Migrate     migrateCmd     `cmd:"" help:"Bring the database's schema up to date, take it back, or show how it stands."`
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
+	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs."`
 	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants."`
 	Healthcheck healthcheckCmd `cmd:"" help:"Ask a running service whether it lives; for container health checks."`
 	Version     versionCmd     `cmd:"" help:"Print the version."`
@@ -51,7 +52,7 @@ Every setting is a flag and an environment variable. Secrets are given by file o
 To begin: tenantry keyset create, tenantry migrate up, tenantry token create, tenantry serve.`
 
 // run runs one command and returns the exit code: 0 done, 1 failed, 2 called
-// wrongly.
+// wrongly, 3 done and differences found.
 func run(ctx context.Context, e env) int {
 	var c cli
 	exit := -1
@@ -81,6 +82,9 @@ func run(ctx context.Context, e env) int {
 		return exit
 	}
 	if err := k.Run(); err != nil {
+		if errors.Is(err, errDiffers) {
+			return 3
+		}
 		printFault(e.stderr, err)
 		return 1
 	}

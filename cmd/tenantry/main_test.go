@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"os"
@@ -190,6 +191,8 @@ func TestEndToEnd(t *testing.T) {
 		`tenantry_upstream_calls_total{call="PostApps",outcome="ok"} 1`,
 		`tenantry_jobs_total{kind="app",outcome="done"} 1`,
 		`tenantry_build_duration_seconds_count 1`, `tenantry_tenants{state="active"}`, `go_goroutines`,
+		`tenantry_restore_fence_up 0`, `tenantry_upstream_paused 0`, `tenantry_upstream_pat_refused 0`,
+		`tenantry_report_findings{kind="app_unknown"} 0`, `tenantry_report_timestamp_seconds`,
 	} {
 		provisiontest.Eventually(t, "the metrics have "+name, func() bool {
 			_, metrics := p.get(p.internal + "/metrics")
@@ -199,6 +202,8 @@ func TestEndToEnd(t *testing.T) {
 	if status, _ := p.get(p.url + "/metrics"); status != http.StatusNotFound {
 		t.Errorf("/metrics on the public listener answers %d", status)
 	}
+
+	reconcileByCommand(t, w, vars, p.url)
 
 	must(t, vars, "token", "revoke", strings.Split(token, "_")[1])
 	if status, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_42", token); status != http.StatusUnauthorized {
@@ -220,6 +225,60 @@ func TestEndToEnd(t *testing.T) {
 	fails(t, vars, []string{"migrate", "down"}, "--yes")
 	must(t, vars, "migrate", "down", "--yes", "--steps", "100")
 	fails(t, vars, []string{"migrate", "status"}, "run `tenantry migrate up`")
+}
+
+// reconcileByCommand finds a key that is gone and has it made again.
+func reconcileByCommand(t *testing.T, w *provisiontest.World, vars map[string]string, url string) {
+	t.Helper()
+	with := maps.Clone(vars)
+	fails(t, with, []string{"reconcile", "--url", url}, "tenantry token create")
+	with["TENANTRY_TOKEN"] = strings.TrimSpace(must(t, vars, "token", "create", "--name", "ops", "--role", "viewer"))
+	fails(t, with, []string{"reconcile", "--url", url}, "role admin", "role_forbidden")
+	with["TENANTRY_TOKEN"] = strings.TrimSpace(must(t, vars, "token", "create", "--name", "ops", "--role", "admin"))
+	fails(t, with, []string{"reconcile", "--url", "nowhere"}, "TENANTRY_URL")
+	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1"}, "no report of this token")
+	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1", "--adopt"}, "can't be used together")
+	if exit, out, log := command(t, with, "reconcile", "--url", url); exit != 0 || out != "" || !strings.Contains(log, "0 differences") {
+		t.Errorf("reconcile exits with %d and prints %q, %q", exit, out, log)
+	}
+
+	removeByHand(t, w, "/keys/"+w.AppKeys()[0].ID)
+	exit, out, log := command(t, with, "reconcile", "--url", url)
+	if exit != 3 || !strings.Contains(out, "key_gone") || !strings.Contains(out, "user_42") {
+		t.Errorf("reconcile exits with %d and prints\n%s%s", exit, out, log)
+	}
+	_, token, _ := strings.Cut(log, "--repair ")
+	token = strings.TrimSpace(token)
+	if exit, out, log := command(t, with, "reconcile", "--url", url, "--repair", token); exit != 0 || !strings.Contains(out, "done") {
+		t.Errorf("the repair exits with %d and prints\n%s%s", exit, out, log)
+	}
+	var report struct {
+		Kind  string           `json:"kind"`
+		Items []map[string]any `json:"items"`
+	}
+	provisiontest.Eventually(t, "the key is made again", func() bool { return len(w.AppKeys()) == 1 })
+	exit, out, log = command(t, with, "reconcile", "--url", url, "--adopt", "--json")
+	if err := json.Unmarshal([]byte(out), &report); err != nil || exit != 0 || report.Kind != "report" || len(report.Items) != 0 {
+		t.Errorf("reconcile --adopt --json exits with %d and prints\n%s%s", exit, out, log)
+	}
+}
+
+// removeByHand removes something from Clarifai behind Tenantry's back.
+func removeByHand(t *testing.T, w *provisiontest.World, path string) {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodDelete, w.Clarifai+"/v2/users/"+string(provisiontest.Operator)+path, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Key "+provisiontest.PAT)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		t.Fatalf("DELETE %s answers %s", path, resp.Status)
+	}
 }
 
 // A request that waits when the service is told to stop is answered, not cut off.

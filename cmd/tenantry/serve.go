@@ -45,6 +45,10 @@ type serveCmd struct {
 	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai, 7.5s at most."`
 	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica."`
 
+	ReportInterval time.Duration `env:"TENANTRY_REPORT_INTERVAL" default:"24h" help:"How often Clarifai is compared with the database; changes nothing."`
+	RemovalCap     int           `env:"TENANTRY_REMOVAL_CAP" default:"100" help:"Most apps and keys that repairs remove in an hour."`
+	MarkTenants    bool          `env:"TENANTRY_MARK_TENANTS" default:"true" negatable:"" help:"Write the tenant, sealed, into its app's metadata at Clarifai: from it the mapping is rebuilt if the database is lost."`
+
 	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9."`
 	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" default:"All" help:"Scopes of the tenants' keys, by comma."`
 	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" default:"Empty" help:"Base workflow of the apps, of clarifai/main."`
@@ -102,6 +106,12 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 		note(fmt.Errorf("TENANTRY_WORKERS: %d must be from 1 to 1000", c.Workers))
 	}
 	p.workers = c.Workers
+	if c.ReportInterval < time.Minute {
+		note(fmt.Errorf("TENANTRY_REPORT_INTERVAL: %s must be at least 1m", c.ReportInterval))
+	}
+	if c.RemovalCap < 1 {
+		note(fmt.Errorf("TENANTRY_REMOVAL_CAP: %d must be at least 1", c.RemovalCap))
+	}
 	if c.ShutdownDelay < 0 || c.ShutdownTimeout <= 0 {
 		note(errors.New("TENANTRY_SHUTDOWN_DELAY must not be negative, TENANTRY_SHUTDOWN_TIMEOUT must be more than 0"))
 	}
@@ -132,6 +142,9 @@ func (c serveCmd) engine(p plan) provision.Config {
 		AppPrefix:   c.AppPrefix,
 		Rate:        c.UpstreamRate,
 		CallTimeout: c.UpstreamTimeout,
+		ReportEvery: c.ReportInterval,
+		RemovalCap:  c.RemovalCap,
+		SkipMarks:   !c.MarkTenants,
 	}
 }
 
@@ -332,6 +345,16 @@ func (s *service) checks() map[string]httpapi.Check {
 				return errors.New("starting: the database, its schema, the keyset and the PAT are being checked")
 			}
 			return nil
+		},
+		"restore_fence": func(ctx context.Context) error {
+			if !s.started.Load() {
+				return nil
+			}
+			fence, err := s.db.Fence(ctx)
+			if err != nil || !fence.Up() {
+				return nil // what cannot be read shows as the database
+			}
+			return httpapi.Notice("up: " + fence.Reason)
 		},
 		"serving": func(context.Context) error {
 			if s.ending.Load() {

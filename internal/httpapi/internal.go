@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"context"
+	"errors"
 	"net/http"
 	"time"
 
@@ -12,6 +13,11 @@ import (
 
 // A Check says why something is not ready, or nil.
 type Check func(ctx context.Context) error
+
+// A Notice is what a check has to say of a service that is ready all the same.
+type Notice string
+
+func (n Notice) Error() string { return string(n) }
 
 type readyBody struct {
 	Ready  bool              `json:"ready"`
@@ -36,7 +42,10 @@ func NewInternal(reg *prometheus.Registry, checks map[string]Check) http.Handler
 		for name, check := range checks {
 			body.Checks[name] = "ok"
 			if err := check(ctx); err != nil {
-				body.Ready, body.Checks[name] = false, err.Error()
+				body.Checks[name] = err.Error()
+				if _, ok := errors.AsType[Notice](err); !ok {
+					body.Ready = false
+				}
 			}
 		}
 		status := http.StatusOK

@@ -189,13 +189,32 @@ func scanFinding(row pgx.CollectableRow) (tenant.Finding, error) {
 
 // CountFindings counts findings by kind and by state.
 func (db *DB) CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT kind, state, count(*) FROM reconciliation_items WHERE `+findingsOf+` GROUP BY kind, state`, reportOf(r))
 	kinds, states := map[tenant.FindingKind]int{}, map[tenant.FindingState]int{}
+	err := db.countFindings(ctx, r, func(kind tenant.FindingKind, state tenant.FindingState, n int) {
+		kinds[kind] += n
+		states[state] += n
+	})
+	return kinds, states, err
+}
+
+// CountOpenFindings counts the findings that no repair has ended, by kind.
+func (db *DB) CountOpenFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, error) {
+	kinds := map[tenant.FindingKind]int{}
+	err := db.countFindings(ctx, r, func(kind tenant.FindingKind, state tenant.FindingState, n int) {
+		if state == tenant.FindingOpen || state == tenant.FindingFailed {
+			kinds[kind] += n
+		}
+	})
+	return kinds, err
+}
+
+func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, add func(tenant.FindingKind, tenant.FindingState, int)) error {
+	rows, _ := db.pool.Query(ctx, `SELECT kind, state, count(*) FROM reconciliation_items WHERE `+findingsOf+` GROUP BY kind, state`, reportOf(r))
 	var kind tenant.FindingKind
 	var state tenant.FindingState
 	var n int
-	_, err := pgx.ForEachRow(rows, []any{&kind, &state, &n}, func() error { kinds[kind] += n; states[state] += n; return nil })
-	return kinds, states, translate("count findings", err)
+	_, err := pgx.ForEachRow(rows, []any{&kind, &state, &n}, func() error { add(kind, state, n); return nil })
+	return translate("count findings", err)
 }
 
 // LeaseReconciliation takes a reconciliation that is due, for at most lease. It

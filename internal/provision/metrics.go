@@ -1,7 +1,12 @@
 package provision
 
 import (
+	"context"
+	"errors"
+
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/tenantry/tenantry/internal/tenant"
 )
 
 // Metrics are what the engine measures of itself.
@@ -9,6 +14,11 @@ type Metrics struct {
 	jobs         *prometheus.CounterVec
 	buildSeconds prometheus.Histogram
 	tenants      *prometheus.GaugeVec
+	fence        prometheus.Gauge
+	paused       prometheus.Gauge
+	patRefused   prometheus.Gauge
+	findings     *prometheus.GaugeVec
+	reportedAt   prometheus.Gauge
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -25,8 +35,63 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds.",
 		}, []string{"state"}),
 	}
-	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants)
+	m.fence = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_restore_fence_up", Help: "1 while the database may be behind Clarifai: nothing is removed, no app is given to a tenant."})
+	m.paused = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_upstream_paused", Help: "1 while no call is made because Clarifai fails or throttles."})
+	m.patRefused = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_upstream_pat_refused", Help: "1 while Clarifai refuses the operator's PAT."})
+	m.findings = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_report_findings", Help: "What the last report found, by kind, that no repair has ended since."}, []string{"kind"})
+	m.reportedAt = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_report_timestamp_seconds", Help: "When the last report ended; 0 before the first."})
+	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 
 func (m *Metrics) job(kind string, o outcome) { m.jobs.WithLabelValues(kind, string(o)).Inc() }
+
+// measure reads what the metrics say of the whole fleet.
+func (s *Service) measure(ctx context.Context) error {
+	counts, err := s.Store.CountTenants(ctx)
+	if err != nil {
+		return err
+	}
+	for _, state := range tenant.States {
+		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(counts[state]))
+	}
+	fence, err := s.Store.Fence(ctx)
+	if err != nil {
+		return err
+	}
+	s.Metrics.fence.Set(oneIf(fence.Up()))
+	upstream, pat, err := s.UpstreamStatus(ctx)
+	if err != nil {
+		return err
+	}
+	s.Metrics.paused.Set(oneIf(upstream.Pauses > 0))
+	s.Metrics.patRefused.Set(oneIf(pat.State == PATRefused))
+	report, err := s.Store.LastReport(ctx)
+	if errors.Is(err, tenant.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	open, err := s.Store.CountOpenFindings(ctx, report)
+	if err != nil {
+		return err
+	}
+	for _, kind := range tenant.FindingKinds {
+		s.Metrics.findings.WithLabelValues(string(kind)).Set(float64(open[kind]))
+	}
+	s.Metrics.reportedAt.Set(float64(report.FinishedAt.UnixMilli()) / 1000)
+	return nil
+}
+
+func oneIf(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}

@@ -76,6 +76,8 @@ type Store interface {
 	DropFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
 	EndFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, state tenant.FindingState, note string) error
 	CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error)
+	CountOpenFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, error)
+	LastReport(ctx context.Context) (tenant.Reconciliation, error)
 	KeyOf(ctx context.Context, f tenant.Finding) (tenant.SealedKey, []string, error)
 	AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error
 	RemoveApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error

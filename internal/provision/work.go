@@ -94,7 +94,7 @@ func (w *reconciliationWorker) Work(ctx context.Context, job *river.Job[tenant.R
 
 // How often the sweep does what need not be done at every turn.
 const (
-	countEvery     = 15 * time.Second
+	measureEvery     = 15 * time.Second
 	partitionEvery = 6 * time.Hour
 )
 
@@ -102,13 +102,13 @@ const (
 // by turn until ctx ends: it gives ready apps to waiting tenants, begins the
 // builds they want for, and enqueues the rows that are due. Every replica sweeps.
 func (s *Service) Sweep(ctx context.Context) error {
-	var counted, partitioned time.Time
+	var measured, partitioned time.Time
 	failing := false
 	for {
 		err := s.sweep(ctx)
-		if err == nil && time.Since(counted) >= countEvery {
-			if err = s.countTenants(ctx); err == nil {
-				counted = time.Now()
+		if err == nil && time.Since(measured) >= measureEvery {
+			if err = s.measure(ctx); err == nil {
+				measured = time.Now()
 			}
 		}
 		if err == nil && time.Since(partitioned) >= partitionEvery {
@@ -151,17 +151,6 @@ func (s *Service) sweep(ctx context.Context) error {
 	}
 	if _, err := s.Store.Enqueue(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
-	}
-	return nil
-}
-
-func (s *Service) countTenants(ctx context.Context) error {
-	counts, err := s.Store.CountTenants(ctx)
-	if err != nil {
-		return err
-	}
-	for _, state := range tenant.States {
-		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(counts[state]))
 	}
 	return nil
 }

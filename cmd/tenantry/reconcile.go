@@ -1,0 +1,208 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"slices"
+	"text/tabwriter"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/api/client"
+)
+
+type reconcileCmd struct {
+	apiFlags
+	Repair string `placeholder:"TOKEN" xor:"do" help:"Carry out the report of this token, each item after a fresh look."`
+	Adopt  bool   `xor:"do" help:"Take in what Clarifai holds and the database does not know, as after a restore: a report, its adoptions and no more, and a report that shows that it is complete."`
+	JSON   bool   `name:"json" help:"Print the reconciliation with all its items as JSON."`
+}
+
+// errDiffers makes a command exit with 3: it did what it should, and found that
+// Clarifai and the database differ.
+var errDiffers = errors.New("differences were found")
+
+func (c reconcileCmd) Run(ctx context.Context, e env) error {
+	api, err := c.client(e)
+	if err != nil {
+		return err
+	}
+	r := reconciler{api: api, e: e}
+	var done *client.Reconciliation
+	switch {
+	case c.Adopt:
+		done, err = r.adopt(ctx)
+	case c.Repair != "":
+		done, err = r.run(ctx, client.ReconciliationRequest{Repair: &c.Repair})
+	default:
+		done, err = r.run(ctx, client.ReconciliationRequest{})
+	}
+	if err != nil {
+		return err
+	}
+	items, err := r.items(ctx, done)
+	if err != nil {
+		return err
+	}
+	if c.JSON {
+		done.Items = &items
+		enc := json.NewEncoder(e.stdout)
+		enc.SetIndent("", "  ")
+		err = enc.Encode(done)
+	} else {
+		err = r.print(done, items)
+	}
+	if err == nil && differs(items) {
+		err = errDiffers
+	}
+	return err
+}
+
+// differs reports whether a finding is left that asks for an act, of a repair or
+// of a person.
+func differs(items []client.Finding) bool {
+	return slices.ContainsFunc(items, func(f client.Finding) bool {
+		return (f.State == client.FindingStateOpen || f.State == client.FindingStateFailed) && f.Kind != client.KeyUnmanaged
+	})
+}
+
+// A reconciler follows reconciliations over the API.
+type reconciler struct {
+	api *client.ClientWithResponses
+	e   env
+}
+
+func (r reconciler) say(format string, args ...any) {
+	_, _ = fmt.Fprintf(r.e.stderr, format+"\n", args...)
+}
+
+// adopt takes in what the database does not know, and shows that nothing of the
+// kind is left.
+func (r reconciler) adopt(ctx context.Context) (*client.Reconciliation, error) {
+	report, err := r.run(ctx, client.ReconciliationRequest{})
+	if err != nil || report.Token == nil {
+		return report, err
+	}
+	only := true
+	if _, err = r.run(ctx, client.ReconciliationRequest{Repair: report.Token, AdoptOnly: &only}); err != nil {
+		return nil, err
+	}
+	return r.run(ctx, client.ReconciliationRequest{})
+}
+
+// run starts a reconciliation and waits for its end.
+func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (*client.Reconciliation, error) {
+	began, err := r.api.StartReconciliationWithResponse(ctx, req)
+	if err != nil {
+		return nil, err
+	}
+	if began.JSON202 == nil {
+		return nil, problemOf(began.HTTPResponse, began.Body)
+	}
+	rec := began.JSON202
+	r.say("%s %s has begun", rec.Kind, rec.Id)
+	shown := ""
+	for rec.State != client.ReconciliationStateDone {
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("%s %s goes on without this command", rec.Kind, rec.Id)
+		case <-time.After(500 * time.Millisecond):
+		}
+		// The service may be restarting, and the work goes on elsewhere.
+		next, err := r.get(ctx, rec.Id, nil)
+		if p, ok := errors.AsType[*apiProblem](err); ok && p.status < 500 {
+			return nil, err
+		}
+		line := "the service does not answer; waiting"
+		if err == nil {
+			rec, line = next, progressOf(next)
+		}
+		if line != shown {
+			r.say("  %s", line)
+			shown = line
+		}
+	}
+	return rec, nil
+}
+
+func progressOf(rec *client.Reconciliation) string {
+	text := fmt.Sprintf("%s: %d apps, %d keys seen", rec.Phase, rec.Progress.AppsSeen, rec.Progress.KeysSeen)
+	if rec.Kind == client.ReconciliationKindRepair {
+		text = fmt.Sprintf("%s: %d open, %d done, %d skipped, %d failed", rec.Phase,
+			rec.Outcomes["open"], rec.Outcomes["done"], rec.Outcomes["skipped"], rec.Outcomes["failed"])
+	}
+	if rec.Problem != nil && rec.State != client.ReconciliationStateDone {
+		text += "; waits: " + rec.Problem.Detail
+	}
+	return text
+}
+
+func (r reconciler) get(ctx context.Context, id uuid.UUID, cursor *string) (*client.Reconciliation, error) {
+	limit := 1000
+	got, err := r.api.GetReconciliationWithResponse(ctx, id, &client.GetReconciliationParams{Limit: &limit, Cursor: cursor})
+	if err != nil {
+		return nil, err
+	}
+	if got.JSON200 == nil {
+		return nil, problemOf(got.HTTPResponse, got.Body)
+	}
+	return got.JSON200, nil
+}
+
+func (r reconciler) items(ctx context.Context, rec *client.Reconciliation) ([]client.Finding, error) {
+	var items []client.Finding
+	for {
+		if rec.Items != nil {
+			items = append(items, *rec.Items...)
+		}
+		if rec.NextCursor == nil {
+			return items, nil
+		}
+		var err error
+		if rec, err = r.get(ctx, rec.Id, rec.NextCursor); err != nil {
+			return nil, err
+		}
+	}
+}
+
+func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) error {
+	w := tabwriter.NewWriter(r.e.stdout, 0, 8, 2, ' ', 0)
+	if len(items) > 0 {
+		_, _ = fmt.Fprintln(w, "FOUND\tREPAIR\tSTATE\tAPP\tKEY\tTENANT\tDETAIL")
+	}
+	actions := 0
+	for _, f := range items {
+		action, key := "by hand", "-"
+		if f.Action != nil {
+			action = string(*f.Action)
+			if f.State == client.FindingStateOpen {
+				actions++
+			}
+		}
+		if f.KeyId != nil {
+			key = f.KeyId.String()
+		}
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", f.Kind, action, f.State, textOr(f.AppId, "-"), key,
+			textOr(f.TenantId, "-"), cmp.Or(textOr(f.Note, ""), textOr(f.Detail, "")))
+	}
+	if err := w.Flush(); err != nil {
+		return err
+	}
+	r.say("%d apps and %d keys seen, %d apps of the account are not Tenantry's, %d differences",
+		rec.Progress.AppsSeen, rec.Progress.KeysSeen, rec.Counts["app_foreign"], len(items))
+	if rec.Kind == client.ReconciliationKindReport && actions > 0 {
+		r.say("to repair %d of them: tenantry reconcile --repair %s", actions, *rec.Token)
+	}
+	return nil
+}
+
+func textOr(text *string, otherwise string) string {
+	if text == nil || *text == "" {
+		return otherwise
+	}
+	return *text
+}
