@@ -100,11 +100,19 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 	if err != nil {
 		return nil, err
 	}
-	if began.JSON202 == nil {
+	rec := began.JSON202
+	switch {
+	case rec != nil:
+		r.say("%s %s has begun", rec.Kind, rec.Id)
+	case req.Repair == nil && began.ApplicationproblemJSON409 != nil:
+		// One begins by itself daily, and behind the restore fence.
+		if rec, err = r.running(ctx); err != nil {
+			return nil, err
+		}
+	}
+	if rec == nil {
 		return nil, problemOf(began.HTTPResponse, began.Body)
 	}
-	rec := began.JSON202
-	r.say("%s %s has begun", rec.Kind, rec.Id)
 	shown := ""
 	for rec.State != client.ReconciliationStateDone {
 		select {
@@ -127,6 +135,25 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 		}
 	}
 	return rec, nil
+}
+
+// running returns the report that runs already, or nil.
+func (r reconciler) running(ctx context.Context) (*client.Reconciliation, error) {
+	limit := 1
+	list, err := r.api.ListReconciliationsWithResponse(ctx, &client.ListReconciliationsParams{Limit: &limit})
+	if err != nil {
+		return nil, err
+	}
+	if list.JSON200 == nil {
+		return nil, problemOf(list.HTTPResponse, list.Body)
+	}
+	for _, rec := range list.JSON200.Reconciliations {
+		if rec.Kind == client.ReconciliationKindReport {
+			r.say("%s %s runs already, and is followed", rec.Kind, rec.Id)
+			return r.get(ctx, rec.Id, nil)
+		}
+	}
+	return nil, nil
 }
 
 func progressOf(rec *client.Reconciliation) string {

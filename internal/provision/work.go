@@ -94,7 +94,7 @@ func (w *reconciliationWorker) Work(ctx context.Context, job *river.Job[tenant.R
 
 // How often the sweep does what need not be done at every turn.
 const (
-	measureEvery     = 15 * time.Second
+	measureEvery   = 15 * time.Second
 	partitionEvery = 6 * time.Hour
 )
 
