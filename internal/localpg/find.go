@@ -139,6 +139,12 @@ func look(ctx context.Context, dir string) (Binaries, error) {
 	if err != nil || major < oldest {
 		return Binaries{}, fmt.Errorf("%s is Postgres %s; at least %d is needed", dir, m[1], oldest)
 	}
+	// A folder of links may hold some of the programs only.
+	if real, err := filepath.EvalSymlinks(filepath.Join(dir, "postgres")); err == nil {
+		if _, err := exec.LookPath(filepath.Join(filepath.Dir(real), "initdb")); err == nil {
+			dir = filepath.Dir(real)
+		}
+	}
 	return Binaries{Dir: dir, Major: major}, nil
 }
 

@@ -328,7 +328,8 @@ var compareSQL = []string{
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
 	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
 		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
-	FROM apps WHERE suspect AND state IN ('building', 'ready')`,
+	FROM apps a WHERE suspect AND state IN ('building', 'ready') AND NOT EXISTS (
+		SELECT FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.app_id = a.id AND s.tenant_id IS NOT NULL)`,
 	// Keys that are listed.
 	`SELECT
 		CASE WHEN s.key_id IS NULL THEN 'key_unmanaged'

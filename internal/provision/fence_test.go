@@ -170,8 +170,8 @@ func TestNothingIsRemovedBehindTheFence(t *testing.T) {
 	r.Stop()
 	// The backup is of when the app was about to be removed, and its key with it.
 	exec(t, w, `UPDATE tenants SET state = 'deleted', app_id = NULL;
-		UPDATE keys SET state = 'revoking', leased_until = '-infinity', next_attempt_at = now();
-		UPDATE apps SET state = 'purging', leased_until = '-infinity', next_attempt_at = now()`)
+		UPDATE keys SET state = 'revoking', leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity';
+		UPDATE apps SET state = 'purging', leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity'`)
 	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL)))
 	r = w.Start(provisiontest.Options{Fenced: true, Idle: true})
 	if _, err := r.DB.CheckRestored(t.Context()); err != nil {
