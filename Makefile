@@ -34,6 +34,10 @@ check: ## format, vet, staticcheck, the contract, generated code, modules
 generate: ## generate api/client from api/openapi.yaml
 	$(GO) generate ./...
 
+.PHONY: chaos
+chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), and count what was lost
+	bin/chaos
+
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
 	@for p in $$($(GO) list ./...); do \

@@ -1,0 +1,115 @@
+// Command chaos shows whether Tenantry keeps its rules while everything around it
+// fails: two replicas, Postgres and the simulated Clarifai as real processes on
+// loopback, a load of sign-ups, and faults of every kind. It ends with a table of
+// what was injected and of what was lost, doubled or left behind.
+//
+// CHAOS_SECONDS (180) is how long faults are injected, CHAOS_SEED repeats a run as
+// far as that is possible, CHAOS_DIR keeps what it makes. It exits with 0 if every
+// figure is zero, with 1 if one is not, and with 2 if one could not be taken.
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"syscall"
+	"time"
+)
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx, os.Getenv, os.Stdout))
+}
+
+// settle is how long what is under way may take once the faults have ended: work
+// of a dead replica is leased for 20 s, and a call whose outcome is unknown is
+// looked for a minute after it.
+const settle = 4 * time.Minute
+
+func run(ctx context.Context, getenv func(string) string, out io.Writer) int {
+	failed := func(err error) int {
+		_, _ = fmt.Fprintln(out, "chaos:", err)
+		return 2
+	}
+	seconds, err := strconv.Atoi(cmp.Or(getenv("CHAOS_SECONDS"), "180"))
+	if err != nil || seconds < 5 || seconds > 24*3600 {
+		return failed(fmt.Errorf("CHAOS_SECONDS: %q must be a whole number from 5 to 86400", getenv("CHAOS_SECONDS")))
+	}
+	seed := rand.Uint64()
+	if text := getenv("CHAOS_SEED"); text != "" {
+		if seed, err = strconv.ParseUint(text, 10, 64); err != nil {
+			return failed(fmt.Errorf("CHAOS_SEED: %q must be a whole number", text))
+		}
+	}
+	dir := getenv("CHAOS_DIR")
+	if dir == "" {
+		if dir, err = os.MkdirTemp("", "tenantry-chaos-"); err != nil {
+			return failed(err)
+		}
+		if err := os.Chmod(dir, 0o755); err != nil { // Postgres may run as another user
+			return failed(err)
+		}
+	} else if dir, err = filepath.Abs(dir); err != nil {
+		return failed(err)
+	}
+	say := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
+	say("chaos for %d s, seed %d, logs in %s", seconds, seed, dir)
+
+	s, err := raise(ctx, dir)
+	if err != nil {
+		return failed(err)
+	}
+	figures, err := s.play(ctx, time.Duration(seconds)*time.Second, seed, say)
+	if err == nil {
+		figures.print(out)
+	}
+	err = errors.Join(err, s.strike())
+	switch {
+	case err != nil:
+		return failed(err)
+	case !figures.allZero():
+		say("\nFAILED: seed %d, logs in %s", seed, dir)
+		return 1
+	}
+	say("\nall zero")
+	if getenv("CHAOS_DIR") == "" {
+		_ = os.RemoveAll(dir)
+	}
+	return 0
+}
+
+// play injects faults under load, lets things settle, and takes the figures.
+func (s *stage) play(ctx context.Context, during time.Duration, seed uint64, say func(string, ...any)) (*figures, error) {
+	load := newLoad(s, seed)
+	loadEnd, stopLoad := context.WithCancel(ctx)
+	defer stopLoad()
+	loadDone := make(chan struct{})
+	go func() { defer close(loadDone); load.run(loadEnd) }()
+
+	injected, err := s.inject(ctx, during, rand.New(rand.NewPCG(seed, 1)), say)
+	if err != nil {
+		return nil, fmt.Errorf("inject faults: %w", err)
+	}
+	say("faults end; no new sign-ups; settling")
+	settling, cancel := context.WithTimeout(ctx, settle)
+	defer cancel()
+	load.noMore()
+	select {
+	case <-loadDone:
+	case <-settling.Done():
+		stopLoad()
+		<-loadDone
+	}
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	return s.verify(settling, load, injected, say)
+}
