@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"mime"
 	"net/http"
 	"net/url"
@@ -13,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"time"
+	"unicode"
 	"unicode/utf8"
 
 	"github.com/tenantry/tenantry/internal/postgres"
@@ -70,10 +72,10 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 		if slices.Contains(known, name) {
 			continue
 		}
-		if rule == holdsSecret || len(name) > 64 {
-			return invalid("body", "has a field that this request does not know; there are: %s", strings.Join(known, ", "))
+		if rule == holdsSecret {
+			name = "" // no name is printed
 		}
-		return invalid(name, "is not a field of this request; there are: %s", strings.Join(known, ", "))
+		return unknown(name, "body", "a field", known)
 	}
 	if err := json.Unmarshal(body, v); err != nil {
 		return bodyFault(err)
@@ -109,18 +111,44 @@ func jsonKind(goKind string) string {
 	return "a number"
 }
 
-// onlyParams refuses query parameters that are not known: a filter with a
-// spelling mistake would select everything.
-func onlyParams(q url.Values, known ...string) error {
-	for name := range q {
-		if !slices.Contains(known, name) {
-			if len(name) > 64 {
-				name = name[:64] + "…"
+// repeatable are the query parameters that the contract allows several times.
+var repeatable = []string{"label"}
+
+// maxParam bounds a query parameter's value, in bytes.
+const maxParam = 1024
+
+// params reads the query. It refuses what it cannot read, and parameters that are
+// repeated or not known: r.URL.Query drops a pair with a mistake, and a filter that
+// is dropped selects everything.
+func params(r *http.Request, known ...string) (url.Values, error) {
+	q, err := url.ParseQuery(r.URL.RawQuery)
+	if err != nil {
+		return nil, invalid("query", "is not made of name=value pairs, percent-encoded, with & between them (a %% is %%25, a ; is %%3B)")
+	}
+	for _, name := range slices.Sorted(maps.Keys(q)) {
+		values := q[name]
+		switch {
+		case !slices.Contains(known, name):
+			return nil, unknown(name, "query", "a parameter", known)
+		case len(values) > 1 && !slices.Contains(repeatable, name):
+			return nil, invalid(name, "is given %d times", len(values))
+		}
+		for _, v := range values {
+			if strings.ContainsRune(v, 0) || len(v) > maxParam || !utf8.ValidString(v) {
+				return nil, invalid(name, "holds a zero byte, is not valid UTF-8 or is longer than %d bytes", maxParam)
 			}
-			return invalid(name, "is not a parameter of this request; there are: %s", orNone(known))
 		}
 	}
-	return nil
+	return q, nil
+}
+
+// unknown says that a part of a request has a name that is not known. The name is
+// repeated only where it is short and printable: it is a stranger's text.
+func unknown(name, part, what string, known []string) error {
+	if name == "" || len(name) > 64 || strings.ContainsFunc(name, func(r rune) bool { return !unicode.IsPrint(r) || r == utf8.RuneError }) || isTokenLike(name) {
+		return invalid(part, "has %s that this request does not know; there are: %s", what, orNone(known))
+	}
+	return invalid(name, "is not %s of this request; there are: %s", what, orNone(known))
 }
 
 func orNone(names []string) string {
@@ -204,20 +232,11 @@ type listQuery struct {
 
 const defaultLimit, maxLimit = 100, 1000
 
-func parseListQuery(q url.Values) (listQuery, error) {
+func parseListQuery(r *http.Request) (listQuery, error) {
 	var l listQuery
-	if err := onlyParams(q, "state", "profile", "label", "id_prefix", "created_after", "created_before", "problem", "limit", "cursor"); err != nil {
+	q, err := params(r, "state", "profile", "label", "id_prefix", "created_after", "created_before", "problem", "limit", "cursor")
+	if err != nil {
 		return l, err
-	}
-	for name, values := range q {
-		if name != "label" && len(values) > 1 {
-			return l, invalid(name, "is given %d times", len(values))
-		}
-		for _, v := range values {
-			if strings.ContainsRune(v, 0) || len(v) > 1024 || !utf8.ValidString(v) {
-				return l, invalid(name, "holds a zero byte, is not valid UTF-8 or is longer than 1024 bytes")
-			}
-		}
 	}
 	l.filter = postgres.TenantFilter{State: tenant.State(q.Get("state")), Profile: q.Get("profile"), IDPrefix: q.Get("id_prefix")}
 	if s := l.filter.State; s != "" && !slices.Contains(tenant.States, s) {
@@ -252,7 +271,6 @@ func parseListQuery(q url.Values) (listQuery, error) {
 		}
 		l.filter.HasProblem = &b
 	}
-	var err error
 	if l.limit, err = limitParam(q, defaultLimit, maxLimit); err != nil {
 		return l, err
 	}

@@ -36,7 +36,7 @@ func (s *server) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	keys, err := s.DB.Keys(r.Context(), id)
@@ -59,7 +59,7 @@ func (s *server) getKeySecret(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	if !plausibleName(name) {
@@ -92,7 +92,7 @@ type identifiedBody struct {
 const maxLeakLength = 512
 
 func (s *server) identifyKey(w http.ResponseWriter, r *http.Request) error {
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	var body identifyBody

@@ -78,7 +78,7 @@ type reconcileBody struct {
 }
 
 func (s *server) postReconciliation(w http.ResponseWriter, r *http.Request) error {
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	var body reconcileBody
@@ -115,8 +115,8 @@ func (s *server) getReconciliation(w http.ResponseWriter, r *http.Request) error
 	if err != nil {
 		return err
 	}
-	q := r.URL.Query()
-	if err := onlyParams(q, "limit", "cursor"); err != nil {
+	q, err := params(r, "limit", "cursor")
+	if err != nil {
 		return err
 	}
 	limit, err := limitParam(q, defaultLimit, maxLimit)
@@ -164,8 +164,8 @@ type reconciliationListBody struct {
 }
 
 func (s *server) listReconciliations(w http.ResponseWriter, r *http.Request) error {
-	q := r.URL.Query()
-	if err := onlyParams(q, "limit"); err != nil {
+	q, err := params(r, "limit")
+	if err != nil {
 		return err
 	}
 	limit, err := limitParam(q, 20, 100)

@@ -101,10 +101,7 @@ func (s *server) routes(r chi.Router) {
 	provisioner := []tenant.Role{tenant.Provisioner}
 	admin := []tenant.Role{tenant.Admin}
 
-	r.Get("/openapi.yaml", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/yaml")
-		_, _ = w.Write(api.OpenAPI)
-	})
+	r.Get("/openapi.yaml", s.handle(getContract))
 	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
 	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
 	r.Get("/v1/tenants", s.allow(any, s.listTenants))
@@ -117,6 +114,15 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
 	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))
+}
+
+func getContract(w http.ResponseWriter, r *http.Request) error {
+	if _, err := params(r); err != nil {
+		return err
+	}
+	w.Header().Set("Content-Type", "application/yaml")
+	_, _ = w.Write(api.OpenAPI)
+	return nil
 }
 
 // handler is a handler whose failure is answered by one piece of code.

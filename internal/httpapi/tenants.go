@@ -78,7 +78,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	var body signUpBody
@@ -127,8 +127,8 @@ func (s *server) getTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	q := r.URL.Query()
-	if err := onlyParams(q, "wait"); err != nil {
+	q, err := params(r, "wait")
+	if err != nil {
 		return err
 	}
 	wait, err := waitParam(q)
@@ -172,7 +172,7 @@ type tenantListBody struct {
 }
 
 func (s *server) listTenants(w http.ResponseWriter, r *http.Request) error {
-	l, err := parseListQuery(r.URL.Query())
+	l, err := parseListQuery(r)
 	if err != nil {
 		return err
 	}
@@ -198,7 +198,7 @@ func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	if !plausibleName(id) {
@@ -217,7 +217,7 @@ func (s *server) retryTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	if err := decodeBody(w, r, &struct{}{}, mayBeEmpty); err != nil {

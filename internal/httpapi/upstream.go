@@ -51,7 +51,7 @@ type queueBody struct {
 }
 
 func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
-	if err := onlyParams(r.URL.Query()); err != nil {
+	if _, err := params(r); err != nil {
 		return err
 	}
 	u, pat, err := s.Service.UpstreamStatus(r.Context())
