@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -15,6 +16,7 @@ import (
 	"strings"
 	"time"
 	"unicode"
+	"unicode/utf16"
 	"unicode/utf8"
 
 	"github.com/tenantry/tenantry/internal/postgres"
@@ -50,11 +52,8 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 		}
 		return invalid("body", "is empty: it must be a JSON object")
 	}
-	if ct := r.Header.Get("Content-Type"); ct != "" {
-		if mt, _, err := mime.ParseMediaType(ct); err != nil || mt != "application/json" {
-			return &statusError{http.StatusUnsupportedMediaType, &tenant.Error{Kind: tenant.Invalid, Code: "content_type_unsupported",
-				Field: "Content-Type", Detail: "must be application/json"}}
-		}
+	if err := checkBodyHeaders(w, r); err != nil {
+		return err
 	}
 	if !utf8.Valid(body) {
 		return invalid("body", "is not valid UTF-8")
@@ -77,10 +76,131 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 		}
 		return unknown(name, "body", "a field", known)
 	}
+	if err := checkJSON(body); err != nil {
+		return err
+	}
 	if err := json.Unmarshal(body, v); err != nil {
 		return bodyFault(err)
 	}
 	return nil
+}
+
+// checkBodyHeaders refuses a body that is encoded in another way than it is read.
+func checkBodyHeaders(w http.ResponseWriter, r *http.Request) error {
+	for _, coding := range strings.Split(strings.Join(r.Header.Values("Content-Encoding"), ","), ",") {
+		if coding = strings.TrimSpace(coding); coding != "" && !strings.EqualFold(coding, "identity") {
+			w.Header().Set("Accept-Encoding", "identity")
+			return unsupported("Content-Encoding", "content_encoding_unsupported", "must be identity, or left out: bodies are not taken compressed")
+		}
+	}
+	ct := r.Header.Get("Content-Type")
+	if ct == "" {
+		return nil
+	}
+	mt, params, err := mime.ParseMediaType(ct)
+	if err != nil || mt != "application/json" {
+		return unsupported("Content-Type", "content_type_unsupported", "must be application/json")
+	}
+	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
+		return unsupported("Content-Type", "content_type_unsupported", "must be application/json in the charset utf-8")
+	}
+	return nil
+}
+
+func unsupported(header, code, detail string) error {
+	return &statusError{http.StatusUnsupportedMediaType, &tenant.Error{Kind: tenant.Invalid, Code: code, Field: header, Detail: detail}}
+}
+
+// checkJSON refuses what encoding/json passes over in an object that it has found
+// valid and whose fields are all known: of a name that is repeated it takes the
+// last, null it takes for a field that was left out, and half of a surrogate pair
+// it replaces by U+FFFD.
+func checkJSON(body []byte) error {
+	if i := loneSurrogate(body); i >= 0 {
+		return invalid("body", "has at byte %d a \\u escape that is half of a surrogate pair", i)
+	}
+	var field string // the field of the request that is being read
+	d := json.NewDecoder(bytes.NewReader(body))
+	d.UseNumber()
+	type level struct {
+		names map[string]bool // nil in an array
+		value bool            // the next token of an object is a value
+	}
+	var levels []level
+	for {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			return nil
+		}
+		if err != nil {
+			return bodyFault(err)
+		}
+		if token == json.Delim('}') || token == json.Delim(']') {
+			levels = levels[:len(levels)-1]
+			continue
+		}
+		if n := len(levels) - 1; n >= 0 && levels[n].names != nil {
+			top := &levels[n]
+			if top.value = !top.value; top.value {
+				name := token.(string)
+				if n == 0 {
+					field = name
+				}
+				if top.names[name] {
+					if n == 0 {
+						return invalid(field, "is given twice")
+					}
+					return invalid(field, "holds an object that gives one name twice")
+				}
+				top.names[name] = true
+				continue
+			}
+		}
+		switch token {
+		case nil:
+			if len(levels) == 1 {
+				return invalid(field, "is null: give a value, or leave it out")
+			}
+			return invalid(field, "holds a null at byte %d: give a value, or leave it out", d.InputOffset()-int64(len("null")))
+		case json.Delim('{'):
+			levels = append(levels, level{names: map[string]bool{}})
+		case json.Delim('['):
+			levels = append(levels, level{})
+		}
+	}
+}
+
+// loneSurrogate returns where in a valid JSON text a \u escape is half of a pair
+// without the other, or -1.
+func loneSurrogate(text []byte) int {
+	for i := 0; i < len(text); i++ {
+		if text[i] != '\\' { // occurs in strings only
+			continue
+		}
+		r, ok := escapedRune(text[i:])
+		switch {
+		case !ok:
+			i++ // the escaped character may be a backslash itself
+		case !utf16.IsSurrogate(r):
+			i += len(`u0000`)
+		default:
+			low, _ := escapedRune(text[i+len(`\u0000`):])
+			if utf16.DecodeRune(r, low) == utf8.RuneError {
+				return i
+			}
+			i += len(`u0000\u0000`)
+		}
+	}
+	return -1
+}
+
+// escapedRune reads the \u escape that text begins with, if it does.
+func escapedRune(text []byte) (rune, bool) {
+	if len(text) < len(`\u0000`) || text[0] != '\\' || text[1] != 'u' {
+		return 0, false
+	}
+	n, err := strconv.ParseUint(string(text[2:6]), 16, 16)
+	return rune(n), err == nil
 }
 
 func bodyFault(err error) error {

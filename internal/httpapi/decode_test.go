@@ -1,9 +1,11 @@
 package httpapi_test
 
 import (
+	"encoding/json"
 	"strings"
 	"testing"
 	"time"
+	"unicode/utf8"
 
 	"github.com/tenantry/tenantry/internal/httpapi"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -45,6 +47,26 @@ func FuzzPrefer(f *testing.F) {
 		}
 		if applied != "" && applied != "respond-async" && !strings.HasPrefix(applied, "wait=") {
 			t.Errorf("Prefer %q is answered %q", s, applied)
+		}
+	})
+}
+
+// No text of a body that is taken is replaced when it is read.
+func FuzzCheckJSON(f *testing.F) {
+	for _, s := range []string{`{}`, `{"a":{"b":[{"c":1},{"c":2}]},"b":"\ud83d\ude00"}`, `{"a":"\\ud83d"}`, `{"a":"\ud83dx"}`, `{"a":1,"\u0061":2}`} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		var fields map[string]any
+		if !utf8.ValidString(s) || json.Unmarshal([]byte(s), &fields) != nil || fields == nil || httpapi.CheckJSON([]byte(s)) != nil {
+			return
+		}
+		again, err := json.Marshal(fields)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(s, "\uFFFD") && !strings.Contains(strings.ToLower(s), `\ufffd`) && strings.Contains(string(again), "\uFFFD") {
+			t.Errorf("%s was taken, and reads %s", s, again)
 		}
 	})
 }

@@ -17,6 +17,7 @@ import (
 var (
 	ParseCursor  = parseCursor
 	FormatCursor = formatCursor
+	CheckJSON    = checkJSON
 	StatusOf     = statusOf
 )
 

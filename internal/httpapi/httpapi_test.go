@@ -160,6 +160,20 @@ func TestBadRequests(t *testing.T) {
 		{"PUT", "/v1/tenants/u", `{"profile":"nowhere"}`, nil, 400, "profile_unknown", "default, narrow"},
 		{"PUT", "/v1/tenants/u", big, nil, 413, "body_too_large", "65536"},
 		{"PUT", "/v1/tenants/u", `a=b`, []string{"Content-Type", "application/x-www-form-urlencoded"}, 415, "content_type_unsupported", "application/json"},
+		{"PUT", "/v1/tenants/u", `{}`, []string{"Content-Type", "application/json; charset=latin1"}, 415, "content_type_unsupported", "utf-8"},
+		{"PUT", "/v1/tenants/u", `{}`, []string{"Content-Encoding", "gzip"}, 415, "content_encoding_unsupported", "identity"},
+		{"PUT", "/v1/tenants/u", `{}`, []string{"Content-Encoding", "identity, br"}, 415, "content_encoding_unsupported", "identity"},
+		{"POST", "/v1/keys/identify", `{"key":"x"}`, []string{"Content-Encoding", "deflate"}, 415, "content_encoding_unsupported", "identity"},
+		{"PUT", "/v1/tenants/u", `{"profile":null}`, nil, 400, "invalid_request", "profile is null"},
+		{"PUT", "/v1/tenants/u", `{"labels":null}`, nil, 400, "invalid_request", "labels is null"},
+		{"PUT", "/v1/tenants/u", `{"labels":{"plan":null}}`, nil, 400, "invalid_request", "labels holds a null at byte 18"},
+		{"POST", "/v1/keys/identify", `{"key":null}`, nil, 400, "invalid_request", "key is null"},
+		{"PUT", "/v1/tenants/u", `{"display_name":"a","display_name":"b"}`, nil, 400, "invalid_request", "display_name is given twice"},
+		{"PUT", "/v1/tenants/u", `{"display_name":"a","display_\u006eame":"a"}`, nil, 400, "invalid_request", "display_name is given twice"},
+		{"PUT", "/v1/tenants/u", `{"labels":{"a":"1","a":"2"}}`, nil, 400, "invalid_request", "labels holds an object that gives one name twice"},
+		{"PUT", "/v1/tenants/u", `{"display_name":"\ud83d"}`, nil, 400, "invalid_request", "byte 17 a \\u escape that is half of a surrogate pair"},
+		{"PUT", "/v1/tenants/u", `{"display_name":"\ude00\ud83d"}`, nil, 400, "invalid_request", "half of a surrogate pair"},
+		{"PUT", "/v1/tenants/u", `{"labels":{"\ud83d":"x"}}`, nil, 400, "invalid_request", "half of a surrogate pair"},
 		{"PUT", "/v1/tenants/u?dry=1", "", nil, 400, "invalid_request", "there are: none"},
 		{"GET", "/v1/tenants/nobody", "", nil, 404, "tenant_not_found", ""},
 		{"GET", "/v1/tenants/nobody/keys", "", nil, 404, "tenant_not_found", ""},
@@ -209,6 +223,17 @@ func TestBadRequests(t *testing.T) {
 	}
 	if list := s.call(tenant.Viewer, "GET", "/v1/tenants", ""); string(list.body) != "{\"tenants\":[]}\n" {
 		t.Errorf("bad requests left %s", list.body)
+	}
+}
+
+// What JSON allows in strings is taken, and arrives as it was meant.
+func TestBodyText(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	got := s.call(tenant.Provisioner, "PUT", "/v1/tenants/u", `{"display_name":"\ud83D\uDE00 \\ud83d \u00e9 \"","labels":{"display_name":"x"}}`,
+		"Content-Type", "application/json; charset=UTF-8", "Content-Encoding", "identity")
+	if got.status != http.StatusCreated || got.at(t, "display_name") != `😀 \ud83d é "` {
+		t.Errorf("PUT answers %d %s", got.status, got.body)
 	}
 }
 
