@@ -11,6 +11,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"os"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,8 +44,13 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
 		return tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", MaxBodyBytes)
 	}
-	if err != nil {
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		return invalid("body", "was not sent in full within %s", ReadTimeout)
+	case errors.Is(err, io.ErrUnexpectedEOF):
+		return invalid("body", "ended early: it is shorter than its Content-Length, or its last chunk is missing")
+	case err != nil:
+		return invalid("body", "was not sent as HTTP demands, or the connection broke")
 	}
 	if len(strings.TrimSpace(string(body))) == 0 {
 		if rule == mayBeEmpty {

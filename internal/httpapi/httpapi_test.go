@@ -453,12 +453,41 @@ func TestSlowAndOversizedRequests(t *testing.T) {
 			if err != nil {
 				t.Errorf("slow %s: the connection is kept open: %v", name, err)
 			}
-			if name == "body" && !strings.Contains(string(answered), " 400 ") {
+			if name == "body" && (!strings.Contains(string(answered), " 400 ") || !strings.Contains(string(answered), "in full within")) {
 				t.Errorf("a body that does not come is answered %q", answered)
 			}
 		})
 	}
 	wg.Wait()
+}
+
+// A body that cannot be read is refused for what is wrong with it.
+func TestBrokenBodies(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	for says, rest := range map[string]string{
+		"ended early":               "Content-Length: 100\r\n\r\n{",
+		"its last chunk is missing": "Transfer-Encoding: chunked\r\n\r\n1\r\n{\r\n",
+		"was not sent as HTTP":      "Transfer-Encoding: chunked\r\n\r\nzz\r\n{}\r\n",
+	} {
+		conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer func() { _ = conn.Close() }()
+		if _, err := io.WriteString(conn, "PUT /v1/tenants/u HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer "+
+			s.tokens[tenant.Provisioner]+"\r\n"+rest); err != nil {
+			t.Fatal(err)
+		}
+		if err := conn.(*net.TCPConn).CloseWrite(); err != nil {
+			t.Fatal(err)
+		}
+		_ = conn.SetReadDeadline(time.Now().Add(httpapi.ReadTimeout))
+		answered, err := io.ReadAll(conn)
+		if err != nil || !strings.Contains(string(answered), " 400 ") || !strings.Contains(string(answered), says) {
+			t.Errorf("%q is answered %q, %v; want 400 that says %q", rest, answered, err, says)
+		}
+	}
 }
 
 // A handler that panics is answered with 500, without its text, and the service
