@@ -605,6 +605,9 @@ type UpstreamBreakerState string
 // UpstreamPatState defines model for Upstream.Pat.State.
 type UpstreamPatState string
 
+// IfNoneMatch Examples: "1.2"
+type IfNoneMatch = string
+
 // TenantID Examples: user_42
 type TenantID = string
 
@@ -634,6 +637,12 @@ type Unavailable = ProblemDetails
 
 // UnsupportedMediaType RFC 9457.
 type UnsupportedMediaType = ProblemDetails
+
+// GetAppTenantParams defines parameters for GetAppTenant.
+type GetAppTenantParams struct {
+	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them.
+	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
+}
 
 // ListReconciliationsParams defines parameters for ListReconciliations.
 type ListReconciliationsParams struct {
@@ -679,8 +688,8 @@ type GetTenantParams struct {
 	// Wait Seconds to wait for a state that the tenant stays in.
 	Wait *int `form:"wait,omitempty" json:"wait,omitempty"`
 
-	// IfNoneMatch An ETag; the answer is 304 if the tenant still has it.
-	IfNoneMatch *string `json:"If-None-Match,omitempty"`
+	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them.
+	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
 }
 
 // PutTenantParams defines parameters for PutTenant.
@@ -778,7 +787,7 @@ type ClientInterface interface {
 	// Roles: all.
 	//
 	// Corresponds with GET /v1/apps/{app_id} (the `GetAppTenant` operationId).
-	GetAppTenant(ctx context.Context, appId string, reqEditors ...RequestEditorFn) (*http.Response, error)
+	GetAppTenant(ctx context.Context, appId string, params *GetAppTenantParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// IdentifyKeyWithBody Find whose key a string is
 	//
@@ -915,8 +924,8 @@ type ClientInterface interface {
 // Roles: all.
 //
 // Corresponds with GET /v1/apps/{app_id} (the `GetAppTenant` operationId).
-func (c *Client) GetAppTenant(ctx context.Context, appId string, reqEditors ...RequestEditorFn) (*http.Response, error) {
-	req, err := NewGetAppTenantRequest(c.Server, appId)
+func (c *Client) GetAppTenant(ctx context.Context, appId string, params *GetAppTenantParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetAppTenantRequest(c.Server, appId, params)
 	if err != nil {
 		return nil, err
 	}
@@ -1197,7 +1206,7 @@ func (c *Client) GetUpstream(ctx context.Context, reqEditors ...RequestEditorFn)
 }
 
 // NewGetAppTenantRequest constructs an http.Request for the GetAppTenant method
-func NewGetAppTenantRequest(server string, appId string) (*http.Request, error) {
+func NewGetAppTenantRequest(server string, appId string, params *GetAppTenantParams) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -1225,6 +1234,21 @@ func NewGetAppTenantRequest(server string, appId string) (*http.Request, error) 
 	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
+	}
+
+	if params != nil {
+
+		if params.IfNoneMatch != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "If-None-Match", *params.IfNoneMatch, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("If-None-Match", headerParam0)
+		}
+
 	}
 
 	return req, nil
@@ -1912,7 +1936,7 @@ type ClientWithResponsesInterface interface {
 	// Returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with GET /v1/apps/{app_id} (the `GetAppTenant` operationId).
-	GetAppTenantWithResponse(ctx context.Context, appId string, reqEditors ...RequestEditorFn) (*GetAppTenantResponse, error)
+	GetAppTenantWithResponse(ctx context.Context, appId string, params *GetAppTenantParams, reqEditors ...RequestEditorFn) (*GetAppTenantResponse, error)
 
 	// IdentifyKeyWithBodyWithResponse Find whose key a string is
 	//
@@ -2066,6 +2090,17 @@ type GetAppTenantResponse200Headers struct {
 	XRequestId string
 }
 
+// GetAppTenantResponse304Headers the declared response headers of an HTTP 304 response for GetAppTenant
+type GetAppTenantResponse304Headers struct {
+	ETag       *string
+	XRequestId string
+}
+
+// GetAppTenantResponse400Headers the declared response headers of an HTTP 400 response for GetAppTenant
+type GetAppTenantResponse400Headers struct {
+	XRequestId string
+}
+
 // GetAppTenantResponse401Headers the declared response headers of an HTTP 401 response for GetAppTenant
 type GetAppTenantResponse401Headers struct {
 	WWWAuthenticate *string
@@ -2094,6 +2129,8 @@ type GetAppTenantResponse struct {
 	HTTPResponse *http.Response
 	// JSON200 the response for an HTTP 200 `application/json` response
 	JSON200 *Tenant
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
 	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
@@ -2104,6 +2141,10 @@ type GetAppTenantResponse struct {
 	ApplicationproblemJSON503 *Unavailable
 	// Headers200 the parsed response headers for an HTTP 200 response
 	Headers200 *GetAppTenantResponse200Headers
+	// Headers304 the parsed response headers for an HTTP 304 response
+	Headers304 *GetAppTenantResponse304Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *GetAppTenantResponse400Headers
 	// Headers401 the parsed response headers for an HTTP 401 response
 	Headers401 *GetAppTenantResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
@@ -2117,6 +2158,11 @@ type GetAppTenantResponse struct {
 // GetJSON200 returns the response for an HTTP 200 `application/json` response
 func (r GetAppTenantResponse) GetJSON200() *Tenant {
 	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r GetAppTenantResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
 }
 
 // GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
@@ -3715,8 +3761,8 @@ func (r GetUpstreamResponse) ContentType() string {
 // Returns a wrapper object for the known response body format(s).
 //
 // Corresponds with GET /v1/apps/{app_id} (the `GetAppTenant` operationId).
-func (c *ClientWithResponses) GetAppTenantWithResponse(ctx context.Context, appId string, reqEditors ...RequestEditorFn) (*GetAppTenantResponse, error) {
-	rsp, err := c.GetAppTenant(ctx, appId, reqEditors...)
+func (c *ClientWithResponses) GetAppTenantWithResponse(ctx context.Context, appId string, params *GetAppTenantParams, reqEditors ...RequestEditorFn) (*GetAppTenantResponse, error) {
+	rsp, err := c.GetAppTenant(ctx, appId, params, reqEditors...)
 	if err != nil {
 		return nil, err
 	}
@@ -3973,6 +4019,16 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 		}
 		response.JSON200 = &dest
 
+	case rsp.StatusCode == 304:
+		break // No content-type
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
 		var dest Unauthenticated
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -4021,6 +4077,33 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 			headers.XRequestId = value
 		}
 		response.Headers200 = &headers
+	case rsp.StatusCode == 304:
+		var headers GetAppTenantResponse304Headers
+		if values := rsp.Header.Values("ETag"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "ETag", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.ETag = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers304 = &headers
+	case rsp.StatusCode == 400:
+		var headers GetAppTenantResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
 	case rsp.StatusCode == 401:
 		var headers GetAppTenantResponse401Headers
 		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {

@@ -5,7 +5,9 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -14,6 +16,7 @@ import (
 
 	"github.com/go-chi/chi/v5"
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -46,6 +49,66 @@ func TestRoutesAreTheContracts(t *testing.T) {
 	slices.Sort(described)
 	if diff := cmp.Diff(described, served); diff != "" {
 		t.Errorf("routes differ (- in the contract only, + served only):\n%s", diff)
+	}
+}
+
+// The contract has what every operation answers to a parameter that it does not
+// know, to If-None-Match and to HEAD: call holds each answer against it.
+func TestEveryOperation(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	made := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "wait=30")
+	values := map[string]string{"tenant_id": "user_1", "key_name": "default", "app_id": fmt.Sprint(made.at(t, "app", "id"))}
+	for pattern, item := range contractDoc(t).Paths.Map() {
+		path := regexp.MustCompile(`\{(\w+)\}`).ReplaceAllStringFunc(pattern, func(name string) string {
+			if v, ok := values[strings.Trim(name, "{}")]; ok {
+				return v
+			}
+			return "00000000-0000-0000-0000-000000000000"
+		})
+		for method, op := range item.Operations() {
+			refused := 0
+			for _, role := range tenant.Roles {
+				got := s.call(role, method, path+"?x=1", "")
+				switch {
+				case got.status == http.StatusBadRequest && got.at(t, "field") == "x":
+					refused++
+				case got.status != http.StatusForbidden:
+					t.Errorf("%s %s?x=1 as %s answers %d %s", method, path, role, got.status, got.body)
+				}
+				if method != http.MethodGet {
+					continue
+				}
+				plain, head := s.call(role, method, path, ""), s.call(role, http.MethodHead, path, "")
+				if head.status != plain.status || len(head.body) != 0 {
+					t.Errorf("HEAD %s as %s answers %d and %d bytes; GET answers %d", path, role, head.status, len(head.body), plain.status)
+				}
+				for _, name := range []string{"Content-Type", "ETag", "Cache-Control"} {
+					if got, want := head.header.Get(name), plain.header.Get(name); got != want {
+						t.Errorf("HEAD %s answers %s: %q; GET %q", path, name, got, want)
+					}
+				}
+				described := op.Parameters.GetByInAndName("header", "If-None-Match") != nil && op.Responses.Status(http.StatusNotModified) != nil
+				fresh := s.call(role, method, path, "", "If-None-Match", "*").status == http.StatusNotModified
+				if plain.status == http.StatusOK && fresh != described {
+					t.Errorf("GET %s with If-None-Match answers 304: %v; the contract has them: %v", path, fresh, described)
+				}
+			}
+			if refused == 0 {
+				t.Errorf("%s %s?x=1 is refused to nobody for the parameter", method, path)
+			}
+		}
+	}
+	if got := s.call(tenant.Viewer, http.MethodHead, "/v1/keys/identify", ""); got.status != http.StatusMethodNotAllowed || got.header.Get("Allow") != "POST" {
+		t.Errorf("HEAD where there is no GET answers %d %v", got.status, got.header)
+	}
+	probes := httptest.NewServer(httpapi.NewInternal(prometheus.NewRegistry(), nil))
+	defer probes.Close()
+	for _, path := range []string{"/livez", "/readyz"} {
+		resp, err := http.Head(probes.URL + path)
+		if err != nil || resp.StatusCode != http.StatusOK {
+			t.Errorf("HEAD %s answers %v, %v", path, resp, err)
+		}
 	}
 }
 
@@ -212,7 +275,7 @@ func TestBadRequests(t *testing.T) {
 		{"POST", "/v1/keys/identify", `{"key":""}`, nil, 400, "invalid_request", "1 to 512"},
 		{"POST", "/v1/keys/identify", `{"key":"nobody's"}`, nil, 404, "key_not_found", ""},
 		{"GET", "/v1/nothing", "", nil, 404, "route_not_found", "openapi.yaml"},
-		{"DELETE", "/v1/upstream", "", nil, 405, "method_not_allowed", "GET"},
+		{"DELETE", "/v1/upstream", "", nil, 405, "method_not_allowed", "takes GET, HEAD"},
 	} {
 		got := s.call(tenant.Provisioner, c.method, c.path, c.body, c.headers...)
 		text := fmt.Sprint(got.at(t, "field"), " ", got.at(t, "detail"))

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
@@ -32,6 +33,7 @@ const readyTimeout = 2 * time.Second
 // what was measured.
 func NewInternal(reg *prometheus.Registry, checks map[string]Check) http.Handler {
 	r := chi.NewRouter()
+	r.Use(middleware.GetHead) // what many probes send
 	r.Get("/livez", func(w http.ResponseWriter, _ *http.Request) {
 		_ = respond(w, http.StatusOK, map[string]bool{"live": true})
 	})

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
@@ -77,7 +78,7 @@ func Limit(srv *http.Server) {
 func New(c Config) http.Handler {
 	s := &server{c}
 	r := chi.NewRouter()
-	r.Use(s.observe, routeByEscapedPath)
+	r.Use(s.observe, routeByEscapedPath, middleware.GetHead)
 	r.NotFound(s.handle(func(_ http.ResponseWriter, req *http.Request) error {
 		if rest, ok := strings.CutPrefix(req.URL.EscapedPath(), "/v1/tenants/"); ok && (rest == "" || rest[0] == '/') {
 			_, err := tenant.ParseID("")
@@ -218,6 +219,9 @@ func allowedMethods(mux *chi.Mux, r *http.Request) string {
 	for _, m := range []string{http.MethodGet, http.MethodPut, http.MethodPost, http.MethodPatch, http.MethodDelete} {
 		if mux.Match(chi.NewRouteContext(), m, r.URL.EscapedPath()) {
 			allowed = append(allowed, m)
+			if m == http.MethodGet {
+				allowed = append(allowed, http.MethodHead)
+			}
 		}
 	}
 	return strings.Join(allowed, ", ")
