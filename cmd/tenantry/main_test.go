@@ -401,8 +401,13 @@ func TestFaultsOfSettings(t *testing.T) {
 	fails(t, map[string]string{"DATABASE_URL": "postgres://u:hunter2@h:port/d"},
 		[]string{"serve", "--clarifai-pat-file", filepath.Join(dir, "none"), "--keyset-file", empty},
 		"DATABASE_URL: not a Postgres connection string", "CLARIFAI_PAT_FILE", "none")
-	fails(t, map[string]string{"DATABASE_URL": "postgres://h/d", "CLARIFAI_PAT": provisiontest.PAT},
-		[]string{"serve", "--clarifai-pat-file", empty}, "both CLARIFAI_PAT and CLARIFAI_PAT_FILE")
+	fails(t, map[string]string{"DATABASE_URL": "postgres://u:hunter2@h/d", "CLARIFAI_PAT": provisiontest.PAT, "TENANTRY_KEYSET": "hunter2",
+		"DATABASE_DIRECT_URL": "postgres://u:hunter2@h/d"},
+		[]string{"serve", "--clarifai-pat-file", empty, "--keyset-file", empty, "--database-direct-url-file", empty},
+		"both CLARIFAI_PAT and CLARIFAI_PAT_FILE", "both TENANTRY_KEYSET and TENANTRY_KEYSET_FILE",
+		"both DATABASE_DIRECT_URL and DATABASE_DIRECT_URL_FILE")
+	fails(t, map[string]string{"DATABASE_URL": "postgres://u:hunter2@h/d"}, []string{"migrate", "status", "--database-url-file", empty},
+		"both DATABASE_URL and DATABASE_URL_FILE")
 	if exit, _, stderr := command(t, nil, "serve", "--clarifai-pat", "x"); exit != 2 || !strings.Contains(stderr, "unknown flag") {
 		t.Errorf("a secret can be given by flag: exit %d, %s", exit, stderr)
 	}

@@ -121,6 +121,9 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 }
 
 func (c serveCmd) keyring(e env) (*keyring.Keyring, error) {
+	if err := onlyOne(e, "TENANTRY_KEYSET", c.KeysetFile); err != nil {
+		return nil, err
+	}
 	if c.KeysetFile != "" {
 		return keyring.Load(c.KeysetFile)
 	}

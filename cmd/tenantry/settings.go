@@ -46,11 +46,11 @@ func (f databaseFlags) urls(e env) (url, direct tenant.Secret, err error) {
 // secretSetting reads a secret from a file, or else from the environment. It is
 // unset where neither is given. White space around it is no part of it.
 func secretSetting(e env, variable, file string) (tenant.Secret, error) {
+	if err := onlyOne(e, variable, file); err != nil {
+		return tenant.Secret{}, err
+	}
 	text := e.get(variable)
 	if file != "" {
-		if strings.TrimSpace(text) != "" {
-			return tenant.Secret{}, fmt.Errorf("both %s and %s_FILE are given: give one", variable, variable)
-		}
 		raw, err := os.ReadFile(file)
 		if err != nil {
 			return tenant.Secret{}, fmt.Errorf("%s_FILE: %w", variable, err)
@@ -63,6 +63,15 @@ func secretSetting(e env, variable, file string) (tenant.Secret, error) {
 		return tenant.Secret{}, nil
 	}
 	return tenant.NewSecret(text), nil
+}
+
+// onlyOne refuses a secret that is given in two ways: which of them is the right
+// one only the operator knows.
+func onlyOne(e env, variable, file string) error {
+	if file != "" && strings.TrimSpace(e.get(variable)) != "" {
+		return fmt.Errorf("both %s and %s_FILE are given: give one", variable, variable)
+	}
+	return nil
 }
 
 // checkAddr reports what is wrong with an address to listen on.
