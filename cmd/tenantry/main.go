@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/alecthomas/kong"
 )
@@ -42,7 +43,7 @@ type cli struct {
 
 const description = `Tenantry gives every end-user of a SaaS product (a tenant) a Clarifai app and an app-specific key of their own.
 
-Every setting is a flag and an environment variable. Secrets are given by file or by environment, never by flag:
+Every setting is a flag and an environment variable; an empty variable counts as not set. Secrets are given by file or by environment, never by flag:
 
   DATABASE_URL  or DATABASE_URL_FILE     postgres://user:password@host:5432/database
   DATABASE_DIRECT_URL  or ..._FILE       the same past a pooler in transaction mode, if there is one
@@ -55,8 +56,9 @@ To begin: tenantry keyset create, tenantry migrate up, tenantry token create, te
 // wrongly, 3 done and differences found.
 func run(ctx context.Context, e env) int {
 	var c cli
+	settings := newConverter()
 	exit := -1
-	parser, err := kong.New(&c,
+	parser, err := kong.New(&c, append(settings.options(),
 		kong.Name("tenantry"),
 		kong.Description(description),
 		kong.Writers(e.stdout, e.stderr),
@@ -64,7 +66,7 @@ func run(ctx context.Context, e env) int {
 		kong.ConfigureHelp(kong.HelpOptions{Compact: true, WrapUpperBound: 110}),
 		kong.BindTo(ctx, (*context.Context)(nil)),
 		kong.Bind(e),
-	)
+	)...)
 	if err != nil {
 		panic(err) // the command line itself is wrong: every test would see it
 	}
@@ -73,6 +75,10 @@ func run(ctx context.Context, e env) int {
 			panic(v)
 		}
 	}()
+	if len(e.args) == 0 {
+		printUsage(e.stderr, parser.Model)
+		return 2
+	}
 	k, err := parser.Parse(e.args)
 	if err != nil {
 		_, _ = fmt.Fprintf(e.stderr, "tenantry: %v\nrun `tenantry --help`\n", err)
@@ -80,6 +86,19 @@ func run(ctx context.Context, e env) int {
 	}
 	if exit >= 0 {
 		return exit
+	}
+	if faults := settings.of(k.Flags()); len(faults) > 0 {
+		if k.Command() == "serve" { // whose other settings may have faults too
+			p, err := c.Serve.check(e, func(string, string, time.Duration) {})
+			if p.upstream != nil {
+				p.upstream.Close()
+			}
+			if err != nil {
+				faults = append(faults, err)
+			}
+		}
+		printFault(e.stderr, errors.Join(faults...))
+		return 2
 	}
 	if err := k.Run(); err != nil {
 		if errors.Is(err, errDiffers) {
@@ -93,6 +112,17 @@ func run(ctx context.Context, e env) int {
 
 // errExit unwinds from kong's --help, which would end the process.
 var errExit = errors.New("exit")
+
+// printUsage prints the commands to a person who named none.
+func printUsage(w io.Writer, app *kong.Application) {
+	_, _ = fmt.Fprintln(w, "usage: tenantry <command> [flags]")
+	_, _ = fmt.Fprintln(w)
+	for _, c := range app.Children {
+		does, _, _ := strings.Cut(c.Help, ". ")
+		_, _ = fmt.Fprintf(w, "  %-12s %s\n", c.Name, strings.TrimSuffix(does, "."))
+	}
+	_, _ = fmt.Fprintln(w, "\nrun `tenantry --help`, or `tenantry <command> --help`")
+}
 
 // printFault prints a failure to a person: several ones a line each.
 func printFault(w io.Writer, err error) {

@@ -389,10 +389,16 @@ func TestDatabaseAway(t *testing.T) {
 // Every fault of the settings is reported at once, and no secret with them.
 func TestFaultsOfSettings(t *testing.T) {
 	t.Parallel()
-	fails(t, nil, []string{"serve", "--addr", "nowhere", "--app-prefix", "TOO-LONG", "--upstream-rate", "0", "--clarifai-api-base", "ftp:x",
+	fails(t, nil, []string{"serve", "--addr", "nowhere", "--internal-addr", ":65536", "--shutdown-delay", "-1s", "--shutdown-timeout", "0s", "--app-prefix", "TOO-LONG", "--upstream-rate", "0", "--clarifai-api-base", "ftp:x",
 		"--workers", "0", "--key-scopes", "", "--upstream-timeout", "1m"},
-		"set DATABASE_URL", "TENANTRY_ADDR", "tenantry keyset create", "CLARIFAI_PAT", "app prefix", "upstream rate", "CLARIFAI_API_BASE",
-		"TENANTRY_WORKERS", "scopes", "upstream timeout")
+		"\n  - the database is not named: set DATABASE_URL", "\n  - TENANTRY_ADDR: ", "\n  - TENANTRY_INTERNAL_ADDR: the port of \":65536\"", "tenantry keyset create", "CLARIFAI_PAT",
+		"\n  - TENANTRY_APP_PREFIX: app prefix", "\n  - TENANTRY_UPSTREAM_RATE: upstream rate", "\n  - CLARIFAI_API_BASE: ",
+		"\n  - TENANTRY_WORKERS: ", "\n  - TENANTRY_KEY_SCOPES: ", "\n  - TENANTRY_UPSTREAM_TIMEOUT: upstream timeout",
+		"\n  - TENANTRY_SHUTDOWN_DELAY: ", "\n  - TENANTRY_SHUTDOWN_TIMEOUT: ")
+	for _, addr := range []string{":http", ":-1", "127.0.0.1:99999", "[::1]:"} {
+		fails(t, nil, []string{"serve", "--addr", addr}, "TENANTRY_ADDR: ")
+	}
+	fails(t, nil, []string{"serve", "--upstream-rate", "NaN"}, "TENANTRY_UPSTREAM_RATE: upstream rate NaN")
 	dir := t.TempDir()
 	empty := filepath.Join(dir, "empty")
 	if err := os.WriteFile(empty, []byte(" \n"), 0o600); err != nil {
@@ -410,6 +416,36 @@ func TestFaultsOfSettings(t *testing.T) {
 		"both DATABASE_URL and DATABASE_URL_FILE")
 	if exit, _, stderr := command(t, nil, "serve", "--clarifai-pat", "x"); exit != 2 || !strings.Contains(stderr, "unknown flag") {
 		t.Errorf("a secret can be given by flag: exit %d, %s", exit, stderr)
+	}
+}
+
+// Settings that cannot be converted are reported at once too, with the faults of
+// the others; an empty variable counts as not set. Not parallel: kong reads the
+// environment of the process.
+func TestUnconvertibleSettings(t *testing.T) {
+	for name, value := range map[string]string{"TENANTRY_WORKERS": "many", "TENANTRY_UPSTREAM_TIMEOUT": "5", "TENANTRY_UPSTREAM_RATE": "fast",
+		"TENANTRY_DATABASE_MAX_CONNS": "3e9", "TENANTRY_LOG_LEVEL": "loud", "TENANTRY_MARK_TENANTS": "perhaps"} {
+		t.Setenv(name, value)
+	}
+	for _, name := range []string{"CLARIFAI_API_BASE", "TENANTRY_ADDR", "TENANTRY_SHUTDOWN_TIMEOUT", "TENANTRY_KEYSET_FILE", "TENANTRY_LOG_FORMAT"} {
+		t.Setenv(name, "")
+	}
+	args := []string{"serve", "--app-prefix", "TOO-LONG", "--shutdown-delay", "long"}
+	fails(t, nil, args, `  - TENANTRY_WORKERS: "many" must be a whole number`+"\n", `  - TENANTRY_UPSTREAM_TIMEOUT: "5" must be a duration such as 5s or 1m30s`+"\n",
+		`  - TENANTRY_UPSTREAM_RATE: "fast" must be a number`+"\n", `  - TENANTRY_DATABASE_MAX_CONNS: "3e9" must be a whole number`+"\n",
+		`  - TENANTRY_LOG_LEVEL: "loud" must be one of debug, info, warn, error`+"\n", `  - TENANTRY_SHUTDOWN_DELAY: "long" must be a duration`,
+		`  - TENANTRY_MARK_TENANTS: "perhaps" must be true or false`+"\n",
+		"  - TENANTRY_APP_PREFIX: ", "  - the operator's PAT is missing")
+	exit, _, stderr := command(t, nil, args...)
+	for _, s := range []string{"API_BASE", "TENANTRY_ADDR", "TENANTRY_SHUTDOWN_TIMEOUT", "TENANTRY_LOG_FORMAT", "from 1 to 1000", "from 2 to 1000"} {
+		if strings.Contains(stderr, s) {
+			t.Errorf("exit %d: the faults name %q, which is none:\n%s", exit, s, stderr)
+		}
+	}
+	must(t, nil, "version") // the settings of serve are none of its business
+	fails(t, nil, []string{"token", "create", "--name", "x", "--role", "viewer", "--expires-in", "soon"}, `--expires-in: "soon" must be a duration`)
+	if exit, _, stderr := command(t, nil, "serve", "--workers"); exit != 2 || !strings.Contains(stderr, "--workers") {
+		t.Errorf("a flag without its value: exit %d, %s", exit, stderr)
 	}
 }
 
@@ -460,6 +496,10 @@ func TestHelp(t *testing.T) {
 	}
 	if exit, stdout, _ := command(t, nil, "version"); exit != 0 || strings.TrimSpace(stdout) == "" {
 		t.Errorf("version exits with %d and prints %q", exit, stdout)
+	}
+	if exit, stdout, stderr := command(t, nil); exit != 2 || stdout != "" || !strings.HasPrefix(stderr, "usage: tenantry <command>") ||
+		!strings.Contains(stderr, "  migrate ") || strings.Count(stderr, "\n") > 15 {
+		t.Errorf("without a command it exits with %d and prints %q %s", exit, stdout, stderr)
 	}
 	if exit, _, stderr := command(t, nil, "frobnicate"); exit != 2 || !strings.Contains(stderr, "--help") {
 		t.Errorf("an unknown command exits with %d and says %s", exit, stderr)

@@ -112,11 +112,14 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	if c.RemovalCap < 1 {
 		note(fmt.Errorf("TENANTRY_REMOVAL_CAP: %d must be at least 1", c.RemovalCap))
 	}
-	if c.ShutdownDelay < 0 || c.ShutdownTimeout <= 0 {
-		note(errors.New("TENANTRY_SHUTDOWN_DELAY must not be negative, TENANTRY_SHUTDOWN_TIMEOUT must be more than 0"))
+	if c.ShutdownDelay < 0 {
+		note(fmt.Errorf("TENANTRY_SHUTDOWN_DELAY: %s must not be negative", c.ShutdownDelay))
+	}
+	if c.ShutdownTimeout <= 0 {
+		note(fmt.Errorf("TENANTRY_SHUTDOWN_TIMEOUT: %s must be more than 0", c.ShutdownTimeout))
 	}
 	p.profile = tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: c.BaseWorkflow, KeyScopes: trimmed(c.KeyScopes)}
-	note(c.engine(p).WithDefaults().Validate())
+	note(nameSettings(c.engine(p).WithDefaults().Validate()))
 	return p, errors.Join(faults...)
 }
 
@@ -149,6 +152,25 @@ func (c serveCmd) engine(p plan) provision.Config {
 		RemovalCap:  c.RemovalCap,
 		SkipMarks:   !c.MarkTenants,
 	}
+}
+
+// nameSettings says of the faults of the engine's configuration which variable sets
+// what is at fault.
+func nameSettings(err error) error {
+	list, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return err
+	}
+	variables := map[string]string{"AppPrefix": "TENANTRY_APP_PREFIX", "Rate": "TENANTRY_UPSTREAM_RATE",
+		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "KeyScopes": "TENANTRY_KEY_SCOPES"}
+	var faults []error
+	for _, fault := range list.Unwrap() {
+		if f, ok := errors.AsType[*provision.ConfigError](fault); ok && variables[f.Field] != "" {
+			fault = fmt.Errorf("%s: %w", variables[f.Field], fault)
+		}
+		faults = append(faults, fault)
+	}
+	return errors.Join(faults...)
 }
 
 func trimmed(list []string) []string {

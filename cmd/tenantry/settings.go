@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/tenantry/tenantry/internal/postgres"
@@ -76,8 +77,12 @@ func onlyOne(e env, variable, file string) error {
 
 // checkAddr reports what is wrong with an address to listen on.
 func checkAddr(name, addr string) error {
-	if _, port, err := net.SplitHostPort(addr); err != nil || port == "" {
+	_, port, err := net.SplitHostPort(addr)
+	if err != nil || port == "" {
 		return fmt.Errorf("%s: %q must read host:port, such as 127.0.0.1:8080 or :8080", name, addr)
+	}
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
+		return fmt.Errorf("%s: the port of %q must be a number from 0 to 65535", name, addr)
 	}
 	return nil
 }

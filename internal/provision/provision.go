@@ -9,6 +9,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 	"sync"
@@ -160,36 +161,44 @@ type Config struct {
 	PATCheckCap  time.Duration // 5 min
 }
 
-// Validate reports every fault of c.
+// A ConfigError is a fault of one field of a Config, or of its profiles.
+type ConfigError struct {
+	Field  string // as the struct has it
+	Detail string
+}
+
+func (e *ConfigError) Error() string { return e.Detail }
+
+// Validate reports every fault of c: a joined error of *ConfigError.
 func (c Config) Validate() error {
-	var faults []string
-	if !tenant.ValidAppPrefix(c.AppPrefix) {
-		faults = append(faults, fmt.Sprintf("app prefix %q must be 1 to 5 characters of a-z and 0-9", c.AppPrefix))
+	var faults []error
+	fault := func(field, format string, args ...any) {
+		faults = append(faults, &ConfigError{Field: field, Detail: fmt.Sprintf(format, args...)})
 	}
-	if c.Rate <= 0 {
-		faults = append(faults, fmt.Sprintf("upstream rate %v must be more than 0 calls a second", c.Rate))
+	if !tenant.ValidAppPrefix(c.AppPrefix) {
+		fault("AppPrefix", "app prefix %q must be 1 to 5 characters of a-z and 0-9", c.AppPrefix)
+	}
+	if !(c.Rate > 0) || math.IsInf(c.Rate, 0) { // NaN is not more than 0 either
+		fault("Rate", "upstream rate %v must be more than 0 calls a second", c.Rate)
 	}
 	for _, p := range c.Profiles {
 		if !tenant.ValidProfileName(p.Name) {
-			faults = append(faults, fmt.Sprintf("profile name %q must be of a-z, 0-9 and hyphens, at most 63", p.Name))
+			fault("Name", "profile name %q must be of a-z, 0-9 and hyphens, at most 63", p.Name)
 		}
 		if len(p.KeyScopes) == 0 {
-			faults = append(faults, fmt.Sprintf("profile %q has no key scopes: name at least one, such as All", p.Name))
+			fault("KeyScopes", "profile %q has no key scopes: name at least one, such as All", p.Name)
 		}
 	}
 	if !slices.ContainsFunc(c.Profiles, func(p tenant.Profile) bool { return p.Name == tenant.DefaultProfile }) {
-		faults = append(faults, fmt.Sprintf("there is no profile named %q", tenant.DefaultProfile))
+		fault("Profiles", "there is no profile named %q", tenant.DefaultProfile)
 	}
 	if c.JobTimeout < 2*c.CallTimeout {
-		faults = append(faults, fmt.Sprintf("upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout))
+		fault("CallTimeout", "upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout)
 	}
 	if c.Lease <= c.JobTimeout {
-		faults = append(faults, fmt.Sprintf("lease %s must be longer than the job timeout %s", c.Lease, c.JobTimeout))
+		fault("Lease", "lease %s must be longer than the job timeout %s", c.Lease, c.JobTimeout)
 	}
-	if len(faults) > 0 {
-		return errors.New(strings.Join(faults, "; "))
-	}
-	return nil
+	return errors.Join(faults...)
 }
 
 // WithDefaults returns c with its zero fields set.
