@@ -392,7 +392,7 @@ type IdentifiedKey struct {
 
 // IdentifyRequest defines model for IdentifyRequest.
 type IdentifyRequest struct {
-	// Key The string that leaked.
+	// Key The string that leaked; white space around it and a leading `Key` are no part of it.
 	Key string `json:"key"`
 }
 
@@ -640,7 +640,7 @@ type UnsupportedMediaType = ProblemDetails
 
 // GetAppTenantParams defines parameters for GetAppTenant.
 type GetAppTenantParams struct {
-	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them.
+	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them. A list that RFC 9110 does not allow names none.
 	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
 }
 
@@ -688,14 +688,14 @@ type GetTenantParams struct {
 	// Wait Seconds to wait for a state that the tenant stays in.
 	Wait *int `form:"wait,omitempty" json:"wait,omitempty"`
 
-	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them.
+	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them. A list that RFC 9110 does not allow names none.
 	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
 }
 
 // PutTenantParams defines parameters for PutTenant.
 type PutTenantParams struct {
 	// Prefer `wait=N` waits up to N seconds for the tenant to be active (default 10, at most 60);
-	// `respond-async` does not wait. See RFC 7240.
+	// `respond-async` does not wait. What cannot be read is passed over. See RFC 7240.
 	Prefer *string `json:"Prefer,omitempty"`
 }
 

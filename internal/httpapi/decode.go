@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"maps"
+	"math"
 	"mime"
 	"net/http"
 	"net/url"
@@ -323,20 +324,22 @@ func parsePrefer(headers []string) preference {
 	p := preference{wait: defaultWait}
 	var async, waits bool
 	for _, header := range headers {
-		for _, item := range strings.Split(header, ",") {
-			name, _, _ := strings.Cut(item, ";") // parameters mean nothing to us
-			name, value, _ := strings.Cut(name, "=")
-			name, value = strings.ToLower(strings.TrimSpace(name)), strings.Trim(strings.TrimSpace(value), `"`)
-			switch {
+		for _, item := range splitQuoted(header, ',') {
+			parts := splitQuoted(item, ';')
+			if len(parts) == 0 {
+				continue
+			}
+			name, value, _ := strings.Cut(parts[0], "=") // parameters mean nothing to us
+			switch name = strings.ToLower(strings.TrimSpace(name)); {
 			case name == "respond-async" && !async:
 				async = true
 			case name == "wait" && !waits:
-				n, err := strconv.ParseUint(value, 10, 31)
-				if err != nil {
+				n, ok := seconds(value)
+				if !ok {
 					continue
 				}
 				waits = true
-				p.wait = min(time.Duration(n)*time.Second, maxWait)
+				p.wait = min(n, maxWait)
 			}
 		}
 	}
@@ -347,6 +350,42 @@ func parsePrefer(headers []string) preference {
 		p.wait, p.applied = 0, "respond-async"
 	}
 	return p
+}
+
+// seconds reads a number of seconds, quoted or not. What is too large for a number
+// is more than anybody waits.
+func seconds(text string) (time.Duration, bool) {
+	text = strings.TrimSpace(text)
+	if len(text) >= 2 && text[0] == '"' && text[len(text)-1] == '"' {
+		text = text[1 : len(text)-1]
+	}
+	n, err := strconv.ParseUint(text, 10, 31)
+	if errors.Is(err, strconv.ErrRange) {
+		return math.MaxInt64, true
+	}
+	return time.Duration(n) * time.Second, err == nil
+}
+
+// splitQuoted splits a header at sep, but not within quotes. A last item whose
+// quotes are not closed is left out: where it would end cannot be known.
+func splitQuoted(header string, sep byte) []string {
+	var items []string
+	start, quoted := 0, false
+	for i := 0; i < len(header); i++ {
+		switch {
+		case header[i] == '"':
+			quoted = !quoted
+		case header[i] == '\\' && quoted:
+			i++
+		case header[i] == sep && !quoted:
+			items = append(items, header[start:i])
+			start = i + 1
+		}
+	}
+	if quoted {
+		return items
+	}
+	return append(items, header[start:])
 }
 
 // listQuery is what a list asks for.

@@ -23,7 +23,15 @@ func TestParsePrefer(t *testing.T) {
 		{[]string{`Wait="5"; x=y`}, 5 * time.Second, "wait=5"},
 		{[]string{"wait=0"}, 0, "wait=0"},
 		{[]string{"wait=61"}, time.Minute, "wait=60"},
-		{[]string{"wait=99999999999999999999"}, 10 * time.Second, ""},
+		{[]string{"wait=99999999999999999999"}, time.Minute, "wait=60"},
+		{[]string{"wait=4294967296"}, time.Minute, "wait=60"},
+		{[]string{`foo="a, wait=3", wait=4`}, 4 * time.Second, "wait=4"},
+		{[]string{`foo="a\", wait=3"`}, 10 * time.Second, ""},
+		{[]string{`wait=5; note="a;b,wait=3"`}, 5 * time.Second, "wait=5"},
+		{[]string{`wait="5`}, 10 * time.Second, ""},
+		{[]string{`wait=5"`}, 10 * time.Second, ""},
+		{[]string{`wait=3, foo="bar`}, 3 * time.Second, "wait=3"},
+		{[]string{`foo="bar, wait=3`, "wait=4"}, 4 * time.Second, "wait=4"},
 		{[]string{"wait=-1"}, 10 * time.Second, ""},
 		{[]string{"wait"}, 10 * time.Second, ""},
 		{[]string{"respond-async"}, 0, "respond-async"},
@@ -32,6 +40,34 @@ func TestParsePrefer(t *testing.T) {
 	} {
 		if wait, applied := httpapi.ParsePrefer(c.headers); wait != c.wait || applied != c.applied {
 			t.Errorf("Prefer %q waits %s and applies %q; want %s and %q", c.headers, wait, applied, c.wait, c.applied)
+		}
+	}
+}
+
+func TestIfNoneMatch(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		headers []string
+		matches bool
+	}{
+		{nil, false},
+		{[]string{`"1.2"`}, true},
+		{[]string{`W/"1.2"`}, true},
+		{[]string{`"a,b" ,, "1.2"	,`}, true},
+		{[]string{`"1.1"`, `"1.2"`}, true},
+		{[]string{" * "}, true},
+		{[]string{`"1.1"`}, false},
+		{[]string{`1.2`}, false},
+		{[]string{`w/"1.2"`}, false},
+		{[]string{`"a,"1.2",b"`}, false},
+		{[]string{`"1.2", 1.3`}, false},
+		{[]string{`"1.1", *`}, false},
+		{[]string{`"1.2`}, false},
+		{[]string{`"1.2" "1.3"`}, false},
+		{[]string{`"1.1,"1.2"`}, false},
+	} {
+		if got := httpapi.Matches(c.headers, `"1.2"`); got != c.matches {
+			t.Errorf("If-None-Match %q matches: %v; want %v", c.headers, got, c.matches)
 		}
 	}
 }

@@ -18,6 +18,7 @@ var (
 	ParseCursor  = parseCursor
 	FormatCursor = formatCursor
 	CheckJSON    = checkJSON
+	Matches      = matches
 	StatusOf     = statusOf
 )
 

@@ -273,6 +273,7 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/openapi.yaml?x=1", "", nil, 400, "invalid_request", "x is not a parameter"},
 		{"POST", "/v1/keys/identify", "", nil, 400, "invalid_request", "is empty"},
 		{"POST", "/v1/keys/identify", `{"key":""}`, nil, 400, "invalid_request", "1 to 512"},
+		{"POST", "/v1/keys/identify", `{"key":" \n"}`, nil, 400, "invalid_request", "1 to 512"},
 		{"POST", "/v1/keys/identify", `{"key":"nobody's"}`, nil, 404, "key_not_found", ""},
 		{"GET", "/v1/nothing", "", nil, 404, "route_not_found", "openapi.yaml"},
 		{"DELETE", "/v1/upstream", "", nil, 405, "method_not_allowed", "takes GET, HEAD"},
@@ -324,6 +325,19 @@ func TestAuthentication(t *testing.T) {
 		if got.status != http.StatusUnauthorized || !strings.HasPrefix(got.header.Get("WWW-Authenticate"), "Bearer") {
 			t.Errorf("%s: answers %d %v", name, got.status, got.header)
 		}
+	}
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.url+"/v1/upstream", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header["Authorization"] = []string{"Bearer " + s.tokens[tenant.Viewer], "Bearer " + s.tokens[tenant.Admin]}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	if body, err := io.ReadAll(resp.Body); err != nil || resp.StatusCode != http.StatusUnauthorized || !strings.Contains(string(body), "there are 2 Authorization headers: send one") {
+		t.Errorf("two tokens are answered %d %s, %v", resp.StatusCode, body, err)
 	}
 	if got := s.call("", "GET", "/openapi.yaml", ""); got.status != http.StatusOK || !strings.HasPrefix(string(got.body), "openapi: 3.1") {
 		t.Errorf("the contract is answered with %d", got.status)
@@ -395,6 +409,11 @@ func TestLookUps(t *testing.T) {
 	leak := s.call(tenant.Viewer, "POST", "/v1/keys/identify", `{"key":"`+key+`"}`)
 	if leak.at(t, "tenant_id") != "user_42" || leak.at(t, "app_id") != app || leak.at(t, "key", "name") != "default" || strings.Contains(string(leak.body), key) {
 		t.Errorf("identify answers %d %s", leak.status, leak.body)
+	}
+	for _, text := range []string{" " + key + "\\n", "Key " + key, "\\tkey  " + key + "\\r\\n"} {
+		if leak := s.call(tenant.Viewer, "POST", "/v1/keys/identify", `{"key":"`+text+`"}`); leak.at(t, "tenant_id") != "user_42" {
+			t.Errorf("identify of a key with more around it answers %d %s", leak.status, leak.body)
+		}
 	}
 	up := s.call(tenant.Viewer, "GET", "/v1/upstream", "")
 	if up.at(t, "operator") != "acme" || up.at(t, "pat", "state") != "ok" || up.at(t, "breaker", "state") != "closed" {

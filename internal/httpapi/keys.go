@@ -3,6 +3,7 @@ package httpapi
 import (
 	"net/http"
 	"regexp"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -91,6 +92,16 @@ type identifiedBody struct {
 
 const maxLeakLength = 512
 
+// leakedKey is the key in a string as it is found: a line of a file, or the value
+// of an Authorization header at Clarifai.
+func leakedKey(text string) string {
+	text = strings.TrimSpace(text)
+	if scheme, rest, ok := strings.Cut(text, " "); ok && strings.EqualFold(scheme, "Key") {
+		return strings.TrimSpace(rest)
+	}
+	return text
+}
+
 func (s *server) identifyKey(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
@@ -99,10 +110,11 @@ func (s *server) identifyKey(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, holdsSecret, "key"); err != nil {
 		return err
 	}
-	if n := len(body.Key); n == 0 || n > maxLeakLength {
+	key := leakedKey(body.Key)
+	if n := len(key); n == 0 || n > maxLeakLength {
 		return invalid("key", "must have 1 to %d bytes, and has %d", maxLeakLength, n)
 	}
-	found, err := s.Service.Identify(r.Context(), tenant.NewSecret(body.Key), actorOf(r))
+	found, err := s.Service.Identify(r.Context(), tenant.NewSecret(key), actorOf(r))
 	if err != nil {
 		return err
 	}

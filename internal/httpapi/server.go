@@ -163,6 +163,11 @@ func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
 }
 
 func bearerToken(r *http.Request) (tenant.Token, error) {
+	headers := r.Header.Values("Authorization")
+	if len(headers) > 1 { // of which a proxy in between may have meant the other
+		return tenant.Token{}, tenant.Errorf(tenant.Unauthenticated, "token_invalid",
+			"there are %d Authorization headers: send one", len(headers))
+	}
 	header := r.Header.Get("Authorization")
 	if header == "" {
 		return tenant.Token{}, tenant.Errorf(tenant.Unauthenticated, "token_missing",

@@ -6,6 +6,7 @@ import (
 	"hash/fnv"
 	"net/http"
 	"net/url"
+	"regexp"
 	"strings"
 	"time"
 
@@ -154,17 +155,31 @@ func (s *server) respondTenant(w http.ResponseWriter, r *http.Request, t tenant.
 	return respond(w, http.StatusOK, s.tenantBody(t))
 }
 
-// matches reports whether an If-None-Match names etag.
+// matches reports whether an If-None-Match names etag. One that is not as RFC 9110
+// has it names nothing: the answer is then in full, which is never wrong.
 func matches(headers []string, etag string) bool {
-	for _, header := range headers {
-		for _, tag := range strings.Split(header, ",") {
-			if tag = strings.TrimPrefix(strings.TrimSpace(tag), "W/"); tag == etag || tag == "*" {
-				return true
-			}
-		}
+	header := strings.Join(headers, ",")
+	if strings.TrimSpace(header) == "*" {
+		return true
 	}
-	return false
+	found := false
+	for header != "" {
+		header = strings.TrimLeft(header, " \t,") // of empty items, too
+		if header == "" {
+			break
+		}
+		tag := entityTag.FindStringSubmatch(header)
+		if tag == nil {
+			return false
+		}
+		found = found || tag[1] == etag
+		header = header[len(tag[0]):]
+	}
+	return found
 }
+
+// entityTag is a tag at the beginning of a list, up to its comma.
+var entityTag = regexp.MustCompile(`^(?:W/)?("[\x21\x23-\x7e\x80-\x{10ffff}]*")[ \t]*(?:,|$)`)
 
 type tenantListBody struct {
 	Tenants    []tenantBody `json:"tenants"`
