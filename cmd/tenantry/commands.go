@@ -102,8 +102,8 @@ type tokenCreateCmd struct {
 }
 
 func (c tokenCreateCmd) Run(ctx context.Context, e env) error {
-	if n := len(c.Name); n == 0 || n > 128 {
-		return errors.New("--name must have 1 to 128 characters")
+	if fault, ok := errors.AsType[*tenant.Error](tenant.ValidateCallerName(c.Name)); ok {
+		return errors.New("--name " + fault.Detail)
 	}
 	if c.ExpiresIn < 0 {
 		return errors.New("--expires-in must not be negative")

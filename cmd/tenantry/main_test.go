@@ -386,6 +386,17 @@ func TestDatabaseAway(t *testing.T) {
 	}
 }
 
+// A name may not hide in a list or a log, nor change how it is shown.
+func TestTokenNames(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"", " ", "a\nb", "a\tb", "a\x1b[31mb", "a\u202eb", strings.Repeat("é", 129)} {
+		fails(t, map[string]string{"DATABASE_URL": "postgres://nobody@127.0.0.1:1/none"},
+			[]string{"token", "create", "--role", "viewer", "--name", name}, "tenantry: --name ")
+	}
+	fails(t, map[string]string{"DATABASE_URL": "postgres://nobody@127.0.0.1:1/none"},
+		[]string{"token", "create", "--role", "viewer", "--name", strings.Repeat("é", 128)}, "database cannot be reached")
+}
+
 // Every fault of the settings is reported at once, and no secret with them.
 func TestFaultsOfSettings(t *testing.T) {
 	t.Parallel()

@@ -270,6 +270,8 @@ func TestBadRequests(t *testing.T) {
 		{"GET", "/v1/tenants/u?%0a=1", "", nil, 400, "invalid_request", "query has a parameter that this request does not know; there are: wait"},
 		{"GET", "/v1/upstream?%ff=1", "", nil, 400, "invalid_request", "query has a parameter"},
 		{"GET", "/v1/upstream?" + strings.Repeat("x", 65), "", nil, 400, "invalid_request", "query has a parameter"},
+		{"GET", "/v1/upstream?" + provisiontest.PAT + "=1", "", nil, 400, "invalid_request", "query has a parameter"},
+		{"PUT", "/v1/tenants/u", `{"` + provisiontest.PAT + `":1}`, nil, 400, "invalid_request", "body has a field"},
 		{"GET", "/openapi.yaml?x=1", "", nil, 400, "invalid_request", "x is not a parameter"},
 		{"POST", "/v1/keys/identify", "", nil, 400, "invalid_request", "is empty"},
 		{"POST", "/v1/keys/identify", `{"key":""}`, nil, 400, "invalid_request", "1 to 512"},
@@ -471,7 +473,9 @@ func TestRequestLog(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	_, token := tenant.NewToken()
-	for id, kept := range map[string]bool{"req-7.a:b/c=": true, "": false, "has space": false, strings.Repeat("x", 129): false, "tab\tbed": false, token.Reveal(): false, "a" + token.Reveal(): false} {
+	for id, kept := range map[string]bool{"req-7.a:b/c=": true, "": false, "has space": false, strings.Repeat("x", 129): false, "tab\tbed": false, token.Reveal(): false, "a" + token.Reveal(): false,
+		provisiontest.PAT: false, "req-" + strings.ToUpper(provisiontest.PAT) + ".7": false, provisiontest.PAT[:31] + "-" + provisiontest.PAT[:31]: true,
+		"0191d1c2-7b1a-7b1a-8b1a-0191d1c27b1a": true} {
 		s.logs.TakeAll()
 		got := s.call(tenant.Viewer, "GET", "/v1/tenants/user_%34", "", "X-Request-Id", id)
 		if answered := got.header.Get("X-Request-Id"); answered == "" || (answered == id) != kept {
@@ -486,6 +490,9 @@ func TestRequestLog(t *testing.T) {
 		if fields["request_id"] != got.header.Get("X-Request-Id") || fields["route"] != "/v1/tenants/{tenant_id}" ||
 			fields["status"] != int64(404) || fields["tenant"] != "user_4" || fields["caller_name"] != "viewer" {
 			t.Errorf("the line reads %v", fields)
+		}
+		if !kept && id != "" && strings.Contains(fmt.Sprint(fields), id) {
+			t.Errorf("the id %q is in the line %v", id, fields)
 		}
 		if strings.Contains(fmt.Sprint(fields), "%34") {
 			t.Errorf("the path is in the line %v", fields)

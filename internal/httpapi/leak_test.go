@@ -79,6 +79,9 @@ func TestNothingLeaks(t *testing.T) {
 		s.call("", "GET", "/v1/upstream", "", "Authorization", "Basic "+s.tokens[tenant.Admin]),
 		s.call("", "GET", "/v1/upstream", "", "X-Request-Id", s.tokens[tenant.Admin]),
 		s.call(tenant.Viewer, "GET", "/v1/tenants/user_1", "", "X-Request-Id", "a"+s.tokens[tenant.Admin]),
+		s.call(tenant.Viewer, "GET", "/v1/tenants/user_1", "", "X-Request-Id", key),
+		s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1?"+key+"=1", `{"`+key+`":1}`, "X-Request-Id", "pat:"+provisiontest.PAT),
+		s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", `{"`+key+`":1}`, "Prefer", key, "If-None-Match", key),
 		s.call(tenant.Viewer, "GET", "/v1/tenants/user_1/keys/default/secret", ""),
 	} {
 		answers = append(answers, string(a.body), fmt.Sprint(a.header))

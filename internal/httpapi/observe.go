@@ -69,11 +69,14 @@ func (s *server) observe(next http.Handler) http.Handler {
 	})
 }
 
-// isTokenLike keeps a token that was sent in the wrong header, whole or as a part
-// of it, out of the answer, the log and the audit events.
+// isTokenLike keeps a token, or a key or PAT of Clarifai, that was sent in the wrong
+// place, whole or as a part of it, out of the answer, the log and the audit events.
+// That trace ids without hyphens look like a key is the price.
 func isTokenLike(s string) bool {
-	return strings.Contains(strings.ToLower(s), tenant.TokenPrefix)
+	return strings.Contains(strings.ToLower(s), tenant.TokenPrefix) || clarifaiSecret.MatchString(s)
 }
+
+var clarifaiSecret = regexp.MustCompile(`[0-9A-Fa-f]{32}`)
 
 func (s *server) finish(w middleware.WrapResponseWriter, r *http.Request, info *requestInfo, took time.Duration) {
 	status := w.Status()

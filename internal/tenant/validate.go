@@ -84,6 +84,25 @@ func ValidateLabels(labels map[string]string) error {
 	return nil
 }
 
+// MaxCallerNameLength bounds the name of a caller, in characters.
+const MaxCallerNameLength = 128
+
+// ValidateCallerName checks the name of who holds a token. It is printed on
+// terminals and written to logs, and says nothing that cannot be seen there.
+func ValidateCallerName(name string) error {
+	const field = "name"
+	if strings.TrimSpace(name) == "" {
+		return invalid(field, "is empty")
+	}
+	if err := validText(field, name, MaxCallerNameLength); err != nil {
+		return err
+	}
+	if i := strings.IndexFunc(name, func(r rune) bool { return !unicode.IsPrint(r) }); i >= 0 {
+		return invalid(field, "has a character at byte %d that cannot be printed", i)
+	}
+	return nil
+}
+
 func validText(field, s string, most int) error {
 	if !utf8.ValidString(s) {
 		return invalid(field, "is not valid UTF-8")
