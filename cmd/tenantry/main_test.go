@@ -425,6 +425,11 @@ func TestFaultsOfSettings(t *testing.T) {
 		"both DATABASE_DIRECT_URL and DATABASE_DIRECT_URL_FILE")
 	fails(t, map[string]string{"DATABASE_URL": "postgres://u:hunter2@h/d"}, []string{"migrate", "status", "--database-url-file", empty},
 		"both DATABASE_URL and DATABASE_URL_FILE")
+	badURL := filepath.Join(dir, "url")
+	if err := os.WriteFile(badURL, []byte("postgres://u:12/hunter2@h/d\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	fails(t, nil, []string{"token", "list", "--database-url-file", badURL}, "DATABASE_URL_FILE: not a Postgres connection string")
 	if exit, _, stderr := command(t, nil, "serve", "--clarifai-pat", "x"); exit != 2 || !strings.Contains(stderr, "unknown flag") {
 		t.Errorf("a secret can be given by flag: exit %d, %s", exit, stderr)
 	}

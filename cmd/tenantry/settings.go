@@ -29,7 +29,7 @@ func (f databaseFlags) urls(e env) (url, direct tenant.Secret, err error) {
 		return url, direct, errors.New("the database is not named: set DATABASE_URL or --database-url-file")
 	}
 	if err := postgres.ParseURL(url); err != nil {
-		return url, direct, fmt.Errorf("DATABASE_URL: %w", err)
+		return url, direct, fmt.Errorf("%s: %w", variableOf("DATABASE_URL", f.DatabaseURLFile), err)
 	}
 	direct, err = secretSetting(e, "DATABASE_DIRECT_URL", f.DatabaseDirectURLFile)
 	if err != nil {
@@ -39,7 +39,7 @@ func (f databaseFlags) urls(e env) (url, direct tenant.Secret, err error) {
 		return url, url, nil
 	}
 	if err := postgres.ParseURL(direct); err != nil {
-		return url, direct, fmt.Errorf("DATABASE_DIRECT_URL: %w", err)
+		return url, direct, fmt.Errorf("%s: %w", variableOf("DATABASE_DIRECT_URL", f.DatabaseDirectURLFile), err)
 	}
 	return url, direct, nil
 }
@@ -64,6 +64,14 @@ func secretSetting(e env, variable, file string) (tenant.Secret, error) {
 		return tenant.Secret{}, nil
 	}
 	return tenant.NewSecret(text), nil
+}
+
+// variableOf is the variable that gave a secret.
+func variableOf(variable, file string) string {
+	if file != "" {
+		return variable + "_FILE"
+	}
+	return variable
 }
 
 // onlyOne refuses a secret that is given in two ways: which of them is the right

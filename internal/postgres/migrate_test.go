@@ -134,9 +134,17 @@ func TestUnreachable(t *testing.T) {
 
 func TestParseURL(t *testing.T) {
 	t.Parallel()
-	for _, bad := range []string{"", "hunter2", "postgres://u:hunter2@h:port/d", "mysql://u:hunter2@h/d"} {
-		if err := postgres.ParseURL(tenant.NewSecret(bad)); bad != "" && (err == nil || strings.Contains(err.Error(), "hunter2")) {
-			t.Errorf("ParseURL(%q) = %v; want an error without the password", bad, err)
+	const text = "not a Postgres connection string: it should read like postgres://user:password@host:5432/database, " +
+		"with the special characters of the password percent-encoded"
+	for _, bad := range []string{"hunter2", "postgres://u:hunter2@h:port/d", "mysql://u:hunter2@h/d", "postgres://u:%zz@h/d", "host=h port=x",
+		"postgres://u:12/hunter2@h/d", "postgres://u:12?hunter2@h/d", "postgres://u:12#hunter2@h/d?sslmode=disable"} {
+		if err := postgres.ParseURL(tenant.NewSecret(bad)); err == nil || err.Error() != text {
+			t.Errorf("ParseURL(%q) = %v; want %s", bad, err, text)
+		}
+	}
+	for _, good := range []string{"postgres://u:p@h/d", "postgres://u:p@h/d@e", "postgres:///d?host=/tmp&user=a@b", "host=h user=a@b", "postgres://h"} {
+		if err := postgres.ParseURL(tenant.NewSecret(good)); err != nil {
+			t.Errorf("ParseURL(%q) = %v", good, err)
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"io"
 	"log/slog"
 	"net"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -55,10 +56,28 @@ func ParseURL(url tenant.Secret) error {
 	return err
 }
 
+// cutPassword reports whether a slash, question mark or hash in a password ends the
+// host early, as in postgres://user:12/34@host/db: the rest of the password would be
+// the database's name, which errors show.
+func cutPassword(url string) bool {
+	_, rest, ok := strings.Cut(url, "://")
+	if !ok {
+		return false
+	}
+	end := strings.IndexAny(rest, "/?#")
+	if end < 0 || strings.Contains(rest[:end], "@") {
+		return false
+	}
+	// An at sign in the value of a parameter is in order, as in ?user=a@b.
+	name, _, _ := strings.Cut(rest[end:], "=")
+	return strings.Contains(name, "@")
+}
+
 func poolConfig(url tenant.Secret, maxConns int32) (*pgxpool.Config, error) {
 	cfg, err := pgxpool.ParseConfig(url.Reveal())
-	if err != nil {
-		return nil, errors.New("not a Postgres connection string: it should read like postgres://user:password@host:5432/database")
+	if err != nil || cutPassword(url.Reveal()) {
+		return nil, errors.New("not a Postgres connection string: it should read like postgres://user:password@host:5432/database, " +
+			"with the special characters of the password percent-encoded")
 	}
 	if maxConns <= 0 {
 		maxConns = 16
