@@ -1,0 +1,171 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/tenantry/tenantry/internal/localpg"
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+	"github.com/tenantry/tenantry/migrations"
+)
+
+// The code of before a migration serves while it is run, and goes on serving on
+// the new schema beside the new code: a rolling update needs both.
+func TestOldCodeOnNewSchema(t *testing.T) {
+	if testing.Short() {
+		t.Skip("it builds older versions")
+	}
+	for n := 2; n <= postgres.KnownSchema(); n++ {
+		t.Run(fmt.Sprint("migration ", n), func(t *testing.T) {
+			t.Parallel()
+			old := buildBefore(t, n)
+			w := provisiontest.New(t)
+			url := pgtest.EmptyURL(t)
+			vars, serve, addrFile := settings(t, url.Reveal(), w.Clarifai)
+			runOld(t, old, vars, "migrate", "up")
+			token := strings.TrimSpace(runOld(t, old, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+			p := &process{t: t}
+			startOld(t, old, vars, serve)
+			p.listening(addrFile)
+			p.ready()
+
+			// Sign-ups go on throughout, and none of them fails.
+			var signedUp atomic.Int64
+			ctx, stop := context.WithCancel(t.Context())
+			done := make(chan struct{})
+			go func() {
+				defer close(done)
+				for i := 0; ctx.Err() == nil; i++ {
+					status, body := p.request(http.MethodPut, fmt.Sprintf("%s/v1/tenants/user_%d", p.url, i), token, "Prefer", "wait=30")
+					if status != http.StatusCreated {
+						t.Errorf("the old code answers a sign-up with %d %s", status, body)
+						return
+					}
+					signedUp.Add(1)
+				}
+			}()
+			goesOn := func(when string) {
+				t.Helper()
+				before := signedUp.Load()
+				provisiontest.Eventually(t, "sign-ups go on "+when, func() bool { return signedUp.Load() >= before+5 || t.Failed() })
+			}
+			goesOn("before the migration")
+			conn := pgtest.Conn(t, url)
+			for step := n; step <= postgres.KnownSchema(); step++ {
+				sql, err := migrations.FS.ReadFile(fileOf(t, step))
+				if err != nil {
+					t.Fatal(err)
+				}
+				// What golang-migrate does, a step at a time.
+				if _, err := conn.Exec(t.Context(), string(sql)+fmt.Sprintf(";UPDATE schema_migrations SET version = %d", step)); err != nil {
+					t.Fatalf("migration %d beside the old code: %v", step, err)
+				}
+				goesOn(fmt.Sprint("after migration ", step))
+			}
+
+			must(t, vars, "migrate", "up")
+			newServe := append([]string{}, serve...)
+			newAddrFile := filepath.Join(t.TempDir(), "addr")
+			newServe = append(newServe, "--addr-file", newAddrFile)
+			next := start(t, vars, newServe...)
+			next.listening(newAddrFile)
+			next.ready()
+			goesOn("beside the new code")
+			stop()
+			<-done
+			for i := range signedUp.Load() {
+				status, body := next.request(http.MethodPut, fmt.Sprintf("%s/v1/tenants/user_%d", next.url, i), token)
+				var got struct{ State string }
+				if err := json.Unmarshal([]byte(body), &got); err != nil || status != http.StatusOK || got.State != "active" {
+					t.Errorf("the new code answers %d %s for a tenant of the old", status, body)
+				}
+			}
+			if s := w.State(); s.Apps != int(signedUp.Load()) || len(w.AppKeys()) != s.Apps {
+				t.Errorf("Clarifai has %d apps and %d keys for %d tenants", s.Apps, len(w.AppKeys()), signedUp.Load())
+			}
+			next.stop()
+			<-next.exit
+		})
+	}
+}
+
+func fileOf(t *testing.T, migration int) string {
+	t.Helper()
+	entries, err := migrations.FS.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if strings.HasPrefix(e.Name(), fmt.Sprintf("%06d_", migration)) && strings.HasSuffix(e.Name(), ".up.sql") {
+			return e.Name()
+		}
+	}
+	t.Fatalf("there is no migration %d", migration)
+	return ""
+}
+
+// buildBefore builds the last version that did not know a migration yet. Without
+// the history, as in an archive of the source, the test is skipped.
+func buildBefore(t *testing.T, migration int) string {
+	t.Helper()
+	dir := t.TempDir()
+	sh := func(script string, args ...string) string {
+		t.Helper()
+		cmd := exec.CommandContext(t.Context(), "sh", append([]string{"-euc", script, "sh"}, args...)...)
+		cmd.Dir = "../.."
+		var stderr strings.Builder
+		cmd.Stderr = &stderr
+		out, err := cmd.Output()
+		if err != nil {
+			t.Fatalf("%s: %v: %s", script, err, stderr.String())
+		}
+		return strings.TrimSpace(string(out))
+	}
+	if exec.Command("git", "-C", "../..", "rev-parse", "HEAD").Run() != nil {
+		t.Skip("there is no git history here")
+	}
+	added := sh(`git log --diff-filter=A --format=%H -- "migrations/$1" | tail -1`, fileOf(t, migration))
+	if added == "" || exec.Command("git", "-C", "../..", "rev-parse", "--verify", "--quiet", added+"^").Run() != nil {
+		t.Skipf("the history does not reach back to before migration %d", migration)
+	}
+	sh(`mkdir "$2/src" && git archive "$1^" | tar -x -C "$2/src" && cd "$2/src" && go build -o "$2/tenantry" ./cmd/tenantry`, added, dir)
+	return filepath.Join(dir, "tenantry")
+}
+
+func oldCommand(old string, vars map[string]string, args ...string) *exec.Cmd {
+	cmd := exec.Command(old, args...)
+	cmd.Env = []string{"PATH=" + os.Getenv("PATH")}
+	for k, v := range vars {
+		cmd.Env = append(cmd.Env, k+"="+v)
+	}
+	return cmd
+}
+
+func runOld(t *testing.T, old string, vars map[string]string, args ...string) string {
+	t.Helper()
+	out, err := oldCommand(old, vars, args...).Output()
+	if err != nil {
+		t.Fatalf("the old tenantry %v: %v", args, err)
+	}
+	return string(out)
+}
+
+func startOld(t *testing.T, old string, vars map[string]string, args []string) {
+	t.Helper()
+	cmd := oldCommand(old, vars, args...)
+	done, err := localpg.StartChild(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); <-done })
+}
