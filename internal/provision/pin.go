@@ -77,12 +77,12 @@ const pinPatience = 5 * time.Second
 func whoami(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate float64) (tenant.UserID, error) {
 	secret, fingerprint, _ := pat.current()
 	for end := time.Now().Add(pinPatience); ; {
-		slot, ok, err := reserve(ctx, store, tenant.SlotRequest{PerSecond: rate, Patience: time.Until(end),
+		slot, due, err := reserve(ctx, store, tenant.SlotRequest{PerSecond: rate, Patience: time.Until(end),
 			PAT: fingerprint, ChecksPAT: true, ProbeTimeout: pinPatience})
 		switch {
 		case err != nil:
 			return "", err
-		case ok:
+		case !due.IsZero():
 			return upstream.Whoami(ctx, secret)
 		case !slot.Granted || time.Now().After(end):
 			return "", &deferred{wait: slot.Wait}

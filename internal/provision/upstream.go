@@ -43,6 +43,8 @@ const normalPatience = time.Second
 // A turn is the permission to make one upstream call.
 type turn struct {
 	tenant.Slot
+	due       time.Time
+	lane      lane
 	pat       []byte // fingerprint of the PAT in use when it was given
 	checksPAT bool
 }
@@ -102,12 +104,12 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 		case background:
 			r.Patience = 0
 		}
-		slot, ok, err := reserve(ctx, s.Store, r)
+		slot, due, err := reserve(ctx, s.Store, r)
 		if err != nil {
 			return turn{}, err
 		}
-		if ok {
-			return turn{Slot: slot, pat: r.PAT, checksPAT: r.ChecksPAT}, nil
+		if !due.IsZero() {
+			return turn{Slot: slot, due: due, lane: l, pat: r.PAT, checksPAT: r.ChecksPAT}, nil
 		}
 		if slot.PATRefused {
 			s.PAT.found(r.PAT, PATRefused)
@@ -121,37 +123,37 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 	}
 }
 
-// How late a call may begin after its slot, at rates at which slots are closer
-// together than that, and from which wait on a pause in between is looked for.
-const (
-	maxLate     = 50 * time.Millisecond
-	lookForStop = 50 * time.Millisecond
-)
+// From which wait on a pause in between is looked for.
+const lookForStop = 50 * time.Millisecond
 
-// reserve takes one slot and waits for it. It reports false if the call must not
-// be made: no slot was granted, or the slot was granted and is void, because of a
-// pause since then or because it has passed: calls that were held up must not
-// be sent all at once.
-func reserve(ctx context.Context, store Store, r tenant.SlotRequest) (tenant.Slot, bool, error) {
+// late reports whether a call's slot has passed: calls that were held up must not
+// be sent all at once, nor run into those whose slots are now.
+func late(due time.Time, perSecond float64) bool {
+	return time.Since(due) > max(25*time.Millisecond, time.Duration(float64(time.Second)/perSecond/2))
+}
+
+// reserve takes one slot, waits for it and returns when it was due. That is zero
+// if the call must not be made: no slot was granted, or the slot was granted and
+// is void, because of a pause since then or because it has passed.
+func reserve(ctx context.Context, store Store, r tenant.SlotRequest) (slot tenant.Slot, due time.Time, err error) {
 	asked := time.Now()
-	slot, err := store.ReserveSlot(ctx, r)
+	slot, err = store.ReserveSlot(ctx, r)
 	if err != nil || !slot.Granted {
-		return slot, false, err
+		return slot, due, err
 	}
 	if !sleep(ctx, slot.Wait) {
-		return tenant.Slot{}, false, nil
+		return tenant.Slot{}, due, nil
 	}
 	if slot.Wait > lookForStop {
 		holds, err := store.SlotHolds(ctx, slot.Epoch)
 		if err != nil || !holds {
-			return tenant.Slot{Granted: true}, false, err
+			return tenant.Slot{Granted: true}, due, err
 		}
 	}
-	late := time.Since(asked) - slot.ServerTime - slot.Wait
-	if late > max(maxLate, time.Duration(float64(time.Second)/r.PerSecond)) {
-		return tenant.Slot{Granted: true}, false, nil
+	if due = asked.Add(slot.ServerTime + slot.Wait); late(due, r.PerSecond) {
+		return tenant.Slot{Granted: true}, time.Time{}, nil
 	}
-	return slot, true, nil
+	return slot, due, nil
 }
 
 // sleep waits, and reports false if ctx ended first.
@@ -167,8 +169,15 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 // send makes a call whose turn has come, and records what it says of Clarifai and
-// of the PAT.
+// of the PAT. A turn that has passed, because what was written down in between took
+// long, is taken anew.
 func (s *Service) send(ctx context.Context, t turn, f func(context.Context) error) error {
+	if late(t.due, s.Rate) {
+		var err error
+		if t, err = s.takeSlot(ctx, t.lane, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT}); err != nil {
+			return err
+		}
+	}
 	limited, cancel := context.WithTimeout(ctx, s.CallTimeout)
 	defer cancel()
 	err := f(limited)
