@@ -48,7 +48,7 @@ func (s *stage) inject(ctx context.Context, during time.Duration, r *rand.Rand, 
 	for {
 		pause := 2*time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
 		what := r.IntN(10)
-		which := s.replicas[r.IntN(len(s.replicas))]
+		which := s.running[r.IntN(len(s.running))]
 		down := time.Duration(r.Int64N(int64(3 * time.Second)))
 		if time.Since(began)+pause > during {
 			break

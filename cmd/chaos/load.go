@@ -27,6 +27,7 @@ type account struct{ app, key string }
 // were told.
 type load struct {
 	s    *stage
+	to   []*program // any of which gets a request
 	rand *rand.Rand // of the one goroutine that begins sign-ups
 	stop chan struct{}
 	http *http.Client
@@ -44,7 +45,7 @@ type load struct {
 }
 
 func newLoad(s *stage, seed uint64) *load {
-	return &load{s: s, rand: rand.New(rand.NewPCG(seed, 2)), stop: make(chan struct{}), asked: map[string]bool{}, accounts: map[string]account{},
+	return &load{s: s, to: s.running, rand: rand.New(rand.NewPCG(seed, 2)), stop: make(chan struct{}), asked: map[string]bool{}, accounts: map[string]account{},
 		http: &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: mostAtOnce}}}
 }
 
@@ -195,7 +196,7 @@ func (l *load) look(ctx context.Context, r *rand.Rand) {
 
 // request sends a request to any replica.
 func (l *load) request(ctx context.Context, r *rand.Rand, method, path string, headers ...string) (int, []byte, error) {
-	p := l.s.replicas[r.IntN(len(l.s.replicas))]
+	p := l.to[r.IntN(len(l.to))]
 	l.requests.Add(1)
 	req, err := http.NewRequestWithContext(ctx, method, p.url+path, nil)
 	if err != nil {

@@ -6,6 +6,10 @@
 // CHAOS_SECONDS (180) is how long faults are injected, CHAOS_SEED repeats a run as
 // far as that is possible, CHAOS_DIR keeps what it makes. It exits with 0 if every
 // figure is zero, with 1 if one is not, and with 2 if one could not be taken.
+//
+// With the argument "measure" it measures, without other faults, how long it takes
+// until the work of a killed replica is taken up, and how near several replicas
+// come to the rate of calls that they share.
 package main
 
 import (
@@ -26,7 +30,7 @@ import (
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
-	os.Exit(run(ctx, os.Getenv, os.Stdout))
+	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout))
 }
 
 // settle is how long what is under way may take once the faults have ended: work
@@ -34,7 +38,7 @@ func main() {
 // looked for a minute after it.
 const settle = 4 * time.Minute
 
-func run(ctx context.Context, getenv func(string) string, out io.Writer) int {
+func run(ctx context.Context, args []string, getenv func(string) string, out io.Writer) int {
 	failed := func(err error) int {
 		_, _ = fmt.Fprintln(out, "chaos:", err)
 		return 2
@@ -61,9 +65,18 @@ func run(ctx context.Context, getenv func(string) string, out io.Writer) int {
 		return failed(err)
 	}
 	say := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
+	if len(args) > 0 {
+		if args[0] != "measure" || len(args) > 1 {
+			return failed(fmt.Errorf("%q: the one argument there can be is measure", args))
+		}
+		if err := measure(ctx, dir, say); err != nil {
+			return failed(err)
+		}
+		return 0
+	}
 	say("chaos for %d s, seed %d, logs in %s", seconds, seed, dir)
 
-	s, err := raise(ctx, dir)
+	s, err := raise(ctx, dir, setting{replicas: 2, throttle: rate + 1, connections: 16})
 	if err != nil {
 		return failed(err)
 	}

@@ -29,15 +29,24 @@ const (
 	rate     = 14 // of Tenantry, below what the simulator allows
 )
 
+// A setting says what a stage is to be.
+type setting struct {
+	replicas    int
+	throttle    int // calls a second that Clarifai allows; 0 means any number
+	connections int // of a replica to Postgres
+}
+
 // A stage is everything that runs.
 type stage struct {
+	setting
 	dir      string
 	bin      string // where the other programs are
 	cluster  *localpg.Cluster
 	clarifai *program
-	replicas []*program
+	running  []*program // replicas
 	pat      string
-	token    string // of a provisioner
+	token    string   // of a provisioner
+	env      []string // of Tenantry
 	admin    string
 
 	callsMu sync.Mutex
@@ -120,7 +129,7 @@ func getURL(ctx context.Context, url string) (*http.Response, error) {
 }
 
 // raise starts everything, and waits until the fence of the new database is down.
-func raise(ctx context.Context, dir string) (s *stage, err error) {
+func raise(ctx context.Context, dir string, set setting) (s *stage, err error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -130,7 +139,7 @@ func raise(ctx context.Context, dir string) (s *stage, err error) {
 	}
 	secret := make([]byte, 16)
 	_, _ = rand.Read(secret) // never fails
-	s = &stage{dir: dir, bin: filepath.Dir(self), pat: hex.EncodeToString(secret)}
+	s = &stage{setting: set, dir: dir, bin: filepath.Dir(self), pat: hex.EncodeToString(secret)}
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.strike())
@@ -157,7 +166,7 @@ func (s *stage) startClarifai(ctx context.Context) error {
 		return err
 	}
 	s.clarifai = &program{name: "clarifaisim", addr: addr, url: "http://" + addr, log: s.file("clarifaisim.log"),
-		args: []string{filepath.Join(s.bin, "clarifaisim"), "--addr", addr, "--user-id", operator, "--rate-limit", "15",
+		args: []string{filepath.Join(s.bin, "clarifaisim"), "--addr", addr, "--user-id", operator, "--rate-limit", fmt.Sprint(s.throttle),
 			"--latency", "50ms", "--state-file", s.file("clarifai.jsonl")},
 		env: []string{"CLARIFAISIM_PAT=" + s.pat}}
 	if err := s.clarifai.start(); err != nil {
@@ -168,7 +177,8 @@ func (s *stage) startClarifai(ctx context.Context) error {
 
 func (s *stage) startTenantry(ctx context.Context) error {
 	env := []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
-		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate)}
+		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
+		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections)}
 	tenantry := filepath.Join(s.bin, "tenantry")
 	command := func(args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, tenantry, args...)
@@ -192,20 +202,9 @@ func (s *stage) startTenantry(ctx context.Context) error {
 	if s.admin, err = command("token", "create", "--name", "chaos", "--role", "admin"); err != nil {
 		return err
 	}
-	for i := range 2 {
-		addr, err := freeAddr()
-		if err != nil {
-			return err
-		}
-		p := &program{name: fmt.Sprint("tenantry-", i+1), addr: addr, url: "http://" + addr, log: s.file(fmt.Sprintf("tenantry-%d.log", i+1)),
-			args: []string{tenantry, "serve", "--addr", addr, "--internal-addr", "127.0.0.1:0"}, env: env}
-		if err := p.start(); err != nil {
-			return err
-		}
-		s.replicas = append(s.replicas, p)
-	}
-	for _, p := range s.replicas {
-		if err := p.up(ctx, "/v1/upstream"); err != nil {
+	s.env = env
+	for range s.replicas {
+		if _, err := s.addReplica(ctx); err != nil {
 			return err
 		}
 	}
@@ -216,10 +215,26 @@ func (s *stage) startTenantry(ctx context.Context) error {
 	})
 }
 
+// addReplica starts one more replica.
+func (s *stage) addReplica(ctx context.Context) (*program, error) {
+	addr, err := freeAddr()
+	if err != nil {
+		return nil, err
+	}
+	name := fmt.Sprint("tenantry-", len(s.running)+1)
+	p := &program{name: name, addr: addr, url: "http://" + addr, log: s.file(name + ".log"),
+		args: []string{filepath.Join(s.bin, "tenantry"), "serve", "--addr", addr, "--internal-addr", "127.0.0.1:0"}, env: s.env}
+	if err := p.start(); err != nil {
+		return nil, err
+	}
+	s.running = append(s.running, p)
+	return p, p.up(ctx, "/v1/upstream")
+}
+
 // strike stops everything.
 func (s *stage) strike() error {
 	var faults []error
-	for _, p := range append(s.replicas, s.clarifai) {
+	for _, p := range append(s.running, s.clarifai) {
 		if p != nil && p.cmd != nil && p.done != nil {
 			p.kill()
 		}
@@ -261,7 +276,7 @@ func await(ctx context.Context, limit time.Duration, what string, ok func() (boo
 // ask asks any replica as admin, and decodes what it answers.
 func (s *stage) ask(ctx context.Context, method, path string, body, answer any) error {
 	var last error
-	for _, p := range s.replicas {
+	for _, p := range s.running {
 		raw, err := json.Marshal(body)
 		if err != nil {
 			return err

@@ -351,7 +351,7 @@ func (s *stage) verifyLogs(f *figures, l *load) error {
 		secrets[a.key] = "the key of " + id
 	}
 	var leaks []string
-	for _, p := range s.replicas {
+	for _, p := range s.running {
 		log, err := os.ReadFile(p.log)
 		if err != nil {
 			return err

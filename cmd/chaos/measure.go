@@ -1,0 +1,128 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"syscall"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/clarifaisim"
+)
+
+// measure prints what recovery takes, and what share of the rate is reached.
+func measure(ctx context.Context, dir string, say func(string, ...any)) error {
+	for _, leads := range []bool{false, true} {
+		took, err := recovery(ctx, filepath.Join(dir, fmt.Sprint("recovery-", leads)), leads)
+		if err != nil {
+			return fmt.Errorf("measure recovery: %w", err)
+		}
+		whose := "a replica"
+		if leads {
+			whose = "the replica that leads the job queue"
+		}
+		say("kill -9 of %s in mid-build: the tenant is active %.1f s later", whose, took.Seconds())
+	}
+	for _, n := range []int{1, 2, 8} {
+		most, share, err := reached(ctx, filepath.Join(dir, fmt.Sprint("rate-", n)), n)
+		if err != nil {
+			return fmt.Errorf("measure the rate: %w", err)
+		}
+		say("%d replicas at %d calls a second: %d in the busiest second, %.1f %% of the rate reached", n, rate, most, 100*share)
+	}
+	return nil
+}
+
+// recovery kills a replica that has a call under way, and returns how long it
+// takes until another has finished its work.
+func recovery(ctx context.Context, dir string, leads bool) (took time.Duration, err error) {
+	s, err := raise(ctx, dir, setting{replicas: 1, connections: 16})
+	if err != nil {
+		return 0, err
+	}
+	defer func() { err = errors.Join(err, s.strike()) }()
+	first := s.running[0] // which leads the job queue, as it was alone
+	second, err := s.addReplica(ctx)
+	if err != nil {
+		return 0, err
+	}
+	dies, other := second, first
+	if leads {
+		dies, other = first, second
+	}
+	// The other must not take the work: it stands still until the call is under way.
+	if err := other.cmd.Process.Signal(syscall.SIGSTOP); err != nil {
+		return 0, err
+	}
+	if err := s.faults(ctx, []map[string]any{{"call": "PostKeys", "hang": true, "count": 1}}); err != nil {
+		return 0, err
+	}
+	l := newLoad(s, 0)
+	l.to = []*program{dies}
+	r := rand.New(rand.NewPCG(0, 0))
+	if _, _, err := l.request(ctx, r, http.MethodPut, "/v1/tenants/user_1", "Prefer", "respond-async"); err != nil {
+		return 0, err
+	}
+	if err := await(ctx, time.Minute, "a key is being made", func() (bool, error) {
+		var state clarifaisim.State
+		err := s.sim(ctx, http.MethodGet, "state", nil, &state)
+		return state.Calls["PostKeys"] > 0, err
+	}); err != nil {
+		return 0, err
+	}
+	if err := other.cmd.Process.Signal(syscall.SIGCONT); err != nil {
+		return 0, err
+	}
+	dies.kill()
+	began := time.Now()
+	l.to = []*program{other}
+	err = await(ctx, 3*time.Minute, "the tenant is active", func() (bool, error) {
+		status, body, err := l.request(ctx, r, http.MethodPut, "/v1/tenants/user_1", "Prefer", "wait=1")
+		if err == nil && status >= 300 {
+			err = fmt.Errorf("a caller that asks again is answered %d %s", status, body)
+		}
+		return status == http.StatusOK, err
+	})
+	return time.Since(began), err
+}
+
+// reached lets replicas do more than the rate allows, and returns the most calls
+// in a second and the share of the rate that was used.
+func reached(ctx context.Context, dir string, replicas int) (most int, share float64, err error) {
+	s, err := raise(ctx, dir, setting{replicas: replicas, connections: 6})
+	if err != nil {
+		return 0, 0, err
+	}
+	defer func() { err = errors.Join(err, s.strike()) }()
+	const tenants = 150
+	l := newLoad(s, 0)
+	r := rand.New(rand.NewPCG(0, 0))
+	for i := range tenants {
+		if _, _, err := l.request(ctx, r, http.MethodPut, fmt.Sprint("/v1/tenants/user_", i), "Prefer", "respond-async"); err != nil {
+			return 0, 0, err
+		}
+	}
+	err = await(ctx, 5*time.Minute, "all tenants are active", func() (bool, error) {
+		var state clarifaisim.State
+		err := s.sim(ctx, http.MethodGet, "state", nil, &state)
+		return state.Apps == tenants && state.Keys == tenants, err
+	})
+	if err != nil {
+		return 0, 0, err
+	}
+	s.keepCalls(ctx)
+	// From the first build to the last; the marking of apps fills the gaps.
+	builds := slices.DeleteFunc(slices.Clone(s.calls), func(c clarifaisim.Call) bool { return c.Call != "PostApps" && c.Call != "PostKeys" })
+	from, to := builds[0].At, builds[len(builds)-1].At
+	n := 0
+	for _, c := range s.calls {
+		if !c.At.Before(from) && c.At.Before(to) {
+			n++
+		}
+	}
+	return busiest(s.calls), float64(n) / (to.Sub(from).Seconds() * rate), nil
+}
