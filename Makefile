@@ -38,6 +38,10 @@ generate: ## generate api/client from api/openapi.yaml
 chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), and count what was lost
 	bin/chaos
 
+.PHONY: measure
+measure: build ## measure recovery from kill -9, and the share of the upstream rate that is reached
+	bin/chaos measure
+
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
 	@for p in $$($(GO) list ./...); do \
