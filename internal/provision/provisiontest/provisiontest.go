@@ -44,7 +44,9 @@ type World struct {
 	t    testing.TB
 	URL  tenant.Secret // of the database
 	Keys *keyring.Keyring
-	Sim  *clarifaisim.Sim
+	// Keyset is the file that Keys is of.
+	Keyset string
+	Sim    *clarifaisim.Sim // nil in a World that was joined
 	// Clarifai is where the simulator is.
 	Clarifai string
 }
@@ -52,7 +54,8 @@ type World struct {
 // New makes a World. The simulator does not throttle and answers at once.
 func New(t testing.TB) *World {
 	t.Helper()
-	w := &World{t: t, URL: pgtest.URL(t), Keys: Keyring(t)}
+	w := &World{t: t, URL: pgtest.URL(t)}
+	w.Keyset, w.Keys = keyset(t)
 	sim, err := clarifaisim.New(clarifaisim.Config{PATs: []clarifaisim.PAT{{Token: PAT, UserID: string(Operator)}}})
 	if err != nil {
 		t.Fatal(err)
@@ -65,10 +68,26 @@ func New(t testing.TB) *World {
 	return w
 }
 
+// Join returns the World of another process, which has made it.
+func Join(t testing.TB, url tenant.Secret, keyset, clarifai string) *World {
+	t.Helper()
+	keys, err := keyring.Load(keyset)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &World{t: t, URL: url, Keys: keys, Keyset: keyset, Clarifai: clarifai}
+}
+
 // Keyring makes a keyring of its own.
 func Keyring(t testing.TB) *keyring.Keyring {
 	t.Helper()
-	path := filepath.Join(t.TempDir(), "keyset.json")
+	_, keys := keyset(t)
+	return keys
+}
+
+func keyset(t testing.TB) (path string, keys *keyring.Keyring) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "keyset.json")
 	if err := keyring.Create(path); err != nil {
 		t.Fatal(err)
 	}
@@ -76,7 +95,7 @@ func Keyring(t testing.TB) *keyring.Keyring {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return keys
+	return path, keys
 }
 
 // AddPAT makes a PAT of another operator known to the simulator.
@@ -187,6 +206,9 @@ type Options struct {
 	Fenced bool
 	// Workers is how many builds run at once; 0 means 8.
 	Workers int
+	// Store and Upstream, unless nil, come between the engine and what it uses.
+	Store    func(provision.Store) provision.Store
+	Upstream func(provision.Upstream) provision.Upstream
 }
 
 // Start runs a replica until the test ends, or Stop.
@@ -210,8 +232,14 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	if o.Clarifai == "" {
 		o.Clarifai = w.Clarifai
 	}
+	if o.Store == nil {
+		o.Store = func(s provision.Store) provision.Store { return s }
+	}
+	if o.Upstream == nil {
+		o.Upstream = func(u provision.Upstream) provision.Upstream { return u }
+	}
 	cfg := provision.Config{
-		Store: r.DB, Keyring: w.Keys, Log: log, Metrics: provision.NewMetrics(r.Reg),
+		Store: o.Store(r.DB), Keyring: w.Keys, Log: log, Metrics: provision.NewMetrics(r.Reg),
 		Profiles: []tenant.Profile{
 			{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{"All"}},
 			{Name: "narrow", BaseWorkflow: "Empty", KeyScopes: []string{"Predict", "Apps_Get"}},
@@ -231,7 +259,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		return nil, err
 	}
 	w.t.Cleanup(client.Close)
-	deployment, err := provision.Pin(ctx, r.DB, client, pat, cfg.Rate, w.Keys, log)
+	deployment, err := provision.Pin(ctx, o.Store(r.DB), o.Upstream(client), pat, cfg.Rate, w.Keys, log)
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +268,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 			return nil, err
 		}
 	}
-	cfg.Deployment, cfg.Upstream, cfg.PAT = deployment, client.As(deployment.Operator), pat
+	cfg.Deployment, cfg.Upstream, cfg.PAT = deployment, o.Upstream(client.As(deployment.Operator)), pat
 	if r.Service, err = provision.New(cfg); err != nil {
 		return nil, err
 	}

@@ -1,0 +1,434 @@
+package provision_test
+
+import (
+	"context"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A watchedStore is a Store that tells of each call once it has returned.
+// TestEveryCallIsWatched finds the methods that are missing.
+type watchedStore struct {
+	provision.Store
+	returned func()
+}
+
+// A watchedUpstream is an Upstream that tells of each call once it has returned.
+type watchedUpstream struct {
+	provision.Upstream
+	returned func()
+}
+
+func (s watchedStore) Deployment(ctx context.Context) (tenant.Deployment, error) {
+	defer s.returned()
+	return s.Store.Deployment(ctx)
+}
+
+func (s watchedStore) PinDeployment(ctx context.Context, d tenant.Deployment) (tenant.Deployment, error) {
+	defer s.returned()
+	return s.Store.PinDeployment(ctx, d)
+}
+
+func (s watchedStore) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
+	defer s.returned()
+	return s.Store.SignUp(ctx, n, actor)
+}
+
+func (s watchedStore) Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Tenant(ctx, id)
+}
+
+func (s watchedStore) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Retry(ctx, id, actor)
+}
+
+func (s watchedStore) Watch(id tenant.ID) (changed <-chan struct{}, stop func()) {
+	defer s.returned()
+	return s.Store.Watch(id)
+}
+
+func (s watchedStore) Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error) {
+	defer s.returned()
+	return s.Store.Reveal(ctx, id, name, actor)
+}
+
+func (s watchedStore) Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error) {
+	defer s.returned()
+	return s.Store.Identify(ctx, fingerprint, actor)
+}
+
+func (s watchedStore) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
+	defer s.returned()
+	return s.Store.LeaseApp(ctx, id, lease)
+}
+
+func (s watchedStore) BeginApp(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.BeginApp(ctx, a)
+}
+
+func (s watchedStore) AppMade(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.AppMade(ctx, a)
+}
+
+func (s watchedStore) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error) {
+	defer s.returned()
+	return s.Store.BeginKey(ctx, a, key)
+}
+
+func (s watchedStore) GiveUpKey(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.GiveUpKey(ctx, a)
+}
+
+func (s watchedStore) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.FinishBuild(ctx, a, end, actor)
+}
+
+func (s watchedStore) AppSetback(ctx context.Context, a tenant.App, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.AppSetback(ctx, a, set)
+}
+
+func (s watchedStore) DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferApp(ctx, a, delay)
+}
+
+func (s watchedStore) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.AbandonApp(ctx, a, ours, reason, actor)
+}
+
+func (s watchedStore) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.AppDeleted(ctx, a, actor)
+}
+
+func (s watchedStore) FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.FinishKey(ctx, a, key, actor)
+}
+
+func (s watchedStore) AppMarked(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.AppMarked(ctx, a)
+}
+
+func (s watchedStore) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error) {
+	defer s.returned()
+	return s.Store.LeaseKey(ctx, id, lease)
+}
+
+func (s watchedStore) KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.KeyEnded(ctx, k, lost, actor)
+}
+
+func (s watchedStore) KeySetback(ctx context.Context, k tenant.RevokingKey, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.KeySetback(ctx, k, set)
+}
+
+func (s watchedStore) DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferKey(ctx, k, delay)
+}
+
+func (s watchedStore) Fence(ctx context.Context) (tenant.Fence, error) {
+	defer s.returned()
+	return s.Store.Fence(ctx)
+}
+
+func (s watchedStore) RaiseFence(ctx context.Context, reason string) error {
+	defer s.returned()
+	return s.Store.RaiseFence(ctx, reason)
+}
+
+func (s watchedStore) CheckRestored(ctx context.Context) (tenant.Fence, error) {
+	defer s.returned()
+	return s.Store.CheckRestored(ctx)
+}
+
+func (s watchedStore) StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error) {
+	defer s.returned()
+	return s.Store.StartReport(ctx, id, actor)
+}
+
+func (s watchedStore) StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+	defer s.returned()
+	return s.Store.StartRepair(ctx, id, token, adoptOnly, actor)
+}
+
+func (s watchedStore) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
+	defer s.returned()
+	return s.Store.StartDueReport(ctx, id, every, actor)
+}
+
+func (s watchedStore) Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconciliation, error) {
+	defer s.returned()
+	return s.Store.Reconciliation(ctx, id)
+}
+
+func (s watchedStore) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error) {
+	defer s.returned()
+	return s.Store.LeaseReconciliation(ctx, id, lease)
+}
+
+func (s watchedStore) ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.ReconciliationSetback(ctx, r, set)
+}
+
+func (s watchedStore) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferReconciliation(ctx, r, delay)
+}
+
+func (s watchedStore) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error) {
+	defer s.returned()
+	return s.Store.EndReconciliation(ctx, r)
+}
+
+func (s watchedStore) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error {
+	defer s.returned()
+	return s.Store.SawApps(ctx, r, apps)
+}
+
+func (s watchedStore) SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error {
+	defer s.returned()
+	return s.Store.SawKeys(ctx, r, keys)
+}
+
+func (s watchedStore) Compare(ctx context.Context, r tenant.Reconciliation) error {
+	defer s.returned()
+	return s.Store.Compare(ctx, r)
+}
+
+func (s watchedStore) TurnTo(ctx context.Context, r tenant.Reconciliation, phase tenant.ReconciliationPhase) error {
+	defer s.returned()
+	return s.Store.TurnTo(ctx, r, phase)
+}
+
+func (s watchedStore) NextFinding(ctx context.Context, r tenant.Reconciliation, state tenant.FindingState) (tenant.Finding, error) {
+	defer s.returned()
+	return s.Store.NextFinding(ctx, r, state)
+}
+
+func (s watchedStore) ConfirmFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.ConfirmFinding(ctx, r, f)
+}
+
+func (s watchedStore) DropFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.DropFinding(ctx, r, f)
+}
+
+func (s watchedStore) EndFinding(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, state tenant.FindingState, note string) error {
+	defer s.returned()
+	return s.Store.EndFinding(ctx, r, f, state, note)
+}
+
+func (s watchedStore) CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error) {
+	defer s.returned()
+	return s.Store.CountFindings(ctx, r)
+}
+
+func (s watchedStore) KeyOf(ctx context.Context, f tenant.Finding) (tenant.SealedKey, []string, error) {
+	defer s.returned()
+	return s.Store.KeyOf(ctx, f)
+}
+
+func (s watchedStore) AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error {
+	defer s.returned()
+	return s.Store.AdoptApp(ctx, r, f, a)
+}
+
+func (s watchedStore) RemoveApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.RemoveApp(ctx, r, f)
+}
+
+func (s watchedStore) RevokeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.SealedKey) error {
+	defer s.returned()
+	return s.Store.RevokeKey(ctx, r, f, key)
+}
+
+func (s watchedStore) ForgetApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.ForgetApp(ctx, r, f)
+}
+
+func (s watchedStore) DiscardApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.DiscardApp(ctx, r, f)
+}
+
+func (s watchedStore) RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.NewKeyRow) error {
+	defer s.returned()
+	return s.Store.RemakeKey(ctx, r, f, key)
+}
+
+func (s watchedStore) KeyRescoped(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.KeyRescoped(ctx, r, f)
+}
+
+func (s watchedStore) MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.MarkAgain(ctx, r, f)
+}
+
+func (s watchedStore) ReleaseApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.ReleaseApp(ctx, r, f)
+}
+
+func (s watchedStore) RemovalsInLastHour(ctx context.Context) (n int, until time.Duration, err error) {
+	defer s.returned()
+	return s.Store.RemovalsInLastHour(ctx)
+}
+
+func (s watchedStore) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.SetFirstAttributes(ctx, id, a)
+}
+
+func (s watchedStore) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
+	defer s.returned()
+	return s.Store.ReserveSlot(ctx, r)
+}
+
+func (s watchedStore) SlotHolds(ctx context.Context, epoch int64) (bool, error) {
+	defer s.returned()
+	return s.Store.SlotHolds(ctx, epoch)
+}
+
+func (s watchedStore) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (pause time.Duration, err error) {
+	defer s.returned()
+	return s.Store.UpstreamFailed(ctx, f)
+}
+
+func (s watchedStore) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error) {
+	defer s.returned()
+	return s.Store.UpstreamWorks(ctx, epoch)
+}
+
+func (s watchedStore) Interrupt(ctx context.Context, epoch int64, perSecond float64, probeTimeout time.Duration, reason tenant.Problem) (tenant.Slot, error) {
+	defer s.returned()
+	return s.Store.Interrupt(ctx, epoch, perSecond, probeTimeout, reason)
+}
+
+func (s watchedStore) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error) {
+	defer s.returned()
+	return s.Store.RefusePAT(ctx, fingerprint, problem, base, most)
+}
+
+func (s watchedStore) PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error) {
+	defer s.returned()
+	return s.Store.PATWorks(ctx, fingerprint)
+}
+
+func (s watchedStore) ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error) {
+	defer s.returned()
+	return s.Store.ClaimPATCheck(ctx, fingerprint, in)
+}
+
+func (s watchedStore) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error) {
+	defer s.returned()
+	return s.Store.Upstream(ctx, pat)
+}
+
+func (s watchedStore) Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error) {
+	defer s.returned()
+	return s.Store.Claim(ctx, profile, actor)
+}
+
+func (s watchedStore) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+	defer s.returned()
+	return s.Store.StartBuilds(ctx, p, ids)
+}
+
+func (s watchedStore) Enqueue(ctx context.Context) (int, error) {
+	defer s.returned()
+	return s.Store.Enqueue(ctx)
+}
+
+func (s watchedStore) MakeAuditPartitions(ctx context.Context) error {
+	defer s.returned()
+	return s.Store.MakeAuditPartitions(ctx)
+}
+
+func (s watchedStore) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
+	defer s.returned()
+	return s.Store.CountTenants(ctx)
+}
+
+func (u watchedUpstream) Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error) {
+	defer u.returned()
+	return u.Upstream.Whoami(ctx, pat)
+}
+
+func (u watchedUpstream) CreateApp(ctx context.Context, app tenant.NewApp) error {
+	defer u.returned()
+	return u.Upstream.CreateApp(ctx, app)
+}
+
+func (u watchedUpstream) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error) {
+	defer u.returned()
+	return u.Upstream.App(ctx, id)
+}
+
+func (u watchedUpstream) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error) {
+	defer u.returned()
+	return u.Upstream.Apps(ctx, page)
+}
+
+func (u watchedUpstream) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error {
+	defer u.returned()
+	return u.Upstream.MarkApp(ctx, id, marker)
+}
+
+func (u watchedUpstream) DeleteApp(ctx context.Context, id tenant.AppID) error {
+	defer u.returned()
+	return u.Upstream.DeleteApp(ctx, id)
+}
+
+func (u watchedUpstream) CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error) {
+	defer u.returned()
+	return u.Upstream.CreateKey(ctx, key)
+}
+
+func (u watchedUpstream) AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error) {
+	defer u.returned()
+	return u.Upstream.AppKeys(ctx, id, page)
+}
+
+func (u watchedUpstream) Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error) {
+	defer u.returned()
+	return u.Upstream.Keys(ctx, page)
+}
+
+func (u watchedUpstream) KeyExists(ctx context.Context, key tenant.Secret) error {
+	defer u.returned()
+	return u.Upstream.KeyExists(ctx, key)
+}
+
+func (u watchedUpstream) SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error {
+	defer u.returned()
+	return u.Upstream.SetKeyScopes(ctx, key, scopes)
+}
+
+func (u watchedUpstream) DeleteKey(ctx context.Context, key tenant.Secret) error {
+	defer u.returned()
+	return u.Upstream.DeleteKey(ctx, key)
+}
