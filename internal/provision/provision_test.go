@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -18,7 +19,12 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-func TestMain(m *testing.M) { pgtest.Main(m) }
+func TestMain(m *testing.M) {
+	if os.Getenv(dieAtVar) != "" { // a process that is to die has its database from who started it
+		os.Exit(m.Run())
+	}
+	pgtest.Main(m)
+}
 
 var caller = tenant.Actor{Name: "caller:test", RequestID: "req-1"}
 

@@ -1,0 +1,570 @@
+package provision_test
+
+import (
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A crashScenario brings a replica to the crash points that it names.
+type crashScenario struct {
+	points []string
+	// prepare makes the world as it is before, with a replica that is stopped
+	// afterwards. Without it, the replica that dies is the world's first.
+	prepare func(s *scene)
+	// options and act are of the replica that dies, which also works.
+	options provisiontest.Options
+	act     func(s *scene)
+	// recover is what changes before the next replica starts, settle what is done
+	// then.
+	recover, settle func(s *scene)
+
+	newcomers []tenant.ID // who signs up in act
+	differs   bool        // Clarifai and Postgres do, which repairs mend
+	moves     bool        // tenants get other apps: theirs was gone
+	pool      int         // apps that are there for nobody
+	foreign   int         // apps that are not ours
+	lost      int         // keys that cannot be addressed
+}
+
+var crashScenarios = map[string]crashScenario{
+	"first start": {
+		points:    []string{"Pin Deployment", "Pin PinDeployment", "whoami Whoami"},
+		act:       signUpSecond,
+		newcomers: []tenant.ID{"user_2"},
+	},
+	"sign-up": {
+		points: []string{
+			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp", "await Tenant 2",
+			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "makeKey CreateKey",
+			"build FinishBuild", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
+			"Sweep MakeAuditPartitions", "sweep Claim", "sweep StartBuilds", "sweep Enqueue", "countTenants CountTenants",
+			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
+		},
+		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"sign-up without marks": {
+		points:  []string{"tend AppMarked"},
+		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.SkipMarks = true }},
+		differs: true,
+	},
+	"sign-up at a slow rate": {
+		points:  []string{"reserve SlotHolds"},
+		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate = 5 }},
+	},
+	"sign-up that outlasts its wait": {
+		points:  []string{"await Tenant"},
+		prepare: faulty(map[string]any{"call": "PostApps", "hang": true}),
+		act: func(s *scene) {
+			_, _, _ = s.r.SignUp(s.t.Context(), "user_2", tenant.SignUp{}, 50*time.Millisecond, caller)
+		},
+		newcomers: []tenant.ID{"user_2"},
+	},
+	"sign-up of an adopted tenant": {
+		points: []string{"SignUp SetFirstAttributes"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `UPDATE tenants SET attributes_hash = $1`, make([]byte, tenant.AttributesHashSize))
+		},
+		act: func(s *scene) { signUp(s.t, s.r, "user_1") },
+	},
+	"other requests": {
+		points:  []string{"Tenant Watch", "Tenant Tenant", "Retry Retry", "Reveal Reveal", "Identify Identify", "UpstreamStatus Upstream"},
+		prepare: first,
+		act: func(s *scene) {
+			_, _ = s.r.Tenant(s.t.Context(), "user_1", 0)
+			_, _ = s.r.Retry(s.t.Context(), "user_1", admin)
+			_, secret := keyOf(s.t, s.r, "user_1")
+			_, _ = s.r.Identify(s.t.Context(), secret, caller)
+			_, _, _ = s.r.UpstreamStatus(s.t.Context())
+		},
+	},
+
+	"build that is refused": {
+		points:  []string{"endApp AppSetback"},
+		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "status": 11006}),
+		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build while Clarifai pauses": {
+		points:  []string{"upstreamFailed UpstreamFailed", "send UpstreamWorks"},
+		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "status": 11005}),
+		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build in doubt of its app": {
+		points:  []string{"lookAt App"},
+		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "drop_after": true}),
+		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build in doubt of its key": {
+		points:  []string{"findKey AppKeys", "makeKey GiveUpKey"},
+		prepare: faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true}),
+		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build given up": {
+		points: []string{"abandon AbandonApp", "abandon StartBuilds", "mayRemove Fence", "purge DeleteApp", "endApp DeferApp", "purge AppDeleted"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true})(s)
+		},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build when the replica shuts down": {
+		points:  []string{"endApp DeferApp 2"},
+		prepare: faulty(map[string]any{"call": "PostApps", "hang": true}),
+		act: func(s *scene) {
+			before := s.w.State().Calls["PostApps"]
+			_, _, _ = s.r.SignUp(s.t.Context(), "user_2", tenant.SignUp{}, 0, caller)
+			stopDuring(s, "PostApps", before)
+		},
+		newcomers: []tenant.ID{"user_2"},
+	},
+	"build of an app that another database gave away": {
+		points: []string{"behind RaiseFence"},
+		prepare: func(s *scene) {
+			first(s)
+			app := forgetSecond(s)
+			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, in_doubt_since) VALUES ($1, 'default', 'x', now())`, app)
+		},
+		differs: true,
+	},
+
+	"revocation": {
+		points:  []string{"workKey LeaseKey", "deleteKey DeleteKey", "deleteKey KeyEnded"},
+		prepare: revoking(true, true),
+	},
+	"revocation that fails": {
+		points: []string{"workKey KeySetback"},
+		prepare: func(s *scene) {
+			revoking(true, true)(s)
+			s.w.Faults(map[string]any{"call": "DeleteKey", "count": 1, "status": 98004})
+		},
+	},
+	"revocation when the replica shuts down": {
+		points: []string{"workKey DeferKey 2"},
+		prepare: func(s *scene) {
+			revoking(true, true)(s)
+			s.w.Faults(map[string]any{"call": "DeleteKey", "hang": true})
+		},
+		act: func(s *scene) { stopDuring(s, "DeleteKey", 0) },
+	},
+	"revocation of a key whose app is gone": {
+		points: []string{"revoke KeyEnded"},
+		prepare: func(s *scene) {
+			revoking(false, false)(s)
+			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil)
+		},
+		differs: true, moves: true,
+	},
+	"revocation of a key that is hidden": {
+		points: []string{"revoke KeyEnded 2"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			revoking(true, false)(s)
+		},
+		lost: 1,
+	},
+	"revocation of a key that never was": {
+		points:  []string{"revoke KeyEnded 3"},
+		prepare: revoking(false, false),
+	},
+	"revocation of a key that may land": {
+		points: []string{"workKey DeferKey"},
+		prepare: func(s *scene) {
+			revoking(false, false)(s)
+			exec(s.t, s.w, `UPDATE keys SET in_doubt_since = now() + interval '1 second' WHERE state = 'revoking'`)
+		},
+	},
+
+	"PAT that could not be checked": {
+		points: []string{"verifyPAT ClaimPATCheck", "checkPAT Whoami", "checkPAT PATWorks"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.Faults(map[string]any{"call": "GetUser", "count": 1, "status": 98004})
+		},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"PAT that is refused": {
+		points:  []string{"confirmRefusal Interrupt", "refusePAT RefusePAT"},
+		prepare: first,
+		act: func(s *scene) {
+			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+			signUpSecond(s)
+		},
+		recover:   knowPAT,
+		newcomers: []tenant.ID{"user_2"},
+	},
+	"PAT that is refused to a report": {
+		points:  []string{"workReconciliation DeferReconciliation"},
+		prepare: first,
+		act: func(s *scene) {
+			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+			startReport(s)
+		},
+		recover: knowPAT,
+	},
+	"new PAT": {
+		points: []string{"takeOver Whoami", "takeOver PATWorks"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.AddPAT(nextPAT, string(provisiontest.Operator))
+		},
+		act: func(s *scene) {
+			s.r.WatchPAT(s.t.Context(), func() (tenant.Secret, error) { return tenant.NewSecret(nextPAT), nil }, 5*time.Millisecond)
+		},
+	},
+	"restored database": {
+		points: []string{"watchForRestore CheckRestored", "watchForRestore StartDueReport", "Pin CheckRestored", "endReconciliation EndReconciliation"},
+		prepare: func(s *scene) {
+			first(s)
+			s.r.Stop()
+			exec(s.t, s.w, `UPDATE deployment SET timeline = timeline + 1`)
+		},
+		settle: func(s *scene) { mend(s, false) },
+	},
+
+	"report": {
+		points: []string{
+			"StartReport StartReport", "workReconciliation LeaseReconciliation", "listApps Apps", "listApps SawApps", "listKeys Keys",
+			"listKeys SawKeys", "reconcile Compare", "reconcile Reconciliation", "confirmNext NextFinding", "confirmNext TurnTo",
+			"endReconciliation EndReconciliation", "endReconciliation CountFindings",
+		},
+		prepare: first, act: startReport,
+	},
+	"report that fails": {
+		points: []string{"workReconciliation ReconciliationSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98004})
+		},
+		act: startReport,
+	},
+	"report when the replica shuts down": {
+		points: []string{"workReconciliation DeferReconciliation 2"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.Faults(map[string]any{"call": "ListApps", "hang": true})
+		},
+		act: func(s *scene) {
+			before := s.w.State().Calls["ListApps"]
+			startReport(s)
+			stopDuring(s, "ListApps", before)
+		},
+	},
+	"report of a list that passes an app over": {
+		points: []string{"confirmNext DropFinding"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.Faults(map[string]any{"call": "ListApps", "status": 10000})
+		},
+		act: startReport,
+	},
+	"report of an app that is gone": {
+		points: []string{"confirmNext ConfirmFinding"},
+		prepare: func(s *scene) {
+			first(s)
+			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil)
+		},
+		act: startReport, differs: true, moves: true,
+	},
+	"report of a key that is gone": {
+		points:  []string{"keyExists KeyExists", "secretOf KeyOf"},
+		prepare: func(s *scene) { first(s); removeKey(s) },
+		act:     startReport, differs: true,
+	},
+
+	"repair: adopt": {
+		points: []string{
+			"StartRepair StartRepair", "repairNext NextFinding", "repairNext TurnTo", "lookAt App", "adoptableKeys AppKeys", "adopt AdoptApp",
+		},
+		prepare: reported(func(s *scene) { forgetSecond(s) }),
+		act:     startRepair, differs: true,
+	},
+	"repair: adopt an app that is gone": {
+		points: []string{"adopt EndFinding"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
+			askClarifai(s.t, s.w, "DELETE", "/apps/t-stray", nil)
+		},
+		act: startRepair, differs: true,
+	},
+	"repair: adopt an app that lost its marker": {
+		points: []string{"adopt EndFinding 2"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
+			unmark(s, "t-stray")
+		},
+		act: startRepair, differs: true, foreign: 1,
+	},
+	"repair: adopt an app of another keyset": {
+		points:  []string{"adopt EndFinding 3"},
+		prepare: reported(func(s *scene) { makeMarkedApp(s, "nonsense") }),
+		act:     startRepair, settle: removeStray, differs: true,
+	},
+	"repair: adopt a second app of a tenant": {
+		points: []string{"repairNext EndFinding 2"},
+		prepare: reported(func(s *scene) {
+			sealed, err := s.w.Keys.SealOwner("t-stray", tenant.AppOwner{Tenant: "user_1", Generation: 1, Profile: tenant.DefaultProfile})
+			if err != nil {
+				s.t.Fatal(err)
+			}
+			makeMarkedApp(s, sealed)
+		}),
+		act: startRepair, settle: removeStray, differs: true,
+	},
+	"repair: remove": {
+		points: []string{"repairNext Fence", "repairNext RemovalsInLastHour", "repair RemoveApp", "purge DeleteApp"},
+		prepare: reported(func(s *scene) {
+			makeMarkedApp(s, "")
+			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, state, updated_at)
+				VALUES ('t-stray', 'default', 'x', 'deleted', now() - interval '1 day')`)
+		}),
+		act: startRepair, differs: true,
+	},
+	"repair: revoke": {
+		points:  []string{"findKey AppKeys", "repair RevokeKey", "deleteKey DeleteKey"},
+		prepare: reported(func(s *scene) { makeRevokedKey(s) }),
+		act:     startRepair, differs: true,
+	},
+	"repair: revoke a key that is gone": {
+		points: []string{"repair EndFinding"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeRevokedKey(s) })(s)
+			for _, k := range s.w.AppKeys() {
+				if marker, ok := tenant.ParseKeyMarker(k.Description); ok && marker.KeyID == strayKey {
+					askClarifai(s.t, s.w, "DELETE", "/keys/"+k.ID, nil)
+				}
+			}
+		},
+		act: startRepair, differs: true,
+	},
+	"repair: revoke a key that is hidden": {
+		points: []string{"repair EndFinding 2"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeRevokedKey(s) })(s)
+			s.w.Settings(map[string]any{"masked_keys": true})
+		},
+		act:     startRepair,
+		recover: func(s *scene) { s.w.Settings(map[string]any{"masked_keys": false}) },
+		differs: true,
+	},
+	"repair: more removals than allowed": {
+		points: []string{"repairNext ReconciliationSetback"},
+		prepare: reported(func(s *scene) {
+			makeRevokedKey(s)
+			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, state, updated_at)
+				VALUES ('t-stray', 'default', 'x', 'deleted', now() - interval '1 day')`)
+			makeMarkedApp(s, "")
+		}),
+		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.RemovalCap = 1 }},
+		act:     startRepair, differs: true,
+	},
+	"repair: rebuild": {
+		points:  []string{"repair ForgetApp"},
+		prepare: reported(func(s *scene) { askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil) }),
+		act:     startRepair, differs: true, moves: true,
+	},
+	"repair: forget": {
+		points: []string{"repair DiscardApp"},
+		prepare: reported(func(s *scene) {
+			fillPool(s)
+			for _, k := range s.w.AppKeys() {
+				if k.AppID == poolApp {
+					askClarifai(s.t, s.w, "DELETE", "/keys/"+k.ID, nil)
+				}
+			}
+		}),
+		act: startRepair, differs: true,
+	},
+	"repair: release": {
+		points: []string{"repair ReleaseApp"},
+		prepare: reported(func(s *scene) {
+			fillPool(s)
+			exec(s.t, s.w, `UPDATE apps SET suspect = true WHERE id = $1`, poolApp)
+		}),
+		act: startRepair, differs: true, pool: 1,
+	},
+	"repair: remake": {
+		points:  []string{"repair RemakeKey", "tend FinishKey", "makeKey BeginKey", "makeKey CreateKey"},
+		prepare: reported(removeKey),
+		act:     startRepair, differs: true,
+	},
+	"repair: rescope": {
+		points:  []string{"repair SetKeyScopes", "repair KeyRescoped"},
+		prepare: reported(rescopeKey),
+		act:     startRepair, differs: true,
+	},
+	"repair: rescope that is refused": {
+		points: []string{"repairNext EndFinding 3"},
+		prepare: func(s *scene) {
+			reported(rescopeKey)(s)
+			s.w.Faults(map[string]any{"call": "PatchKeys", "status": 11102})
+		},
+		act: startRepair, differs: true,
+	},
+	"repair: rescope behind the fence": {
+		points: []string{"repairNext EndFinding"},
+		prepare: func(s *scene) {
+			reported(rescopeKey)(s)
+			s.r.Stop() // it would begin a report of its own
+			exec(s.t, s.w, `UPDATE reconciliations SET created_at = now();
+				UPDATE deployment SET fence_since = now() - interval '1 second', fence_reason = 'a test'`)
+		},
+		act: startRepair, differs: true,
+	},
+	"repair: mark": {
+		points:  []string{"repair MarkAgain", "tend MarkApp"},
+		prepare: reported(func(s *scene) { unmark(s, s.holds["user_1"]) }),
+		act:     startRepair, differs: true,
+	},
+}
+
+const (
+	nextPAT = "00112233445566778899aabbccddeeff"
+	poolApp = "t-pool"
+)
+
+var strayKey = uuid.MustParse("0190a000-0000-7000-8000-000000000001")
+
+// first signs a tenant up who is there before the crash.
+func first(s *scene) {
+	s.holds["user_1"] = signUp(s.t, s.r, "user_1").AppID
+	marked(s.t, s.w)
+}
+
+// faulty has faults for the replica that dies.
+func faulty(rules ...map[string]any) func(*scene) {
+	return func(s *scene) {
+		first(s)
+		s.w.Faults(rules...)
+	}
+}
+
+func signUpSecond(s *scene) { signUp(s.t, s.r, "user_2") }
+
+// stopDuring stops the replica while it makes another call than those before.
+func stopDuring(s *scene, call string, before int) {
+	provisiontest.Eventually(s.t, call+" is under way", func() bool { return s.w.State().Calls[call] > before })
+	s.r.Stop()
+}
+
+func knowPAT(s *scene) { s.w.AddPAT(provisiontest.PAT, string(provisiontest.Operator)) }
+
+func startReport(s *scene) {
+	if _, err := s.r.StartReport(s.t.Context(), admin); err != nil {
+		s.t.Fatalf("start report: %v", err)
+	}
+}
+
+// startRepair carries out the last report, once there is none under way.
+func startRepair(s *scene) {
+	provisiontest.Eventually(s.t, "the repair begins", func() bool {
+		last, err := s.r.DB.LastReport(s.t.Context())
+		if err != nil {
+			return false
+		}
+		_, err = s.r.StartRepair(s.t.Context(), last.Token, false, admin)
+		return err == nil
+	})
+}
+
+// reported has a difference, and a report that found it.
+func reported(differ func(*scene)) func(*scene) {
+	return func(s *scene) {
+		first(s)
+		differ(s)
+		rest(s.t, s.w)
+		if _, found := report(s.t, s.r); !slices.ContainsFunc(found, func(f tenant.Finding) bool { return f.Action != "" }) {
+			s.t.Fatalf("the report found %+v; want something to repair", found)
+		}
+	}
+}
+
+// forgetSecond makes the database forget a second tenant, and returns its app.
+func forgetSecond(s *scene) tenant.AppID {
+	app := signUp(s.t, s.r, "user_2").AppID
+	s.holds["user_2"] = app
+	marked(s.t, s.w)
+	exec(s.t, s.w, fmt.Sprintf(`
+		BEGIN;
+		SET LOCAL session_replication_role = replica;
+		DELETE FROM keys WHERE app_id = '%[1]s';
+		DELETE FROM tenants WHERE app_id = '%[1]s';
+		DELETE FROM apps WHERE id = '%[1]s';
+		COMMIT`, app))
+	return app
+}
+
+// makeMarkedApp makes an app by hand that has our marker, with a sealed tenant.
+func makeMarkedApp(s *scene, sealed string) {
+	askClarifai(s.t, s.w, "POST", "/apps", map[string]any{"apps": []any{map[string]any{"id": "t-stray",
+		"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: s.r.Deployment.ID, App: "t-stray", Tenant: sealed}}}}})
+}
+
+func removeStray(s *scene) { askClarifai(s.t, s.w, "DELETE", "/apps/t-stray", nil) }
+
+func unmark(s *scene, app tenant.AppID) {
+	askClarifai(s.t, s.w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite",
+		"app": map[string]any{"metadata": map[string]any{"mine": 1}}, "metadata_action": map[string]any{"op": "overwrite"}})
+}
+
+func removeKey(s *scene) {
+	_, secret := keyOf(s.t, s.r, "user_1")
+	askClarifai(s.t, s.w, "DELETE", "/keys/"+secret.Reveal(), nil)
+}
+
+func rescopeKey(s *scene) {
+	_, secret := keyOf(s.t, s.r, "user_1")
+	askClarifai(s.t, s.w, "PATCH", "/keys", map[string]any{"action": "overwrite",
+		"keys": []any{map[string]any{"id": secret.Reveal(), "scopes": []string{"Predict"}}}})
+}
+
+// makeRevokedKey makes a key that lives though its row says that it does not.
+func makeRevokedKey(s *scene) {
+	exec(s.t, s.w, `INSERT INTO keys (id, app_id, name, scopes, state, revoked_at, updated_at)
+		VALUES ($1, $2, 'old', '{All}', 'revoked', now() - interval '1 day', now() - interval '1 day')`, strayKey, s.holds["user_1"])
+	makeKeyByHand(s.t, s.w, s.holds["user_1"], tenant.KeyMarker{Deployment: s.r.Deployment.ID, KeyID: strayKey}.String())
+}
+
+// revoking has a key that is to be revoked: one that is there or one that is not,
+// with its secret or without.
+func revoking(there, known bool) func(*scene) {
+	return func(s *scene) {
+		first(s)
+		s.r.Stop()
+		app := s.holds["user_1"]
+		exec(s.t, s.w, `INSERT INTO keys (id, app_id, name, scopes, state, in_doubt_since)
+			VALUES ($1, $2, 'old', '{All}', 'revoking', now() - interval '1 hour')`, strayKey, app)
+		if !there {
+			return
+		}
+		makeKeyByHand(s.t, s.w, app, tenant.KeyMarker{Deployment: s.r.Deployment.ID, KeyID: strayKey}.String())
+		if !known {
+			return
+		}
+		for _, k := range s.w.AppKeys() {
+			if marker, ok := tenant.ParseKeyMarker(k.Description); ok && marker.KeyID == strayKey {
+				secret := tenant.NewSecret(k.ID)
+				sealed, err := s.w.Keys.Seal(strayKey, secret)
+				if err != nil {
+					s.t.Fatal(err)
+				}
+				exec(s.t, s.w, `UPDATE keys SET ciphertext = $2, fingerprint = $3, in_doubt_since = NULL WHERE id = $1`,
+					strayKey, sealed, s.w.Keys.Fingerprint(secret))
+			}
+		}
+	}
+}
+
+// fillPool has an app built that nobody waits for.
+func fillPool(s *scene) {
+	exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision) VALUES ($1, 'default', 'x')`, poolApp)
+	rest(s.t, s.w)
+}
