@@ -179,10 +179,19 @@ func contradicts(format string, args ...any) error {
 }
 
 func adoptApp(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp) error {
+	// Before the row is written: the schema refuses it without saying why.
+	var other tenant.AppID
+	err := tx.QueryRow(ctx, `SELECT id FROM apps WHERE tenant_id = $1 AND state = 'held' AND id <> $2`, a.Owner.Tenant, a.ID).Scan(&other)
+	if err == nil {
+		return contradicts("the tenant %s holds the app %s: find out which of the two it uses, and remove the other in Clarifai", a.Owner.Tenant, other)
+	}
+	if !errors.Is(err, pgx.ErrNoRows) {
+		return err
+	}
 	var state tenant.AppState
 	var owner tenant.ID
 	var generation int
-	err := tx.QueryRow(ctx, `SELECT state, coalesce(tenant_id, ''), coalesce(tenant_generation, 0) FROM apps WHERE id = $1 FOR UPDATE`, a.ID).
+	err = tx.QueryRow(ctx, `SELECT state, coalesce(tenant_id, ''), coalesce(tenant_generation, 0) FROM apps WHERE id = $1 FOR UPDATE`, a.ID).
 		Scan(&state, &owner, &generation)
 	switch {
 	case errors.Is(err, pgx.ErrNoRows):

@@ -418,3 +418,23 @@ func TestReportIsTakenUp(t *testing.T) {
 		t.Errorf("the apps were listed again, with %d more calls", got-lists)
 	}
 }
+
+// Of two apps whose markers name the same tenant, the one that the database knows
+// stays; the other is for a person to look at, and holds nothing up.
+func TestSecondAppOfATenantIsNotAdopted(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	s := &scene{t: t, w: w, r: w.Start(provisiontest.Options{}), holds: map[tenant.ID]tenant.AppID{}}
+	crashScenarios["repair: adopt a second app of a tenant"].prepare(s)
+	startRepair(s)
+	conn := pgtest.Conn(t, w.URL) // the next report begins by itself
+	provisiontest.Eventually(t, "the repair says that it cannot be", func() bool {
+		var failed int
+		err := conn.QueryRow(t.Context(), `SELECT count(*) FROM reconciliation_items WHERE state = 'failed' AND strpos(note, $1) > 0`,
+			s.holds["user_1"]).Scan(&failed)
+		return err == nil && failed == 1
+	})
+	if got := signUp(t, s.r, "user_1"); got.AppID != s.holds["user_1"] || !keyWorks(t, w, s.r, got) {
+		t.Errorf("the tenant's app is %s, or its key does not open it; want %s as before", got.AppID, s.holds["user_1"])
+	}
+}
