@@ -133,7 +133,7 @@ var crashScenarios = map[string]crashScenario{
 			app := forgetSecond(s)
 			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, in_doubt_since) VALUES ($1, 'default', 'x', now())`, app)
 		},
-		differs: true,
+		settle: func(s *scene) { mend(s, true) },
 	},
 
 	"revocation": {
