@@ -26,7 +26,7 @@ type crashScenario struct {
 	recover, settle func(s *scene)
 
 	newcomers []tenant.ID // who signs up in act
-	differs   bool        // Clarifai and Postgres do, which repairs mend
+	differs   bool        // Clarifai and Postgres still do, until another repair
 	moves     bool        // tenants get other apps: theirs was gone
 	pool      int         // apps that are there for nobody
 	foreign   int         // apps that are not ours
@@ -53,7 +53,6 @@ var crashScenarios = map[string]crashScenario{
 		points:  []string{"tend AppMarked"},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.SkipMarks = true }},
-		differs: true,
 	},
 	"sign-up at a slow rate": {
 		points:  []string{"reserve SlotHolds"},
@@ -285,7 +284,7 @@ var crashScenarios = map[string]crashScenario{
 			"StartRepair StartRepair", "repairNext NextFinding", "repairNext TurnTo", "lookAt App", "adoptableKeys AppKeys", "adopt AdoptApp",
 		},
 		prepare: reported(func(s *scene) { forgetSecond(s) }),
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 	"repair: adopt an app that is gone": {
 		points: []string{"adopt EndFinding"},
@@ -293,7 +292,7 @@ var crashScenarios = map[string]crashScenario{
 			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
 			askClarifai(s.t, s.w, "DELETE", "/apps/t-stray", nil)
 		},
-		act: startRepair, differs: true,
+		act: startRepair,
 	},
 	"repair: adopt an app that lost its marker": {
 		points: []string{"adopt EndFinding 2"},
@@ -301,7 +300,7 @@ var crashScenarios = map[string]crashScenario{
 			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
 			unmark(s, "t-stray")
 		},
-		act: startRepair, differs: true, foreign: 1,
+		act: startRepair, foreign: 1,
 	},
 	"repair: adopt an app of another keyset": {
 		points:  []string{"adopt EndFinding 3"},
@@ -326,12 +325,12 @@ var crashScenarios = map[string]crashScenario{
 			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, state, updated_at)
 				VALUES ('t-stray', 'default', 'x', 'deleted', now() - interval '1 day')`)
 		}),
-		act: startRepair, differs: true,
+		act: startRepair,
 	},
 	"repair: revoke": {
 		points:  []string{"findKey AppKeys", "repair RevokeKey", "deleteKey DeleteKey"},
 		prepare: reported(func(s *scene) { makeRevokedKey(s) }),
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 	"repair: revoke a key that is gone": {
 		points: []string{"repair EndFinding"},
@@ -343,7 +342,7 @@ var crashScenarios = map[string]crashScenario{
 				}
 			}
 		},
-		act: startRepair, differs: true,
+		act: startRepair,
 	},
 	"repair: revoke a key that is hidden": {
 		points: []string{"repair EndFinding 2"},
@@ -364,12 +363,12 @@ var crashScenarios = map[string]crashScenario{
 			makeMarkedApp(s, "")
 		}),
 		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.RemovalCap = 1 }},
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 	"repair: rebuild": {
 		points:  []string{"repair ForgetApp"},
 		prepare: reported(func(s *scene) { askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil) }),
-		act:     startRepair, differs: true, moves: true,
+		act:     startRepair, moves: true,
 	},
 	"repair: forget": {
 		points: []string{"repair DiscardApp"},
@@ -381,7 +380,7 @@ var crashScenarios = map[string]crashScenario{
 				}
 			}
 		}),
-		act: startRepair, differs: true,
+		act: startRepair,
 	},
 	"repair: release": {
 		points: []string{"repair ReleaseApp"},
@@ -389,17 +388,17 @@ var crashScenarios = map[string]crashScenario{
 			fillPool(s)
 			exec(s.t, s.w, `UPDATE apps SET suspect = true WHERE id = $1`, poolApp)
 		}),
-		act: startRepair, differs: true, pool: 1,
+		act: startRepair, pool: 1,
 	},
 	"repair: remake": {
 		points:  []string{"repair RemakeKey", "tend FinishKey", "makeKey BeginKey", "makeKey CreateKey"},
 		prepare: reported(removeKey),
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 	"repair: rescope": {
 		points:  []string{"repair SetKeyScopes", "repair KeyRescoped"},
 		prepare: reported(rescopeKey),
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 	"repair: rescope that is refused": {
 		points: []string{"repairNext EndFinding 3"},
@@ -422,7 +421,7 @@ var crashScenarios = map[string]crashScenario{
 	"repair: mark": {
 		points:  []string{"repair MarkAgain", "tend MarkApp"},
 		prepare: reported(func(s *scene) { unmark(s, s.holds["user_1"]) }),
-		act:     startRepair, differs: true,
+		act:     startRepair,
 	},
 }
 
