@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -30,6 +31,7 @@ type crashScenario struct {
 	moves     bool        // tenants get other apps: theirs was gone
 	pool      int         // apps that are there for nobody
 	foreign   int         // apps that are not ours
+	unmarked  bool        // apps lack their tenants in their markers
 	lost      int         // keys that cannot be addressed
 }
 
@@ -52,7 +54,8 @@ var crashScenarios = map[string]crashScenario{
 	"sign-up without marks": {
 		points:  []string{"tend AppMarked"},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
-		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.SkipMarks = true }},
+		options:  provisiontest.Options{Adjust: func(c *provision.Config) { c.SkipMarks = true }},
+		unmarked: true,
 	},
 	"sign-up at a slow rate": {
 		points:  []string{"reserve SlotHolds"},
@@ -462,16 +465,15 @@ func startReport(s *scene) {
 	}
 }
 
-// startRepair carries out the last report, once there is none under way.
+// startRepair carries out the last report.
 func startRepair(s *scene) {
-	provisiontest.Eventually(s.t, "the repair begins", func() bool {
-		last, err := s.r.DB.LastReport(s.t.Context())
-		if err != nil {
-			return false
-		}
-		_, err = s.r.StartRepair(s.t.Context(), last.Token, false, admin)
-		return err == nil
-	})
+	last, err := s.r.DB.LastReport(s.t.Context())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if _, err = s.r.StartRepair(s.t.Context(), last.Token, false, admin); err != nil {
+		s.t.Fatalf("start repair: %v", err)
+	}
 }
 
 // reported has a difference, and a report that found it.
@@ -483,6 +485,14 @@ func reported(differ func(*scene)) func(*scene) {
 		if _, found := report(s.t, s.r); !slices.ContainsFunc(found, func(f tenant.Finding) bool { return f.Action != "" }) {
 			s.t.Fatalf("the report found %+v; want something to repair", found)
 		}
+		conn := pgtest.Conn(s.t, s.w.URL)
+		provisiontest.Eventually(s.t, "the report that a fence asks for is done", func() bool {
+			var done bool
+			err := conn.QueryRow(s.t.Context(), `
+				SELECT NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running') AND (fence_since IS NULL
+					OR EXISTS (SELECT FROM reconciliations WHERE created_at >= fence_since)) FROM deployment`).Scan(&done)
+			return err == nil && done
+		})
 	}
 }
 

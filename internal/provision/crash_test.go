@@ -24,6 +24,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/tenantry/tenantry/internal/clarifaisim"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
@@ -402,7 +403,7 @@ func sound(s *scene, sc crashScenario) {
 		SELECT a.id, a.state, coalesce(a.tenant_id, ''), coalesce(t.state, ''), count(k.id)
 		FROM apps a LEFT JOIN tenants t ON t.app_id = a.id LEFT JOIN keys k ON k.app_id = a.id AND k.state = 'active'
 		WHERE a.state IN ('ready', 'held', 'retained') GROUP BY a.id, t.state`)
-	known := map[tenant.AppID]bool{}
+	known := map[tenant.AppID]tenant.ID{}
 	held := map[tenant.ID]int{}
 	pool := 0
 	var app tenant.AppID
@@ -411,7 +412,7 @@ func sound(s *scene, sc crashScenario) {
 	var tenantState tenant.State
 	var keys int
 	if _, err := pgx.ForEachRow(rows, []any{&app, &state, &of, &tenantState, &keys}, func() error {
-		known[app] = true
+		known[app] = of
 		switch {
 		case state == tenant.AppReady:
 			pool++
@@ -441,8 +442,11 @@ func sound(s *scene, sc crashScenario) {
 	}
 	foreign := 0
 	for _, a := range w.Sim.Apps() {
-		if !known[tenant.AppID(a.ID)] {
+		of, ok := known[tenant.AppID(a.ID)]
+		if !ok {
 			foreign++
+		} else if got := ownerAt(w, a); got != of && !sc.unmarked {
+			t.Errorf("the marker of %s names %q; want %q", a.ID, got, of)
 		}
 		delete(known, tenant.AppID(a.ID))
 	}
@@ -450,6 +454,20 @@ func sound(s *scene, sc crashScenario) {
 		t.Errorf("Clarifai has %d apps that no row claims, want %d, and lacks %v", foreign, sc.foreign, known)
 	}
 	keysClaimed(t, w, sc.lost)
+}
+
+// ownerAt returns the tenant in the marker of an app at Clarifai.
+func ownerAt(w *provisiontest.World, a clarifaisim.AppInfo) tenant.ID {
+	marker, _ := a.Metadata["tenantry"].(map[string]any)
+	sealed, _ := marker["tenant"].(string)
+	if sealed == "" {
+		return ""
+	}
+	owner, err := w.Keys.OpenOwner(tenant.AppID(a.ID), sealed)
+	if err != nil {
+		return tenant.ID(err.Error())
+	}
+	return owner.Tenant
 }
 
 // keysClaimed checks that each key at Clarifai is one that a row knows, or one of
