@@ -51,6 +51,14 @@ var crashScenarios = map[string]crashScenario{
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
+	"start in a pause": {
+		points: []string{"whoami UpstreamWorks"},
+		prepare: func(s *scene) {
+			first(s)
+			s.r.Stop()
+			exec(s.t, s.w, `UPDATE upstream_budget SET pauses = 1, epoch = epoch + 1`)
+		},
+	},
 	"sign-up without marks": {
 		points:  []string{"tend AppMarked"},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},

@@ -83,7 +83,14 @@ func whoami(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate fl
 		case err != nil:
 			return "", err
 		case !due.IsZero():
-			return upstream.Whoami(ctx, secret)
+			operator, err := upstream.Whoami(ctx, secret)
+			// A probe that is kept to oneself leaves the fleet waiting for the next.
+			up := asUpstream(err)
+			if slot.Probe && (err == nil || up != nil && up.Class != tenant.UpstreamDown && up.Class != tenant.UpstreamThrottled) {
+				_, failed := store.UpstreamWorks(ctx, slot.Epoch)
+				err = errors.Join(err, failed)
+			}
+			return operator, err
 		case !slot.Granted || time.Now().After(end):
 			return "", &deferred{wait: slot.Wait}
 		}

@@ -79,3 +79,16 @@ func TestForeignPATIsNeverUsed(t *testing.T) {
 		t.Errorf("the PAT is %s; want %s", r.PAT.Health().State, provision.PATForeign)
 	}
 }
+
+// A start whose check of the PAT was the one call that a pause lets through ends
+// the pause with it.
+func TestStartEndsThePause(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Start(provisiontest.Options{Idle: true}).Stop()
+	exec(t, w, `UPDATE upstream_budget SET pauses = 1, epoch = epoch + 1`)
+	r := w.Start(provisiontest.Options{Idle: true})
+	if got, _, err := r.UpstreamStatus(t.Context()); err != nil || got.Pauses != 0 {
+		t.Errorf("after a start that reached Clarifai the status is %+v, %v; want no pause", got, err)
+	}
+}
