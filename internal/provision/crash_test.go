@@ -270,6 +270,7 @@ func crash(t *testing.T, scenario, point string) {
 		s.r.Stop()
 	}
 	dieAt(t, s.w, scenario, point)
+	intended(t, s.w)
 	s.w.Faults()
 	if sc.recover != nil {
 		sc.recover(s)
@@ -304,6 +305,31 @@ func dieAt(t *testing.T, w *provisiontest.World, scenario, point string) {
 	err = cmd.Run()
 	if !strings.Contains(out.String(), "died at "+point+"\n") {
 		t.Fatalf("the replica did not come by %q: %v\n%s", point, err, out.String())
+	}
+}
+
+// intended checks that what a dead replica was making was written down before: no
+// row says of what is at Clarifai that it certainly is not.
+func intended(t *testing.T, w *provisiontest.World) {
+	t.Helper()
+	var apps, keys []string
+	for _, a := range w.Sim.Apps() {
+		apps = append(apps, a.ID)
+	}
+	for _, k := range w.AppKeys() {
+		if marker, ok := tenant.ParseKeyMarker(k.Description); ok {
+			keys = append(keys, marker.KeyID.String())
+		}
+	}
+	var denied []string
+	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `
+		SELECT array(SELECT id FROM apps WHERE state = 'building' AND made_at IS NULL AND in_doubt_since IS NULL AND id = ANY ($1)
+			UNION ALL SELECT id::text FROM keys WHERE state = 'creating' AND in_doubt_since IS NULL AND id::text = ANY ($2))`,
+		apps, keys).Scan(&denied); err != nil {
+		t.Fatal(err)
+	}
+	if len(denied) > 0 {
+		t.Errorf("%v exist, and their rows do not say that they may", denied)
 	}
 }
 
