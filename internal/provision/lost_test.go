@@ -150,6 +150,7 @@ func loseAnswer(t *testing.T, c lostCall, fault map[string]any, masked bool) {
 	s.r = s.w.Start(o)
 	c.act(s)
 	if hold != nil {
+		looked(t, s.w)
 		hold.land(t)
 	} else if !slices.ContainsFunc(s.w.Sim.Calls()[before:], func(call clarifaisim.Call) bool { return call.Call == c.call && call.Fault != "" }) {
 		t.Fatalf("no %s has lost its answer", c.call)
@@ -170,6 +171,18 @@ func loseAnswer(t *testing.T, c lostCall, fault map[string]any, masked bool) {
 	if len(found) != lost || slices.ContainsFunc(found, func(f tenant.Finding) bool { return f.Kind != tenant.FoundKeyLost }) {
 		t.Errorf("a report finds %+v; want the %d keys that are lost", found, lost)
 	}
+}
+
+// looked waits until keys that may land late have been looked for in vain.
+func looked(t *testing.T, w *provisiontest.World) {
+	t.Helper()
+	conn := pgtest.Conn(t, w.URL)
+	provisiontest.Eventually(t, "keys in doubt are looked for", func() bool {
+		var open int
+		err := conn.QueryRow(t.Context(), `
+			SELECT count(*) FROM keys WHERE state = 'revoking' AND (next_attempt_at <= now() OR leased_until > now())`).Scan(&open)
+		return err == nil && open == 0
+	})
 }
 
 // dueNow makes what waits for its time, because something may land late, due.
