@@ -1,9 +1,23 @@
 package provision
 
-import "github.com/tenantry/tenantry/internal/tenant"
+import (
+	"context"
+
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
 
 // HasProblem reports whether a class of upstream failure has words of its own.
 func HasProblem(c tenant.UpstreamClass) bool { return problems[c].detail != "" }
 
 // Backoff is backoff, for its test.
 var Backoff = backoff
+
+// The jobs and one turn of the sweep, for tests that say when each runs.
+func (s *Service) WorkApp(ctx context.Context, id tenant.AppID) { s.workApp(ctx, id) }
+func (s *Service) WorkKey(ctx context.Context, id uuid.UUID)    { s.workKey(ctx, id) }
+func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
+	s.workReconciliation(ctx, id)
+}
+func (s *Service) SweepOnce(ctx context.Context) error { return s.sweep(ctx) }

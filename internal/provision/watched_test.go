@@ -243,6 +243,16 @@ func (s watchedStore) CountFindings(ctx context.Context, r tenant.Reconciliation
 	return s.Store.CountFindings(ctx, r)
 }
 
+func (s watchedStore) CountOpenFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, error) {
+	defer s.returned()
+	return s.Store.CountOpenFindings(ctx, r)
+}
+
+func (s watchedStore) LastReport(ctx context.Context) (tenant.Reconciliation, error) {
+	defer s.returned()
+	return s.Store.LastReport(ctx)
+}
+
 func (s watchedStore) KeyOf(ctx context.Context, f tenant.Finding) (tenant.SealedKey, []string, error) {
 	defer s.returned()
 	return s.Store.KeyOf(ctx, f)
