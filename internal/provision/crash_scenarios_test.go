@@ -65,6 +65,14 @@ var crashScenarios = map[string]crashScenario{
 		options:  provisiontest.Options{Adjust: func(c *provision.Config) { c.SkipMarks = true }},
 		unmarked: true,
 	},
+	"sign-up while listings are masked": {
+		points: []string{"makeKey BeginKey", "makeKey CreateKey", "build FinishBuild"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			first(s)
+		},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
 	"sign-up at a slow rate": {
 		points:  []string{"reserve SlotHolds"},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -406,6 +414,14 @@ var crashScenarios = map[string]crashScenario{
 		points:  []string{"repair RemakeKey", "tend FinishKey", "makeKey BeginKey", "makeKey CreateKey"},
 		prepare: reported(removeKey),
 		act:     startRepair,
+	},
+	"repair: remake while listings are masked": {
+		points: []string{"makeKey CreateKey"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			reported(removeKey)(s)
+		},
+		act: startRepair, lost: 1,
 	},
 	"repair: rescope": {
 		points:  []string{"repair SetKeyScopes", "repair KeyRescoped"},

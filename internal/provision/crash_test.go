@@ -186,7 +186,7 @@ func TestDyingReplica(t *testing.T) {
 		os.Exit(1)
 	}()
 	points := crashPoints(t)
-	var once sync.Mutex
+	var dying sync.Mutex
 	returned := func() {
 		at := callSite()
 		name, ok := points[at]
@@ -195,7 +195,7 @@ func TestDyingReplica(t *testing.T) {
 			os.Exit(1)
 		}
 		if name == point {
-			once.Lock() // and never unlocked: nobody gets any further
+			dying.Lock() // and never unlocked: of two that come by at once, one says so
 			fmt.Println("died at", name)
 			_ = syscall.Kill(os.Getpid(), syscall.SIGKILL)
 			select {}
