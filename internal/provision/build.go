@@ -75,7 +75,7 @@ func (s *Service) endApp(ctx context.Context, a tenant.App, err error) outcome {
 	}
 	up := asUpstream(err)
 	if up == nil {
-		return s.failed("work on app", err, field) // the lease runs out, and the sweep comes back
+		return s.fault("work on app", err, interrupted, a.Attempts, a.Problem, func(set tenant.Setback) error { return s.Store.AppSetback(ctx, a, set) }, field)
 	}
 	if interrupted { // we are shutting down: Clarifai did nothing wrong
 		if err := s.Store.DeferApp(ctx, a, 0); err != nil {
@@ -105,6 +105,24 @@ func (s *Service) failed(act string, err error, fields ...zap.Field) outcome {
 	}
 	s.Log.Error(act, append(fields, zap.Error(err))...)
 	return outcomeFailed
+}
+
+// fault ends a try that failed by a fault of ours or of the database. Whoever waits
+// is told of it, if it can still be written down; if not, the lease runs out and
+// the sweep comes back.
+func (s *Service) fault(act string, err error, interrupted bool, attempts int, before *tenant.Problem, record func(tenant.Setback) error, field zap.Field) outcome {
+	out := s.failed(act, err, field)
+	if out == outcomeNothing || interrupted {
+		return out
+	}
+	problem := tenant.Problem{Code: "internal", Detail: "Tenantry or its database failed; the log of its replicas says how", Since: time.Now().UTC()}
+	if before != nil && before.Code == problem.Code {
+		problem.Since = before.Since
+	}
+	if err := record(tenant.Setback{Problem: problem, Delay: backoff(s.BackoffBase, s.BackoffCap, attempts), Counts: true}); err != nil {
+		s.Log.Warn("record fault", field, zap.Error(err))
+	}
+	return out
 }
 
 // build takes an app from where it stands to ready. It may be repeated from any

@@ -474,3 +474,61 @@ func TestOldestWaiterFirst(t *testing.T) {
 		}
 	}
 }
+
+// Where Postgres fails a worker and can still be written to, whoever waits is told,
+// and what was begun goes on once Postgres does its part again.
+func TestFaultShows(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	conn := pgtest.Conn(t, w.URL)
+	exec := func(sql string, args ...any) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	isInternal := func(p *tenant.Problem) bool {
+		return p != nil && p.Code == "internal" && !p.NextAttemptAt.IsZero()
+	}
+
+	exec(`ALTER TABLE keys ADD CONSTRAINT none_active CHECK (state <> 'active') NOT VALID`)
+	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the tenant shows the fault", func() bool {
+		got, err := r.DB.Tenant(t.Context(), "user_1")
+		return err == nil && isInternal(got.Problem)
+	})
+	exec(`ALTER TABLE keys DROP CONSTRAINT none_active`)
+	got := signUp(t, r, "user_1")
+	settled(t, w, r, got)
+
+	exec(`ALTER TABLE reconciliation_apps ADD CONSTRAINT none CHECK (false) NOT VALID`)
+	began, err := r.StartReport(t.Context(), admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the report shows the fault", func() bool {
+		got, err := r.DB.Reconciliation(t.Context(), began.ID)
+		return err == nil && isInternal(got.Problem)
+	})
+	exec(`ALTER TABLE reconciliation_apps DROP CONSTRAINT none`)
+	if done, found := reconciled(t, r, began); done.Problem != nil || len(found) != 0 {
+		t.Errorf("the report ended with %+v, %+v", done, found)
+	}
+
+	exec(`ALTER TABLE keys ADD CONSTRAINT none_revoked CHECK (state <> 'revoked') NOT VALID`)
+	exec(`UPDATE keys SET state = 'revoking' WHERE app_id = $1`, got.AppID)
+	var problem *tenant.Problem
+	provisiontest.Eventually(t, "the key shows the fault", func() bool {
+		err := conn.QueryRow(t.Context(), `SELECT problem FROM keys WHERE app_id = $1`, got.AppID).Scan(&problem)
+		return err == nil && isInternal(problem)
+	})
+	exec(`ALTER TABLE keys DROP CONSTRAINT none_revoked`)
+	provisiontest.Eventually(t, "the key is revoked", func() bool {
+		var state string
+		err := conn.QueryRow(t.Context(), `SELECT state FROM keys WHERE app_id = $1`, got.AppID).Scan(&state)
+		return err == nil && state == "revoked"
+	})
+}

@@ -66,7 +66,7 @@ func (s *Service) workReconciliation(ctx context.Context, id uuid.UUID) outcome 
 	case isDeferred:
 		err = s.Store.DeferReconciliation(ctx, r, d.bounded())
 	case up == nil:
-		return s.failed("reconcile", err, field)
+		return s.fault("reconcile", err, interrupted, r.Attempts, r.Problem, func(set tenant.Setback) error { return s.Store.ReconciliationSetback(ctx, r, set) }, field)
 	case interrupted:
 		err = s.Store.DeferReconciliation(ctx, r, 0)
 	default:

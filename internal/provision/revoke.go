@@ -34,7 +34,7 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())
 	case up == nil:
-		return s.failed("revoke key", err, field)
+		return s.fault("revoke key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
 	case interrupted:
 		err = s.Store.DeferKey(ctx, k, 0)
 	default:
