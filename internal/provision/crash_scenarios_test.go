@@ -107,9 +107,18 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"build that is refused": {
-		points:  []string{"endApp AppSetback"},
+		points:  []string{"endApp AppSetback 2"},
 		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "status": 11006}),
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"build that Postgres refuses": {
+		points: []string{"endApp AppSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `ALTER TABLE keys ADD CONSTRAINT none_active CHECK (state <> 'active') NOT VALID`)
+		},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE keys DROP CONSTRAINT none_active`) },
 	},
 	"build while Clarifai pauses": {
 		points:  []string{"upstreamFailed UpstreamFailed", "send UpstreamWorks"},
@@ -159,11 +168,19 @@ var crashScenarios = map[string]crashScenario{
 		prepare: revoking(true, true),
 	},
 	"revocation that fails": {
-		points: []string{"workKey KeySetback"},
+		points: []string{"workKey KeySetback 2"},
 		prepare: func(s *scene) {
 			revoking(true, true)(s)
 			s.w.Faults(map[string]any{"call": "DeleteKey", "count": 1, "status": 98004})
 		},
+	},
+	"revocation that Postgres refuses": {
+		points: []string{"workKey KeySetback"},
+		prepare: func(s *scene) {
+			revoking(true, true)(s)
+			exec(s.t, s.w, `ALTER TABLE keys ADD CONSTRAINT none_revoked CHECK (state <> 'revoked') NOT VALID`)
+		},
+		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE keys DROP CONSTRAINT none_revoked`) },
 	},
 	"revocation when the replica shuts down": {
 		points: []string{"workKey DeferKey 2"},
@@ -257,12 +274,21 @@ var crashScenarios = map[string]crashScenario{
 		prepare: first, act: startReport,
 	},
 	"report that fails": {
-		points: []string{"workReconciliation ReconciliationSetback"},
+		points: []string{"workReconciliation ReconciliationSetback 2"},
 		prepare: func(s *scene) {
 			first(s)
 			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98004})
 		},
 		act: startReport,
+	},
+	"report that Postgres refuses": {
+		points: []string{"workReconciliation ReconciliationSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `ALTER TABLE reconciliation_apps ADD CONSTRAINT none CHECK (false) NOT VALID`)
+		},
+		act:     startReport,
+		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE reconciliation_apps DROP CONSTRAINT none`) },
 	},
 	"report when the replica shuts down": {
 		points: []string{"workReconciliation DeferReconciliation 2"},
