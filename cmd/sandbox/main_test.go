@@ -107,6 +107,13 @@ func (r *running) ready() *running {
 			r.t.Errorf("the environment lacks %s", name)
 		}
 	}
+	// As a person does it, who may well run the next sandbox in the same shell.
+	person := exec.Command("sh", "-c", `. "$1/env"; env`, "sh", r.dir)
+	person.Env = []string{"PATH=" + os.Getenv("PATH")}
+	out, err = person.Output()
+	if err != nil || !strings.Contains(string(out), "TENANTRY_TOKEN=") || strings.Contains(string(out), "CLARIFAI_PAT=") {
+		r.t.Errorf("programs of a shell that sourced the environment have\n%s(%v)", out, err)
+	}
 	return r
 }
 

@@ -238,7 +238,7 @@ func reconcileByCommand(t *testing.T, w *provisiontest.World, vars map[string]st
 	fails(t, with, []string{"reconcile", "--url", "nowhere"}, "TENANTRY_URL")
 	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1"}, "no report of this token")
 	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1", "--adopt"}, "can't be used together")
-	if exit, out, log := command(t, with, "reconcile", "--url", url); exit != 0 || out != "" || !strings.Contains(log, "0 differences") {
+	if exit, out, log := command(t, with, "reconcile", "--url", url); exit != 0 || out != "" || !strings.Contains(log, "differences: 0") {
 		t.Errorf("reconcile exits with %d and prints %q, %q", exit, out, log)
 	}
 

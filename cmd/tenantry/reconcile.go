@@ -219,9 +219,12 @@ func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) er
 	if err := w.Flush(); err != nil {
 		return err
 	}
-	r.say("%d apps and %d keys seen, %d apps of the account are not Tenantry's, %d differences",
+	if rec.Kind != client.ReconciliationKindReport {
+		return nil
+	}
+	r.say("apps seen: %d, keys seen: %d, apps that are not Tenantry's: %d, differences: %d",
 		rec.Progress.AppsSeen, rec.Progress.KeysSeen, rec.Counts["app_foreign"], len(items))
-	if rec.Kind == client.ReconciliationKindReport && actions > 0 {
+	if actions > 0 {
 		r.say("to repair %d of them: tenantry reconcile --repair %s", actions, *rec.Token)
 	}
 	return nil
