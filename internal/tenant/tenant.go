@@ -175,8 +175,41 @@ type SealedKey struct {
 type Profile struct {
 	Name         string
 	BaseWorkflow string   // id of a workflow of clarifai/main, or Empty
-	KeyScopes    []string // as Clarifai spells them
+	KeyScopes    []string // of the key named DefaultKey, as Clarifai spells them
+	ExtraKeys    []KeyTemplate
+	// AllowedScopes bounds the scopes of keys that callers add. Empty means what
+	// KeyScopes and ExtraKeys have together; All allows any.
+	AllowedScopes []string
+
+	Language       string // default language of the apps, such as en; empty leaves it to Clarifai
+	AppDescription string // of the apps upstream; empty means one of Tenantry's own
+	ShowTenant     ShowTenant
+
+	Retention time.Duration // how long the app of a deleted tenant is kept; 0 means DefaultRetention
+	MaxKeyAge time.Duration // after which a key is rotated by itself; 0 means never
+	PoolMin   int           // ready apps
+	PoolMax   int
 }
+
+// A KeyTemplate is a key that each tenant of a profile gets beside the default one.
+type KeyTemplate struct {
+	Name   string
+	Scopes []string
+}
+
+// DefaultRetention is how long the app of a deleted tenant is kept where its profile
+// does not say.
+const DefaultRetention = 7 * 24 * time.Hour
+
+// ShowTenant says what of the tenant the description of its app upstream shows.
+type ShowTenant string
+
+// What of the tenant is shown. The empty ShowTenant shows nothing.
+const (
+	ShowNothing    ShowTenant = ""
+	ShowTenantID   ShowTenant = "id"
+	ShowTenantHash ShowTenant = "hash" // keyed: tells tenants apart, and names none
+)
 
 // Revision names the content of p: two profiles that build alike share it.
 func (p Profile) Revision() string {
