@@ -36,6 +36,7 @@ type bodyRule int
 const (
 	mayBeEmpty  bodyRule = iota // a body that is missing or empty leaves the fields unset
 	holdsSecret                 // not even the names of unknown fields are repeated
+	mergePatch                  // RFC 7396: a field that is null is to be removed
 )
 
 // decodeBody reads a JSON object into v. Fields are named exactly, and no others
@@ -59,7 +60,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 		}
 		return invalid("body", "is empty: it must be a JSON object")
 	}
-	if err := checkBodyHeaders(w, r); err != nil {
+	if err := checkBodyHeaders(w, r, rule); err != nil {
 		return err
 	}
 	if !utf8.Valid(body) {
@@ -83,7 +84,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 		}
 		return unknown(name, "body", "a field", known)
 	}
-	if err := checkJSON(body); err != nil {
+	if err := checkJSON(body, rule); err != nil {
 		return err
 	}
 	if err := json.Unmarshal(body, v); err != nil {
@@ -93,7 +94,7 @@ func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, kn
 }
 
 // checkBodyHeaders refuses a body that is encoded in another way than it is read.
-func checkBodyHeaders(w http.ResponseWriter, r *http.Request) error {
+func checkBodyHeaders(w http.ResponseWriter, r *http.Request, rule bodyRule) error {
 	for _, coding := range strings.Split(strings.Join(r.Header.Values("Content-Encoding"), ","), ",") {
 		if coding = strings.TrimSpace(coding); coding != "" && !strings.EqualFold(coding, "identity") {
 			w.Header().Set("Accept-Encoding", "identity")
@@ -105,7 +106,7 @@ func checkBodyHeaders(w http.ResponseWriter, r *http.Request) error {
 		return nil
 	}
 	mt, params, err := mime.ParseMediaType(ct)
-	if err != nil || mt != "application/json" {
+	if patch := rule == mergePatch && mt == "application/merge-patch+json"; err != nil || mt != "application/json" && !patch {
 		return unsupported("Content-Type", "content_type_unsupported", "must be application/json")
 	}
 	if charset, ok := params["charset"]; ok && !strings.EqualFold(charset, "utf-8") {
@@ -122,7 +123,7 @@ func unsupported(header, code, detail string) error {
 // valid and whose fields are all known: of a name that is repeated it takes the
 // last, null it takes for a field that was left out, and half of a surrogate pair
 // it replaces by U+FFFD.
-func checkJSON(body []byte) error {
+func checkJSON(body []byte, rule bodyRule) error {
 	if i := loneSurrogate(body); i >= 0 {
 		return invalid("body", "has at byte %d a \\u escape that is half of a surrogate pair", i)
 	}
@@ -165,6 +166,9 @@ func checkJSON(body []byte) error {
 		}
 		switch token {
 		case nil:
+			if rule == mergePatch {
+				continue
+			}
 			if len(levels) == 1 {
 				return invalid(field, "is null: give a value, or leave it out")
 			}
@@ -317,11 +321,11 @@ type preference struct {
 	applied string // for Preference-Applied; empty when nothing was preferred
 }
 
-// parsePrefer reads the Prefer headers. What it does not know or cannot read it
-// passes over, as the RFC demands; of a preference that is repeated the first
-// counts.
-func parsePrefer(headers []string) preference {
-	p := preference{wait: defaultWait}
+// parsePrefer reads the Prefer headers of a request that waits for otherwise if they
+// do not say how long. What it does not know or cannot read it passes over, as the RFC
+// demands; of a preference that is repeated the first counts.
+func parsePrefer(headers []string, otherwise time.Duration) preference {
+	p := preference{wait: otherwise}
 	var async, waits bool
 	for _, header := range headers {
 		for _, item := range splitQuoted(header, ',') {
@@ -386,6 +390,52 @@ func splitQuoted(header string, sep byte) []string {
 		return items
 	}
 	return append(items, header[start:])
+}
+
+// timeField reads a time in a body; "" is the zero time.
+func timeField(name, text string) (time.Time, error) {
+	if text == "" {
+		return time.Time{}, nil
+	}
+	t, err := time.Parse(time.RFC3339, text)
+	if err != nil {
+		return t, invalid(name, "must be a time such as 2026-01-31T12:00:00Z")
+	}
+	return t, nil
+}
+
+// durationField reads a duration in a body: a number of seconds, or text such as 90m,
+// 24h or 7d. Nil is one that was left out.
+func durationField(name string, raw json.RawMessage) (*time.Duration, error) {
+	if len(raw) == 0 {
+		return nil, nil
+	}
+	bad := invalid(name, `must be a number of seconds, or text such as "90m", "24h" or "7d"`)
+	var seconds float64
+	if json.Unmarshal(raw, &seconds) == nil {
+		if math.Abs(seconds) > float64(math.MaxInt64/int64(time.Second)) {
+			return nil, bad
+		}
+		d := time.Duration(seconds * float64(time.Second))
+		return &d, nil
+	}
+	var text string
+	if json.Unmarshal(raw, &text) != nil {
+		return nil, bad
+	}
+	if days, ok := strings.CutSuffix(text, "d"); ok {
+		n, err := strconv.ParseUint(days, 10, 16)
+		if err != nil {
+			return nil, bad
+		}
+		d := time.Duration(n) * 24 * time.Hour
+		return &d, nil
+	}
+	d, err := time.ParseDuration(text)
+	if err != nil {
+		return nil, bad
+	}
+	return &d, nil
 }
 
 // listQuery is what a list asks for.

@@ -17,7 +17,7 @@ import (
 var (
 	ParseCursor  = parseCursor
 	FormatCursor = formatCursor
-	CheckJSON    = checkJSON
+	CheckJSON    = func(body []byte) error { return checkJSON(body, mayBeEmpty) }
 	Matches      = matches
 	StatusOf     = statusOf
 )
@@ -38,6 +38,6 @@ type Position = postgres.Position
 
 // ParsePrefer returns how long a caller wants to wait, and what is answered of it.
 func ParsePrefer(headers []string) (wait time.Duration, applied string) {
-	p := parsePrefer(headers)
+	p := parsePrefer(headers, defaultWait)
 	return p.wait, p.applied
 }

@@ -45,11 +45,12 @@ var saneRequestID = regexp.MustCompile(`^[A-Za-z0-9._:/+=@-]{1,128}$`)
 func (s *server) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		began := time.Now()
-		info := &requestInfo{id: r.Header.Get("X-Request-Id"), base: r.Context()}
+		info := &requestInfo{id: r.Header.Get("X-Request-Id")}
 		if !saneRequestID.MatchString(info.id) || isTokenLike(info.id) {
 			info.id = uuid.NewString()
 		}
-		r = r.WithContext(context.WithValue(r.Context(), infoKey{}, info))
+		info.base = context.WithValue(r.Context(), infoKey{}, info)
+		r = r.WithContext(info.base)
 		w := middleware.NewWrapResponseWriter(rw, r.ProtoMajor)
 		w.Header().Set("X-Request-Id", info.id)
 		defer func() {

@@ -22,6 +22,9 @@ type problemDetails struct {
 	Code      string `json:"code"`
 	RequestID string `json:"request_id"`
 	Field     string `json:"field,omitempty"`
+	// Of a change that the tenant's state does not allow.
+	State   tenant.State    `json:"state,omitempty"`
+	Allowed []tenant.Change `json:"allowed_changes,omitempty"`
 }
 
 // statusClientGone is logged for a caller that went away: nobody reads it.
@@ -74,7 +77,7 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 	retryAfter := time.Duration(0)
 	if e, ok := errors.AsType[*tenant.Error](err); ok {
 		if status, known := statusOf(e.Kind); known {
-			p.Status, p.Code, p.Detail, p.Field = status, e.Code, e.Detail, e.Field
+			p.Status, p.Code, p.Detail, p.Field, p.State, p.Allowed = status, e.Code, e.Detail, e.Field, e.State, e.Allowed
 			retryAfter = e.RetryAfter
 			if p.Code == "" {
 				p.Code = string(e.Kind)

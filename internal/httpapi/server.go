@@ -101,16 +101,29 @@ func (s *server) routes(r chi.Router) {
 	any := tenant.Roles
 	provisioner := []tenant.Role{tenant.Provisioner}
 	admin := []tenant.Role{tenant.Admin}
+	managers := []tenant.Role{tenant.Provisioner, tenant.Admin}
 
 	r.Get("/openapi.yaml", s.handle(getContract))
 	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
 	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
+	r.Patch("/v1/tenants/{tenant_id}", s.allow(provisioner, s.patchTenant))
+	r.Delete("/v1/tenants/{tenant_id}", s.allow(managers, s.tenantChange(s.deleteTenant, "purge")))
+	r.Post("/v1/tenants/{tenant_id}/suspend", s.allow(managers, s.tenantChange(s.suspendTenant)))
+	r.Post("/v1/tenants/{tenant_id}/resume", s.allow(managers, s.tenantChange(s.resumeTenant)))
+	r.Post("/v1/tenants/{tenant_id}/restore", s.allow(managers, s.tenantChange(s.restoreTenant)))
 	r.Get("/v1/tenants", s.allow(any, s.listTenants))
 	r.Post("/v1/tenants/{tenant_id}/retry", s.allow(admin, s.retryTenant))
 	r.Get("/v1/tenants/{tenant_id}/keys", s.allow(any, s.listKeys))
+	r.Put("/v1/tenants/{tenant_id}/keys/{key_name}", s.allow(provisioner, s.putKey))
+	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}", s.allow(any, s.getKey))
+	r.Delete("/v1/tenants/{tenant_id}/keys/{key_name}", s.allow(managers, s.deleteKey))
+	r.Put("/v1/tenants/{tenant_id}/keys/{key_name}/rotations/{rotation_id}", s.allow(provisioner, s.putRotation))
+	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}/rotations/{rotation_id}", s.allow(any, s.getRotation))
+	r.Post("/v1/tenants/{tenant_id}/keys/{key_name}/rotations/{rotation_id}/confirm", s.allow(provisioner, s.confirmRotation))
 	r.Get("/v1/tenants/{tenant_id}/keys/{key_name}/secret", s.allow(provisioner, s.getKeySecret))
 	r.Get("/v1/apps/{app_id}", s.allow(any, s.getAppTenant))
 	r.Post("/v1/keys/identify", s.allow(any, s.identifyKey))
+	r.Post("/v1/keys/quarantine", s.allow(managers, s.quarantineKey))
 	r.Get("/v1/upstream", s.allow(any, s.getUpstream))
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))

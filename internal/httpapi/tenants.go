@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -21,11 +22,20 @@ type tenantBody struct {
 	App         *appBody          `json:"app,omitempty"`
 	DisplayName string            `json:"display_name"`
 	Labels      map[string]string `json:"labels"`
-	Generation  int               `json:"generation"`
-	CreatedAt   time.Time         `json:"created_at"`
-	UpdatedAt   time.Time         `json:"updated_at"`
-	Problem     *tenant.Problem   `json:"problem,omitempty"`
-	Credentials *credentialsBody  `json:"credentials,omitempty"`
+	// DeletionProtection refuses the deletion.
+	DeletionProtection bool             `json:"deletion_protection"`
+	Deletion           *deletionBody    `json:"deletion,omitempty"`
+	Generation         int              `json:"generation"`
+	CreatedAt          time.Time        `json:"created_at"`
+	UpdatedAt          time.Time        `json:"updated_at"`
+	Problem            *tenant.Problem  `json:"problem,omitempty"`
+	Credentials        *credentialsBody `json:"credentials,omitempty"`
+}
+
+// deletionBody says of a tenant that is deleting how far that is.
+type deletionBody struct {
+	PurgeAfter  time.Time `json:"purge_after"`
+	KeysRevoked bool      `json:"keys_revoked"`
 }
 
 type appBody struct {
@@ -42,24 +52,31 @@ type credentialsBody struct {
 
 func (s *server) tenantBody(t tenant.Tenant) tenantBody {
 	b := tenantBody{ID: t.ID, State: t.State, Profile: t.Profile, DisplayName: t.DisplayName, Labels: t.Labels,
-		Generation: t.Generation, CreatedAt: t.CreatedAt.UTC(), UpdatedAt: t.UpdatedAt.UTC(), Problem: t.Problem}
+		DeletionProtection: t.DeletionProtection, Generation: t.Generation, CreatedAt: t.CreatedAt.UTC(), UpdatedAt: t.UpdatedAt.UTC(), Problem: t.Problem}
 	if b.Labels == nil {
 		b.Labels = map[string]string{}
 	}
 	if t.AppID != "" {
-		b.App = &appBody{ID: t.AppID, UserID: s.Service.Deployment.Operator}
+		b.App = &appBody{ID: t.AppID, UserID: cmp.Or(t.AppUserID, s.Service.Deployment.Operator)}
+	}
+	if t.State == tenant.Deleting {
+		b.Deletion = &deletionBody{PurgeAfter: t.PurgeAfter.UTC(), KeysRevoked: t.KeysDead}
 	}
 	return b
 }
 
-// etagOf names what is shown of a tenant. The problem of a tenant that waits is
-// not its own and comes and goes without a new version.
+// etagOf names what is shown of a tenant: its version, and what comes and goes without
+// a new one, as the problem of a tenant that waits.
 func etagOf(t tenant.Tenant) string {
-	if t.Problem == nil {
+	if t.Problem == nil && t.State != tenant.Deleting {
 		return fmt.Sprintf(`"%d.%d"`, t.Generation, t.Version)
 	}
+	var problem tenant.Problem
+	if t.Problem != nil {
+		problem = *t.Problem
+	}
 	h := fnv.New32a()
-	_, _ = fmt.Fprintf(h, "%+v", *t.Problem)
+	_, _ = fmt.Fprintf(h, "%+v %v %v", problem, t.KeysDead, t.PurgeAfter.UnixMicro())
 	return fmt.Sprintf(`"%d.%d.%08x"`, t.Generation, t.Version, h.Sum32())
 }
 
@@ -79,17 +96,22 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if _, err := params(r); err != nil {
+	q, err := params(r, "on_deleting")
+	if err != nil {
 		return err
+	}
+	replace := q.Get("on_deleting")
+	if q.Has("on_deleting") && replace != "replace" {
+		return invalid("on_deleting", "must be replace, or left out")
 	}
 	var body signUpBody
 	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels"); err != nil {
 		return err
 	}
-	prefer := parsePrefer(r.Header.Values("Prefer"))
+	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
-	t, created, err := s.Service.SignUp(ctx, id, tenant.SignUp(body), prefer.wait, actorOf(r))
+	t, created, err := s.Service.SignUp(ctx, id, tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != ""}, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
 	}
@@ -108,7 +130,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		if created {
 			status = http.StatusCreated
 		}
-	case !t.State.Final():
+	case !t.Settled():
 		status = http.StatusAccepted
 		setRetryAfter(w, retryProvisioning)
 	}

@@ -40,11 +40,11 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 		)
 		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
-			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), l.marked_at IS NOT NULL,
+			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
 			k.id, k.in_doubt_since IS NOT NULL
-		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating'`,
+		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
-		&a.Tenant, &a.Generation, &a.Marked,
+		&a.Tenant, &a.Generation, &a.Marked, &a.HasExtraKeys,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("app")
@@ -82,7 +82,7 @@ func (db *DB) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) 
 	err := db.pool.QueryRow(ctx, `
 		INSERT INTO keys AS k (id, app_id, name, scopes, in_doubt_since)
 		SELECT $3, id, $4, $5, now() FROM apps
-		WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'held') AND made_at IS NOT NULL
+		WHERE id = $1 AND leased_until = $2 AND state = 'building' AND made_at IS NOT NULL
 		ON CONFLICT (app_id, name) WHERE state = 'creating' DO UPDATE
 		SET in_doubt_since = now(), scopes = excluded.scopes, updated_at = now()
 		RETURNING k.id`,
@@ -97,9 +97,9 @@ func (db *DB) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) 
 // not be found upstream, into one to be revoked: it may still land there.
 func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys SET state = 'revoking', next_attempt_at = now(), updated_at = now()
+		UPDATE keys SET state = 'revoking', end_reason = 'unclear', next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state = 'creating'
-			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state IN ('building', 'held'))`,
+			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state = 'building')`,
 		a.Creating.ID, a.ID, a.LeasedUntil)
 	return oneRow("give up key", tag, err)
 }
@@ -146,33 +146,12 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
-// FinishKey stores the key that was made for a leased app that a tenant holds.
-func (db *DB) FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error {
-	tag, err := db.pool.Exec(ctx, `
-		WITH app AS (
-			UPDATE apps
-			SET pending = marked_at IS NULL, attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state = 'held'
-			RETURNING id, tenant_id
-		), made AS (
-			UPDATE keys k
-			SET state = 'active', ciphertext = $4, fingerprint = $5, hint = $6, in_doubt_since = NULL, attempts = 0,
-				problem = NULL, activated_at = now(), updated_at = now()
-			FROM app WHERE k.id = $3 AND k.app_id = app.id AND k.state = 'creating'
-			RETURNING k.id, k.name, app.id AS app_id, app.tenant_id)
-		INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, detail)
-		SELECT $7, 'key.created', tenant_id, app_id, id, jsonb_build_object('name', name) FROM made`,
-		a.ID, a.LeasedUntil, key.ID, key.Ciphertext, key.Fingerprint, key.Hint, actor.Name)
-	return oneRow("finish key", tag, err)
-}
-
 // AppMarked records that the marker of a leased app names its tenant, or that it
 // need not.
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps
-		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
-			pending = EXISTS (SELECT FROM keys k WHERE k.app_id = apps.id AND k.state = 'creating')
+		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity', pending = false
 		WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
 		a.ID, a.LeasedUntil)
 	return oneRow("record app as marked", tag, err)
@@ -236,19 +215,27 @@ func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) 
 			UPDATE apps
 			SET state = 'deleted', attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'purging'
-			RETURNING id
+			RETURNING id, tenant_id
+		), tenant_gone AS (
+			UPDATE tenants t
+			SET state = 'deleted', state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, version = version + 1, updated_at = now()
+			FROM gone WHERE t.app_id = gone.id AND t.state = 'purging'
+			RETURNING t.id, gone.id AS app_id
 		), keys_gone AS (
 			UPDATE keys k
 			SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, problem = NULL,
 				updated_at = now()
 			FROM gone WHERE k.app_id = gone.id AND k.state <> 'revoked'
-			RETURNING k.id, k.app_id
+			RETURNING k.id, k.app_id, gone.tenant_id
 		), audited AS (
-			INSERT INTO audit_events (actor, action, app_id, key_id)
-			SELECT $3, 'app.deleted', id, NULL::uuid FROM gone
-			UNION ALL SELECT $3, 'key.revoked', app_id, id FROM keys_gone
+			INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id)
+			SELECT $3, 'app.deleted', tenant_id, id, NULL::uuid FROM gone
+			UNION ALL SELECT $3, 'key.revoked', tenant_id, app_id, id FROM keys_gone
+			UNION ALL SELECT $3, 'tenant.deleted', id, app_id, NULL FROM tenant_gone
+		), woken AS (
+			SELECT pg_notify('`+tenantChannel+`', id) FROM tenant_gone
 		)
-		SELECT FROM gone`,
+		SELECT FROM gone LEFT JOIN woken ON true`,
 		a.ID, a.LeasedUntil, actor.Name)
 	return oneRow("record app as deleted", tag, err)
 }

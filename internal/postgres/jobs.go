@@ -23,6 +23,24 @@ func (db *DB) enqueueApps(ctx context.Context, queue string, ids []tenant.AppID)
 	return db.enqueue(ctx, jobs)
 }
 
+// A keyInLane is a key that there is work on.
+type keyInLane struct {
+	ID   uuid.UUID
+	Lane tenant.Lane
+}
+
+func keyJobs(keys []keyInLane) []river.InsertManyParams {
+	jobs := make([]river.InsertManyParams, len(keys))
+	for i, k := range keys {
+		opts := &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 1 + int(k.Lane)}
+		if k.Lane == tenant.Urgent {
+			opts.Queue = tenant.QueueInteractive
+		}
+		jobs[i] = river.InsertManyParams{Args: tenant.KeyJob{KeyID: k.ID}, InsertOpts: opts}
+	}
+	return jobs
+}
+
 func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error {
 	if len(jobs) == 0 {
 		return nil
@@ -41,7 +59,8 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
 	var building, later []tenant.AppID
-	var keys, reconciliations []uuid.UUID
+	var reconciliations []uuid.UUID
+	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
 	collect(batch, &building, `
@@ -50,13 +69,15 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 			SELECT id FROM apps WHERE state = 'building' AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 		RETURNING id`, requeueAfter, most)
-	collect(batch, &keys, `
+	batch.Queue(`
 		UPDATE keys SET enqueued_at = now()
 		WHERE id IN (
-			SELECT id FROM keys
-			WHERE state = 'revoking' AND next_attempt_at <= now() AND leased_until < now() AND NOT `+fenced+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
-		RETURNING id`, requeueAfter, most)
+			SELECT id FROM keys k WHERE `+dueKey+` AND `+notQueued+`
+			ORDER BY lane, next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+		RETURNING id, lane`, requeueAfter, most).Query(func(rows pgx.Rows) (err error) {
+		keys, err = pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+		return err
+	})
 	collect(batch, &reconciliations, `
 		UPDATE reconciliations SET enqueued_at = now()
 		WHERE state = 'running' AND next_attempt_at <= now() AND leased_until < now() AND `+notQueued+`
@@ -82,9 +103,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	for _, id := range building {
 		add(tenant.QueueInteractive, 1, tenant.AppJob{AppID: id})
 	}
-	for _, id := range keys {
-		add(tenant.QueueBackground, 1, tenant.KeyJob{KeyID: id})
-	}
+	jobs = append(jobs, keyJobs(keys)...)
 	for _, id := range reconciliations {
 		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
 	}

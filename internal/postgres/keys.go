@@ -11,12 +11,16 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-const keyColumns = `k.id, k.app_id, k.name, k.state, k.hint, k.scopes, k.created_at, k.activated_at, k.revoked_at, k.expires_at`
+const keyColumns = `k.id, k.app_id, k.name, k.state, k.hint, k.scopes, k.created_at, k.activated_at, k.revoked_at, k.expires_at,
+	CASE WHEN k.state = 'retiring' THEN k.retires_at END, k.fingerprint, coalesce(k.end_reason, ''), k.problem`
 
 func keyFields(k *tenant.Key) ([]any, func()) {
-	var activated, revoked, expires *time.Time
-	return []any{&k.ID, &k.AppID, &k.Name, &k.State, &k.Hint, &k.Scopes, &k.CreatedAt, &activated, &revoked, &expires},
-		func() { k.ActivatedAt, k.RevokedAt, k.ExpiresAt = orZero(activated), orZero(revoked), orZero(expires) }
+	var activated, revoked, expires, retires *time.Time
+	return []any{&k.ID, &k.AppID, &k.Name, &k.State, &k.Hint, &k.Scopes, &k.CreatedAt, &activated, &revoked, &expires,
+			&retires, &k.Fingerprint, &k.EndReason, &k.Problem},
+		func() {
+			k.ActivatedAt, k.RevokedAt, k.ExpiresAt, k.RetiresAt = orZero(activated), orZero(revoked), orZero(expires), orZero(retires)
+		}
 }
 
 func scanKey(row pgx.CollectableRow) (tenant.Key, error) {
@@ -50,19 +54,23 @@ func (db *DB) Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error) {
 // reports tenant.NotFound for an unknown tenant and for a name that has no
 // active key.
 func (db *DB) Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error) {
+	return db.reveal(ctx, id, `k.name = $2`, name, actor)
+}
+
+func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, actor tenant.Actor) (tenant.Key, []byte, error) {
 	var k tenant.Key
 	var ciphertext []byte
 	fields, done := keyFields(&k)
 	err := db.pool.QueryRow(ctx, `
 		WITH key AS (
 			SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
-			WHERE t.id = $1 AND k.name = $2 AND k.state = 'active'
+			WHERE t.id = $1 AND `+which+` AND k.state = 'active'
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $3, nullif($4, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
 		)
 		SELECT `+keyColumns+`, k.ciphertext FROM key k`,
-		id, name, actor.Name, actor.RequestID).Scan(append(fields, &ciphertext)...)
+		id, arg, actor.Name, actor.RequestID).Scan(append(fields, &ciphertext)...)
 	done()
 	if errors.Is(err, pgx.ErrNoRows) {
 		if _, err := db.Tenant(ctx, id); err != nil {
@@ -73,81 +81,260 @@ func (db *DB) Reveal(ctx context.Context, id tenant.ID, name string, actor tenan
 	return k, ciphertext, translate("reveal key", err)
 }
 
-// Identify finds the key with a fingerprint and writes that it was asked for.
-// It reports tenant.NotFound if Tenantry never held such a key.
-func (db *DB) Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error) {
-	var k tenant.IdentifiedKey
-	fields, done := keyFields(&k.Key)
-	err := db.pool.QueryRow(ctx, `
-		WITH key AS (
-			SELECT k.*, a.tenant_id FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.fingerprint = $1
-		), audited AS (
-			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
-			SELECT $2, nullif($3, ''), 'key.identified', tenant_id, app_id, id, jsonb_build_object('name', name) FROM key
-		)
-		SELECT `+keyColumns+`, coalesce(k.tenant_id, '') FROM key k`,
-		fingerprint, actor.Name, actor.RequestID).Scan(append(fields, &k.TenantID)...)
-	done()
-	if errors.Is(err, pgx.ErrNoRows) {
-		return k, errNotFound("key")
+// Identify finds the key of a fingerprint, or the keys of an app, and writes that it
+// was asked for. It reports tenant.NotFound if Tenantry never held such a key or app.
+func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Actor) (tenant.Identified, error) {
+	var found tenant.Identified
+	which, arg := `k.fingerprint = $1`, any(what.Fingerprint)
+	if what.AppID != "" {
+		which, arg = `a.id = $1`, what.AppID
 	}
-	return k, translate("identify key", err)
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		err := tx.QueryRow(ctx, `
+			SELECT a.id, a.state, coalesce(a.tenant_id, ''), now() FROM apps a WHERE a.id = (
+				SELECT a.id FROM apps a LEFT JOIN keys k ON k.app_id = a.id WHERE `+which+` LIMIT 1)`, arg).
+			Scan(&found.AppID, &found.AppState, &found.TenantID, &found.At)
+		if errors.Is(err, pgx.ErrNoRows) {
+			if what.AppID != "" {
+				return errNotFound("app")
+			}
+			return errNotFound("key")
+		}
+		if err != nil {
+			return err
+		}
+		rows, _ := tx.Query(ctx, `SELECT `+keyColumns+` FROM keys k JOIN apps a ON a.id = k.app_id WHERE `+which+`
+			ORDER BY k.name, k.created_at, k.id`, arg)
+		if found.Keys, err = pgx.CollectRows(rows, scanKey); err != nil {
+			return err
+		}
+		e := event{action: "app.identified", tenant: found.TenantID, app: found.AppID}
+		if what.AppID == "" {
+			e.action, e.key, e.detail = "key.identified", found.Keys[0].ID, map[string]any{"name": found.Keys[0].Name}
+		}
+		return audit(ctx, tx, actor, e)
+	})
+	return found, translate("identify", err)
 }
 
-// LeaseKey takes a key that is revoking and due, for at most lease. It reports
+// dueKey selects the keys k that there is work on. While the fence is up nothing is
+// removed. A key of an app that is building is made by the build.
+const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
+	k.state = 'revoking' AND NOT ` + fenced + `
+	OR k.state = 'creating' AND EXISTS (SELECT FROM apps a WHERE a.id = k.app_id AND a.state = 'held'))`
+
+const leasedKeyColumns = `k.id, k.app_id, k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
+	coalesce(now() - k.in_doubt_since, '0'), k.attempts, k.problem, k.leased_until`
+
+func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
+	var k tenant.LeasedKey
+	err := row.Scan(&k.ID, &k.AppID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.InDoubtFor,
+		&k.Attempts, &k.Problem, &k.LeasedUntil)
+	return k, err
+}
+
+// LeaseKey takes a key that there is work on, for at most lease. It reports
 // tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error) {
-	var k tenant.RevokingKey
-	err := db.pool.QueryRow(ctx, `
-		UPDATE keys SET leased_until = now() + $2
-		WHERE id = (SELECT id FROM keys
-			WHERE id = $1 AND state = 'revoking' AND leased_until < now() AND next_attempt_at <= now() AND NOT `+fenced+`
-			FOR UPDATE SKIP LOCKED)
-		RETURNING id, app_id, name, ciphertext, coalesce(now() - in_doubt_since, '0'), attempts, problem, leased_until`,
-		id, lease).
-		Scan(&k.ID, &k.AppID, &k.Name, &k.Ciphertext, &k.InDoubtFor, &k.Attempts, &k.Problem, &k.LeasedUntil)
+func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error) {
+	rows, _ := db.pool.Query(ctx, `
+		UPDATE keys k SET leased_until = now() + $2
+		WHERE id = (SELECT id FROM keys k WHERE k.id = $1 AND `+dueKey+` FOR UPDATE SKIP LOCKED)
+		RETURNING `+leasedKeyColumns, id, lease)
+	k, err := pgx.CollectExactlyOneRow(rows, scanLeasedKey)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return k, errNotFound("key")
 	}
 	return k, translate("lease key", err)
 }
 
+// BeginLeasedKey records the intent to make a leased key: from here on, until the
+// outcome is recorded, it may exist upstream.
+func (db *DB) BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE keys SET in_doubt_since = coalesce(in_doubt_since, now()), updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'creating'`, k.ID, k.LeasedUntil)
+	return oneRow("record intent to make key", tag, err)
+}
+
+// ReplaceLeasedKey gives up a leased key whose making has an unknown outcome, and that
+// could not be found upstream: it may still land there, and goes on to be revoked.
+// Another row takes its place, leased as it was.
+func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error) {
+	var next tenant.LeasedKey
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		// The row is changed first: one key of a name is creating at a time, and one
+		// row has the rotation.
+		var rotation *string
+		err := tx.QueryRow(ctx, `
+			WITH was AS (
+				SELECT id, rotation_id FROM keys WHERE id = $1 AND leased_until = $2 AND state = 'creating' FOR UPDATE
+			)
+			UPDATE keys k
+			SET state = 'revoking', end_reason = 'unclear', rotation_id = NULL, leased_until = '-infinity', next_attempt_at = now(),
+				enqueued_at = '-infinity', attempts = 0, updated_at = now()
+			FROM was WHERE k.id = was.id
+			RETURNING was.rotation_id`, k.ID, k.LeasedUntil).Scan(&rotation)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return tenant.ErrLeaseLost
+		}
+		if err != nil {
+			return err
+		}
+		rows, _ := tx.Query(ctx, `
+			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, attempts, leased_until, created_at)
+			SELECT $2, app_id, name, scopes, expires_at, lane, $5, replaces, overlap, request_id, $4, $3, created_at FROM keys WHERE id = $1
+			RETURNING `+leasedKeyColumns, k.ID, id, k.LeasedUntil, k.Attempts, rotation)
+		next, err = pgx.CollectExactlyOneRow(rows, scanLeasedKey)
+		return err
+	})
+	return next, translate("replace key", err)
+}
+
+// FinishLeasedKey stores the secret of a leased key, which works from now on. The key
+// that it replaces works on for the overlap. A tenant that resumes is active again
+// with the last of its keys. A key that is not wanted any more keeps its secret only
+// to be revoked.
+func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
+	var retired []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		owner, err := lockOwner(ctx, tx, k.AppID)
+		if err != nil {
+			return err
+		}
+		var state tenant.KeyState
+		var replaces *uuid.UUID
+		var rotation string
+		err = tx.QueryRow(ctx, `
+			SELECT state, replaces, coalesce(rotation_id, ''), coalesce(request_id, '') FROM keys
+			WHERE id = $1 AND leased_until = $2 AND state IN ('creating', 'revoking') FOR UPDATE`,
+			k.ID, k.LeasedUntil).Scan(&state, &replaces, &rotation, &actor.RequestID)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return tenant.ErrLeaseLost
+		}
+		if err != nil {
+			return err
+		}
+		if state == tenant.KeyRevoking {
+			_, err := tx.Exec(ctx, `
+				UPDATE keys
+				SET ciphertext = $2, fingerprint = $3, hint = $4, in_doubt_since = NULL, leased_until = '-infinity', enqueued_at = now(),
+					next_attempt_at = now(), updated_at = now()
+				WHERE id = $1`, k.ID, key.Ciphertext, key.Fingerprint, key.Hint)
+			retired = append(retired, keyInLane{k.ID, tenant.Urgent})
+			return err
+		}
+		if replaces != nil {
+			// Before the new key is active: there is one of a name at a time.
+			if retired, err = retireKey(ctx, tx, *replaces, k.ID, owner, actor); err != nil {
+				return err
+			}
+		}
+		if _, err := tx.Exec(ctx, `
+			UPDATE keys
+			SET state = 'active', ciphertext = $2, fingerprint = $3, hint = $4, in_doubt_since = NULL, attempts = 0, problem = NULL,
+				leased_until = '-infinity', activated_at = now(), updated_at = now()
+			WHERE id = $1`, k.ID, key.Ciphertext, key.Fingerprint, key.Hint); err != nil {
+			return err
+		}
+		detail := map[string]any{"name": k.Name, "scopes": k.Scopes}
+		if replaces != nil {
+			detail["replaces"], detail["rotation_id"] = replaces, rotation
+		}
+		if err := audit(ctx, tx, actor, event{action: "key.created", tenant: owner, app: k.AppID, key: k.ID, detail: detail}); err != nil {
+			return err
+		}
+		return settle(ctx, tx, owner, actor)
+	})
+	if err != nil {
+		return translate("finish key", err)
+	}
+	return db.enqueue(ctx, keyJobs(retired))
+}
+
+// retireKey lets a key that next replaces work on for next's overlap.
+func retireKey(ctx context.Context, tx pgx.Tx, id, next uuid.UUID, owner tenant.ID, actor tenant.Actor) ([]keyInLane, error) {
+	var k keyInLane
+	var state tenant.KeyState
+	var app tenant.AppID
+	var name string
+	var retires *time.Time
+	err := tx.QueryRow(ctx, `
+		UPDATE keys k
+		SET state = CASE WHEN n.overlap > '0' THEN 'retiring' ELSE 'revoking' END,
+			retires_at = now() + n.overlap, end_reason = 'rotated', lane = n.lane, request_id = n.request_id,
+			attempts = 0, next_attempt_at = now(), enqueued_at = CASE WHEN n.overlap > '0' THEN '-infinity'::timestamptz ELSE now() END, updated_at = now()
+		FROM keys n WHERE k.id = $1 AND k.state = 'active' AND n.id = $2
+		RETURNING k.id, k.lane, k.state, k.app_id, k.name, k.retires_at`, id, next).Scan(&k.ID, &k.Lane, &state, &app, &name, &retires)
+	if errors.Is(err, pgx.ErrNoRows) { // it was revoked meanwhile
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := audit(ctx, tx, actor, event{action: "key." + string(state), tenant: owner, app: app, key: id,
+		detail: map[string]any{"name": name, "reason": tenant.EndRotated, "replaced_by": next, "retires_at": retires}}); err != nil {
+		return nil, err
+	}
+	if state == tenant.KeyRetiring {
+		return nil, nil
+	}
+	return []keyInLane{k}, nil
+}
+
 // KeyEnded records that a leased key works no longer upstream, or, if lost,
-// that it may work there and cannot be addressed. Its secret is erased.
-func (db *DB) KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error {
+// that it may work there and cannot be addressed. Its secret is erased. A tenant
+// that is being suspended is suspended with the last of its keys.
+func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error {
 	state, action := tenant.KeyRevoked, "key.revoked"
 	if lost != nil {
 		state, action = tenant.KeyLost, "key.lost"
 	}
-	tag, err := db.pool.Exec(ctx, `
-		WITH ended AS (
+	return translate("record end of key", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		owner, err := lockOwner(ctx, tx, k.AppID)
+		if err != nil {
+			return err
+		}
+		var reason tenant.EndReason
+		err = tx.QueryRow(ctx, `
 			UPDATE keys
 			SET state = $3, revoked_at = CASE WHEN $3 = 'revoked' THEN now() END, ciphertext = NULL,
 				in_doubt_since = CASE WHEN $3 = 'lost' THEN in_doubt_since END, problem = $4, attempts = 0,
 				leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'revoking'
-			RETURNING id, app_id, name)
-		INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, detail)
-		SELECT $5, $6, a.tenant_id, a.id, e.id, jsonb_build_object('name', e.name)
-		FROM ended e JOIN apps a ON a.id = e.app_id`,
-		k.ID, k.LeasedUntil, state, lost, actor.Name, action)
-	return oneRow("record end of key", tag, err)
+			RETURNING coalesce(end_reason, ''), coalesce(request_id, '')`,
+			k.ID, k.LeasedUntil, state, lost).Scan(&reason, &actor.RequestID)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return tenant.ErrLeaseLost
+		}
+		if err != nil {
+			return err
+		}
+		detail := map[string]any{"name": k.Name}
+		if reason != "" {
+			detail["reason"] = reason
+		}
+		if err := audit(ctx, tx, actor, event{action: action, tenant: owner, app: k.AppID, key: k.ID, detail: detail}); err != nil {
+			return err
+		}
+		return settle(ctx, tx, owner, actor)
+	}))
 }
 
 // KeySetback records a failed try on a leased key, and lets the lease go.
-func (db *DB) KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error {
+func (db *DB) KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE keys
 		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
 			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
+			in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
 			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-		WHERE id = $1 AND leased_until = $2 AND state = 'revoking'`,
-		k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
+		WHERE id = $1 AND leased_until = $2 AND state IN ('creating', 'revoking')`,
+		k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts), s.Settled)
 	return oneRow("record setback of key", tag, err)
 }
 
 // DeferKey lets the lease of a key go, to be looked at again after delay.
-func (db *DB) DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error {
+func (db *DB) DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE keys SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
 		WHERE id = $1 AND leased_until = $2`,

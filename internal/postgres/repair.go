@@ -77,14 +77,14 @@ func (db *DB) ForgetApp(ctx context.Context, r tenant.Reconciliation, f tenant.F
 	return db.act(ctx, r, f, "app.gone", `
 		WITH freed AS (
 			UPDATE tenants SET state = 'provisioning', state_since = now(), app_id = NULL, version = version + 1, updated_at = now()
-			WHERE app_id = $1 AND state = 'active' RETURNING id
+			WHERE app_id = $1 AND state IN ('active', 'resuming') RETURNING id
 		), keys_gone AS (
 			UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, updated_at = now()
 			WHERE app_id = $1 AND state <> 'revoked'
 		)
 		UPDATE apps SET state = 'deleted', pending = false, problem = NULL, updated_at = now()
 		WHERE id = $1 AND state IN ('ready', 'held')
-			AND (state = 'ready' OR EXISTS (SELECT FROM tenants t WHERE t.app_id = apps.id AND t.state = 'active'))`, f.AppID)
+			AND (state = 'ready' OR EXISTS (SELECT FROM tenants t WHERE t.app_id = apps.id AND t.state IN ('active', 'resuming')))`, f.AppID)
 }
 
 // DiscardApp gives an app of the pool whose key is gone to the workers that remove
@@ -102,14 +102,13 @@ func (db *DB) RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.F
 		WITH gone AS (
 			UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
 			WHERE id = $1 AND state IN ('active', 'retiring')
-			RETURNING app_id, name, scopes, state
+			RETURNING app_id, name, scopes, expires_at, state
 		), made AS (
-			INSERT INTO keys (id, app_id, name, scopes) SELECT $2, app_id, name, scopes FROM gone
+			INSERT INTO keys (id, app_id, name, scopes, expires_at) SELECT $2, app_id, name, scopes, expires_at FROM gone
 			WHERE NOT EXISTS (SELECT FROM keys other WHERE other.app_id = gone.app_id AND other.name = gone.name
 				AND other.id <> $1 AND other.state IN ('active', 'creating'))
 		)
-		UPDATE apps SET pending = true, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
-		WHERE id IN (SELECT app_id FROM gone) AND state = 'held'`, f.KeyID, key.ID)
+		UPDATE apps SET updated_at = now() WHERE id IN (SELECT app_id FROM gone) AND state = 'held'`, f.KeyID, key.ID)
 }
 
 // KeyOf reads the sealed secret of a key that works, for a repair.
@@ -307,12 +306,9 @@ func adoptKeys(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenant
 	}
 	// A tenant's app that has no key that can be used gets a new one.
 	_, err := tx.Exec(ctx, `
-		WITH made AS (
-			INSERT INTO keys (id, app_id, name, scopes)
-			SELECT $2, id, $3, $4 FROM apps WHERE id = $1 AND state = 'held'
-				AND NOT EXISTS (SELECT FROM keys WHERE app_id = $1 AND name = $3 AND state IN ('active', 'creating'))
-			RETURNING app_id)
-		UPDATE apps SET pending = true, next_attempt_at = now() WHERE id IN (SELECT app_id FROM made)`,
+		INSERT INTO keys (id, app_id, name, scopes)
+		SELECT $2, id, $3, $4 FROM apps WHERE id = $1 AND state = 'held'
+			AND NOT EXISTS (SELECT FROM keys WHERE app_id = $1 AND name = $3 AND state IN ('active', 'creating'))`,
 		a.ID, a.NewKey.ID, a.NewKey.Name, a.NewKey.Scopes)
 	return err
 }

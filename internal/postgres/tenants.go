@@ -13,29 +13,55 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A waiting tenant has no app whose problem could be its own: it shows why all
-// upstream work stands still, or the problem of a build that could serve it.
-const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), t.display_name, t.labels,
-	coalesce(t.problem, CASE WHEN t.state = 'provisioning' THEN coalesce(
+// problemSQL is what holds a tenant up. One that waits has no app whose problem could
+// be its own: it shows why all upstream work stands still, or the problem of a build
+// that could serve it. One that changes shows what stands in the way of its keys and
+// its app.
+const problemSQL = `coalesce(t.problem, CASE
+	WHEN t.state IN ('active', 'deleted') THEN NULL
+	WHEN t.state = 'provisioning' THEN coalesce(
 		(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
 			'the database may be behind Clarifai, and no app is given to a tenant until a reconciliation has shown that it is not: '
 			|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL),
-		(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
-		(SELECT pause_reason FROM upstream_budget WHERE pauses > 0),
+		` + upstreamHalted + `,
 		(SELECT a.problem FROM apps a
 		WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL
-		ORDER BY a.next_attempt_at LIMIT 1)) END),
-	t.version, t.created_at, t.updated_at`
+		ORDER BY a.next_attempt_at LIMIT 1))
+	ELSE coalesce(
+		CASE WHEN t.state IN ('suspending', 'purging') OR t.state = 'deleting' AND NOT ` + keysDead + ` THEN
+			(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
+				'the database may be behind Clarifai, and nothing is removed until a reconciliation has shown that it is not: '
+				|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL) END,
+		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') THEN coalesce(` + upstreamHalted + `) END,
+		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND a.state IN ('retained', 'purging')),
+		(SELECT k.problem FROM keys k
+		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND k.problem IS NOT NULL
+		ORDER BY k.next_attempt_at LIMIT 1)) END)`
+
+// upstreamHalted is why no upstream work is done at all; null while it is.
+const upstreamHalted = `(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
+	(SELECT pause_reason FROM upstream_budget WHERE pauses > 0)`
+
+// keysDead says of the tenant t that none of its keys works, as far as is known.
+const keysDead = `NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking'))`
+
+const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), coalesce(t.app_user_id, ''), t.display_name, t.labels,
+	t.deletion_protection, CASE WHEN t.state = 'deleting' THEN (SELECT a.purge_after FROM apps a WHERE a.id = t.app_id) END,
+	t.state = 'deleting' AND ` + keysDead + `, ` + problemSQL + `, t.version, t.created_at, t.updated_at`
 
 func scanTenant(row pgx.CollectableRow) (tenant.Tenant, error) {
 	var t tenant.Tenant
-	err := row.Scan(tenantFields(&t)...)
+	fields, done := tenantFields(&t)
+	err := row.Scan(fields...)
+	done()
 	return t, err
 }
 
-func tenantFields(t *tenant.Tenant) []any {
-	return []any{&t.ID, &t.Generation, &t.State, &t.Profile, &t.AppID, &t.DisplayName, &t.Labels,
-		&t.Problem, &t.Version, &t.CreatedAt, &t.UpdatedAt}
+func tenantFields(t *tenant.Tenant) ([]any, func()) {
+	var purge *time.Time
+	return []any{&t.ID, &t.Generation, &t.State, &t.Profile, &t.AppID, &t.AppUserID, &t.DisplayName, &t.Labels,
+			&t.DeletionProtection, &purge, &t.KeysDead, &t.Problem, &t.Version, &t.CreatedAt, &t.UpdatedAt},
+		func() { t.PurgeAfter = orZero(purge) }
 }
 
 func oneTenant(rows pgx.Rows) (tenant.Tenant, error) {
@@ -114,10 +140,7 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 		add("t.created_at < ?", f.CreatedBefore)
 	}
 	if f.HasProblem != nil {
-		condition := `(t.problem IS NOT NULL OR t.state = 'provisioning' AND (
-			` + fenced + ` OR EXISTS (SELECT FROM refused_pats) OR EXISTS (SELECT FROM upstream_budget WHERE pauses > 0)
-			OR EXISTS (SELECT FROM apps a
-				WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL)))`
+		condition := `(t.problem IS NOT NULL OR t.state NOT IN ('active', 'deleted') AND ` + problemSQL + ` IS NOT NULL)`
 		if !*f.HasProblem {
 			condition = "NOT " + condition
 		}
@@ -201,15 +224,26 @@ const startBuildsSQL = `
 // SignUp makes a tenant, gives it a ready app if there is one, and begins a
 // build if there is none: one round trip and one transaction, which neither
 // notifies nor enqueues where an app was ready. A tenant that is there already
-// is returned as it stands.
+// is returned as it stands; with n.Again one that is deleted, or being deleted,
+// begins its next generation.
 func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
 	s := tenant.SignedUp{}
 	var began []tenant.AppID
 	batch := &pgx.Batch{}
-	batch.Queue(`
-		WITH made AS (
+	made := `
 			INSERT INTO tenants (id, profile, display_name, labels, attributes_hash)
-			VALUES ($1, $2, $3, $4, $5) ON CONFLICT (id) DO NOTHING
+			VALUES ($1, $2, $3, $4, $5) ON CONFLICT (id) DO NOTHING`
+	if n.Again {
+		// Not ON CONFLICT DO UPDATE: that would lock the row of each tenant that is there.
+		made = `
+			UPDATE tenants
+			SET generation = generation + 1, profile = $2, display_name = $3, labels = $4, attributes_hash = $5, state = 'provisioning',
+				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false,
+				version = version + 1, updated_at = now()
+			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted')`
+	}
+	batch.Queue(`
+		WITH made AS (`+made+`
 			RETURNING id, generation)
 		INSERT INTO audit_events (actor, request_id, action, tenant_id, detail)
 		SELECT $6, nullif($7, ''), 'tenant.created', id, jsonb_build_object('generation', generation, 'profile', $2::text)
@@ -223,7 +257,11 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 			return err
 		})
 	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, n.ID).
-		QueryRow(func(row pgx.Row) error { return row.Scan(append(tenantFields(&s.Tenant), &s.FirstHash)...) })
+		QueryRow(func(row pgx.Row) error {
+			fields, done := tenantFields(&s.Tenant)
+			defer done()
+			return row.Scan(append(fields, &s.FirstHash)...)
+		})
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
@@ -252,7 +290,7 @@ func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tena
 		batch.Queue(`
 			UPDATE keys SET next_attempt_at = now(), enqueued_at = '-infinity'
 			WHERE id IN (SELECT k.id FROM keys k JOIN apps a ON a.id = k.app_id
-				WHERE a.tenant_id = $1 AND k.state = 'revoking' AND k.next_attempt_at > now()
+				WHERE a.tenant_id = $1 AND k.state IN ('creating', 'revoking') AND k.next_attempt_at > now()
 				FOR UPDATE OF k SKIP LOCKED)`, id)
 		batch.Queue(`UPDATE upstream_budget SET paused_until = clock_timestamp() WHERE paused_until > clock_timestamp()`)
 		batch.Queue(`UPDATE refused_pats SET next_check_at = now() WHERE next_check_at > now()`)

@@ -142,7 +142,7 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 			return err
 		}
 	}
-	secret, err := s.makeKey(ctx, a, profile.KeyScopes)
+	secret, err := s.makeKey(ctx, a, profile)
 	if err != nil {
 		return err
 	}
@@ -228,26 +228,25 @@ func (s *Service) lookAt(ctx context.Context, l lane, id tenant.AppID) (app tena
 	return app, err
 }
 
-// makeKey makes sure that the app has a key whose secret we know, and returns it.
-// Afterwards a.Creating is the row of that key.
-func (s *Service) makeKey(ctx context.Context, a *tenant.App, scopes []string) (tenant.Secret, error) {
+// makeKey makes sure that the app of a build has a key whose secret we know, and
+// returns it. Afterwards a.Creating is the row of that key.
+func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
 	if a.Creating.InDoubt {
 		key, found, err := s.findKey(ctx, laneOf(*a), a.ID, a.Creating.ID)
 		switch {
-		case err != nil && tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions && a.State == tenant.AppBuilding:
+		case tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "the app is gone upstream")
 		case err != nil:
 			return tenant.Secret{}, err
 		case found && key.Secret.IsSet():
 			return key.Secret, nil
-		case found && a.State == tenant.AppBuilding:
+		case found:
 			// No tenant has had this app: to begin anew is safe, and leaves no key
 			// that nobody knows.
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "a key was made, its answer was lost, and listings are masked")
 		}
-		// The lost call may still land, or has made a key that cannot be addressed.
-		// The row goes on to be looked for and revoked; a key row of its own is made
-		// below.
+		// The lost call may still land. The row goes on to be looked for and revoked; a
+		// key row of its own is made below.
 		if err := s.Store.GiveUpKey(ctx, *a); err != nil {
 			return tenant.Secret{}, err
 		}
@@ -261,19 +260,24 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, scopes []string) (
 	if err != nil {
 		return tenant.Secret{}, err
 	}
-	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: scopes}); err != nil {
+	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
 		return tenant.Secret{}, err
 	}
 	a.Creating.ID = id
-	var secret tenant.Secret
+	secret, err := s.createKey(ctx, t, a.ID, id, profile.KeyScopes)
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions {
+		return secret, s.abandon(ctx, *a, true, "the app is gone upstream")
+	}
+	return secret, err
+}
+
+// createKey makes the key of a row, whose intent is written down.
+func (s *Service) createKey(ctx context.Context, t turn, app tenant.AppID, id uuid.UUID, scopes []string) (secret tenant.Secret, err error) {
 	err = s.send(ctx, t, func(ctx context.Context) (err error) {
-		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: a.ID, Scopes: scopes,
+		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: app, Scopes: scopes,
 			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
 		return err
 	})
-	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions && a.State == tenant.AppBuilding {
-		return secret, s.abandon(ctx, *a, true, "the app is gone upstream")
-	}
 	return secret, err
 }
 

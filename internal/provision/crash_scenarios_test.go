@@ -101,7 +101,7 @@ var crashScenarios = map[string]crashScenario{
 			_, _ = s.r.Tenant(s.t.Context(), "user_1", 0)
 			_, _ = s.r.Retry(s.t.Context(), "user_1", admin)
 			_, secret := keyOf(s.t, s.r, "user_1")
-			_, _ = s.r.Identify(s.t.Context(), secret, caller)
+			_, _ = s.r.Identify(s.t.Context(), secret, tenant.Suspect{}, caller)
 			_, _, _ = s.r.UpstreamStatus(s.t.Context())
 		},
 	},

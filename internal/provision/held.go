@@ -10,23 +10,13 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// tend does what a held app lacks: a key that is to be made, and its tenant in its
-// marker, from which the mapping can be rebuilt if the database is lost.
+// tend does what a held app lacks: the further keys of its profile, and its tenant in
+// its marker, from which the mapping can be rebuilt if the database is lost.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
-	if a.Creating.ID != uuid.Nil {
-		scopes := []string{"All"}
-		if p, ok := s.profiles[a.Profile]; ok {
-			scopes = p.KeyScopes
-		}
-		secret, err := s.makeKey(ctx, a, scopes)
-		if err != nil {
+	if !a.HasExtraKeys {
+		if err := s.Store.AddExtraKeys(ctx, *a, s.extraKeys(a.Profile), worker); err != nil {
 			return err
 		}
-		sealed, err := s.sealed(a.Creating.ID, secret)
-		if err != nil {
-			return err
-		}
-		return s.Store.FinishKey(ctx, *a, sealed, worker)
 	}
 	if a.Marked || s.SkipMarks {
 		return s.Store.AppMarked(ctx, *a)
@@ -42,6 +32,18 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	}
 	return s.Store.AppMarked(ctx, *a)
 }
+
+// extraKeys names rows for the further keys of a profile.
+func (s *Service) extraKeys(profile string) []tenant.NewKeyRow {
+	var rows []tenant.NewKeyRow
+	for _, k := range s.profiles[profile].ExtraKeys {
+		rows = append(rows, tenant.NewKeyRow{ID: newRowID(), Name: k.Name, Scopes: k.Scopes})
+	}
+	return rows
+}
+
+// newRowID makes the id of a row: rows sort by it as they were made.
+func newRowID() uuid.UUID { return uuid.Must(uuid.NewV7()) }
 
 func (s *Service) markerOf(a tenant.App) tenant.Marker {
 	return tenant.Marker{Deployment: s.Deployment.ID, App: a.ID, Profile: a.Profile}

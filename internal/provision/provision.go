@@ -35,7 +35,22 @@ type Store interface {
 	Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
 	Watch(id tenant.ID) (changed <-chan struct{}, stop func())
 	Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error)
-	Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error)
+	RevealKey(ctx context.Context, id tenant.ID, key uuid.UUID, actor tenant.Actor) (tenant.Key, []byte, error)
+	Identify(ctx context.Context, what tenant.Suspect, actor tenant.Actor) (tenant.Identified, error)
+
+	Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
+	Resume(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
+	Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error)
+	Restore(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
+	UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error)
+	Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error)
+	Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, error)
+	AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error)
+	RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, error)
+	StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (tenant.Rotation, error)
+	Rotation(ctx context.Context, id tenant.ID, name, rotation string) (tenant.Rotation, error)
+	ConfirmRotation(ctx context.Context, id tenant.ID, name, rotation string, actor tenant.Actor) (tenant.Rotation, error)
+	Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID, actor tenant.Actor) (tenant.Quarantine, error)
 
 	LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error)
 	BeginApp(ctx context.Context, a tenant.App) error
@@ -48,13 +63,16 @@ type Store interface {
 	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
 	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
 
-	FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error
+	AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error
 	AppMarked(ctx context.Context, a tenant.App) error
 
-	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error)
-	KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error
-	KeySetback(ctx context.Context, k tenant.RevokingKey, s tenant.Setback) error
-	DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error
+	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error)
+	BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error
+	ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error)
+	FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error
+	KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error
+	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
+	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 
 	Fence(ctx context.Context) (tenant.Fence, error)
 	RaiseFence(ctx context.Context, reason string) error
@@ -104,6 +122,9 @@ type Store interface {
 
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	EndDueKeys(ctx context.Context, actor tenant.Actor) error
+	SettleTenants(ctx context.Context, actor tenant.Actor) error
+	PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error)
 	Enqueue(ctx context.Context) (int, error)
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
@@ -151,7 +172,7 @@ type Config struct {
 	BackoffCap  time.Duration // 30 s
 
 	ReportEvery time.Duration // Clarifai is compared with the database by itself; 24 h
-	RemovalCap  int           // what repairs may remove in an hour; 100
+	RemovalCap  int           // what repairs may remove in an hour, and of how many tenants the apps; 100
 	SkipMarks   bool          // leave tenants out of the markers of their apps
 
 	TripAfter    int           // calls in a row that Clarifai fails before all work pauses; 5
@@ -266,6 +287,9 @@ var worker = tenant.Actor{Name: "worker"}
 // SignUp makes a tenant, or finds it, and waits for wait until it is active. The
 // tenant it returns may still be provisioning: workers go on.
 //
+// The next generation of a tenant that is deleted begins, or with up.Replace of one
+// that is being deleted.
+//
 // It reports tenant.Invalid for attributes or a profile that cannot be,
 // tenant.Conflict for a tenant that was signed up otherwise or is being deleted.
 func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (t tenant.Tenant, created bool, err error) {
@@ -281,10 +305,16 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 	// Watch before writing, so that no wake-up falls between.
 	changed, stop := s.Store.Watch(id)
 	defer stop()
-	signedUp, err := s.Store.SignUp(ctx, tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(),
-		BuildID: s.newAppID(), MaxBuilds: s.MaxBuilds}, actor)
+	n := tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(), BuildID: s.newAppID(), MaxBuilds: s.MaxBuilds}
+	signedUp, err := s.Store.SignUp(ctx, n, actor)
 	if err != nil {
 		return t, false, err
+	}
+	if state := signedUp.Tenant.State; state == tenant.Deleted || up.Replace && (state == tenant.Deleting || state == tenant.Purging) {
+		n.Again = true
+		if signedUp, err = s.Store.SignUp(ctx, n, actor); err != nil {
+			return t, false, err
+		}
 	}
 	t = signedUp.Tenant
 	if signedUp.FirstUnknown() {
@@ -307,7 +337,10 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 func agrees(up tenant.SignUp, t tenant.Tenant, first []byte) error {
 	switch t.State {
 	case tenant.Deleting, tenant.Purging, tenant.Deleted:
-		return tenant.Errorf(tenant.Conflict, "tenant_deleting", "the tenant is %s", t.State)
+		e := tenant.Errorf(tenant.Conflict, "tenant_deleting",
+			"the tenant is %s; ?on_deleting=replace begins its next generation, with an app of its own", t.State)
+		e.State, e.Allowed = t.State, t.State.Allows()
+		return e
 	}
 	if fields := up.Differs(t, first); len(fields) > 0 {
 		return tenant.Errorf(tenant.Conflict, "attributes_differ",
@@ -337,27 +370,48 @@ func (s *Service) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (
 // await returns t as it stands when it stays so, when wait has passed or when
 // the service drains.
 func (s *Service) await(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
+	read := false // t is fresh
+	err := s.awaitThat(ctx, wait, changed, func() (bool, error) {
+		if read {
+			var err error
+			if t, err = s.Store.Tenant(ctx, t.ID); err != nil {
+				return false, err
+			}
+		}
+		read = true
+		return t.Settled(), nil
+	})
+	return t, err
+}
+
+// awaitThat looks until what it looks at is so, wait has passed or the service
+// drains: now, whenever changed says so and now and then. It returns the error of a
+// look.
+func (s *Service) awaitThat(ctx context.Context, wait time.Duration, changed <-chan struct{}, look func() (bool, error)) error {
+	ok, err := look()
+	if ok || err != nil || wait <= 0 {
+		return err
+	}
 	deadline := time.NewTimer(wait)
 	defer deadline.Stop()
-	look := time.NewTicker(s.LookAgain)
-	defer look.Stop()
-	for !t.State.Final() {
+	again := time.NewTicker(s.LookAgain)
+	defer again.Stop()
+	for {
+		last := false
 		select {
 		case <-changed:
-		case <-look.C:
+		case <-again.C:
 		case <-ctx.Done():
-			return t, ctx.Err()
+			return ctx.Err()
 		case <-s.draining:
-			return t, nil
+			return nil
 		case <-deadline.C:
-			return s.Store.Tenant(ctx, t.ID) // with the problem there may be by now
+			last = true // with the problem there may be by now
 		}
-		var err error
-		if t, err = s.Store.Tenant(ctx, t.ID); err != nil {
-			return t, err
+		if ok, err := look(); ok || last || err != nil {
+			return err
 		}
 	}
-	return t, nil
 }
 
 // Drain makes the requests that wait answer now. The work goes on.
@@ -377,10 +431,13 @@ func (s *Service) Reveal(ctx context.Context, id tenant.ID, name string, actor t
 	return key, secret, nil
 }
 
-// Identify finds whose key a secret is, and writes that it was asked for. It
-// reports tenant.NotFound for a string that was never a key of ours.
-func (s *Service) Identify(ctx context.Context, secret tenant.Secret, actor tenant.Actor) (tenant.IdentifiedKey, error) {
-	return s.Store.Identify(ctx, s.Keyring.Fingerprint(secret), actor)
+// Identify finds whose a key or an app is, and writes that it was asked for. A secret,
+// if it is set, counts. It reports tenant.NotFound for what was never ours.
+func (s *Service) Identify(ctx context.Context, secret tenant.Secret, what tenant.Suspect, actor tenant.Actor) (tenant.Identified, error) {
+	if secret.IsSet() {
+		what = tenant.Suspect{Fingerprint: s.Keyring.Fingerprint(secret)}
+	}
+	return s.Store.Identify(ctx, what, actor)
 }
 
 // UpstreamStatus reads what is known of Clarifai and of the work that waits for

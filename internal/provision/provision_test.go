@@ -437,11 +437,11 @@ func TestIdentify(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	found, err := r.Identify(t.Context(), secret, caller)
-	if err != nil || found.TenantID != "user_1" || found.Key.AppID != got.AppID || found.Key.Name != tenant.DefaultKey {
+	found, err := r.Identify(t.Context(), secret, tenant.Suspect{}, caller)
+	if err != nil || found.TenantID != "user_1" || found.Keys[0].AppID != got.AppID || found.Keys[0].Name != tenant.DefaultKey {
 		t.Errorf("Identify = %+v, %v; want the default key of user_1", found, err)
 	}
-	if _, err := r.Identify(t.Context(), tenant.NewSecret("no such key"), caller); !errors.Is(err, tenant.NotFound) {
+	if _, err := r.Identify(t.Context(), tenant.NewSecret("no such key"), tenant.Suspect{}, caller); !errors.Is(err, tenant.NotFound) {
 		t.Errorf("Identify of a foreign string fails with %v; want NotFound", err)
 	}
 }

@@ -24,18 +24,12 @@ const maxDefer = 5 * time.Second
 
 func (d *deferred) bounded() time.Duration { return min(d.wait, maxDefer) }
 
-// A lane says how urgent an upstream call is.
-type lane int
+type lane = tenant.Lane
 
 const (
-	// Somebody waits: the next slot is reserved, however many are before it.
-	urgent lane = iota
-	// Nobody waits: the next slot is reserved unless more than a second's worth is
-	// reserved already, so that urgent calls come first.
-	normal
-	// A slot is taken only if one is free now: work of any amount delays nobody by
-	// more than a slot.
-	background
+	urgent     = tenant.Urgent
+	normal     = tenant.Normal
+	background = tenant.Background
 )
 
 const normalPatience = time.Second

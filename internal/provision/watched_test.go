@@ -58,9 +58,9 @@ func (s watchedStore) Reveal(ctx context.Context, id tenant.ID, name string, act
 	return s.Store.Reveal(ctx, id, name, actor)
 }
 
-func (s watchedStore) Identify(ctx context.Context, fingerprint []byte, actor tenant.Actor) (tenant.IdentifiedKey, error) {
+func (s watchedStore) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Actor) (tenant.Identified, error) {
 	defer s.returned()
-	return s.Store.Identify(ctx, fingerprint, actor)
+	return s.Store.Identify(ctx, what, actor)
 }
 
 func (s watchedStore) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
@@ -113,32 +113,27 @@ func (s watchedStore) AppDeleted(ctx context.Context, a tenant.App, actor tenant
 	return s.Store.AppDeleted(ctx, a, actor)
 }
 
-func (s watchedStore) FinishKey(ctx context.Context, a tenant.App, key tenant.SealedKey, actor tenant.Actor) error {
-	defer s.returned()
-	return s.Store.FinishKey(ctx, a, key, actor)
-}
-
 func (s watchedStore) AppMarked(ctx context.Context, a tenant.App) error {
 	defer s.returned()
 	return s.Store.AppMarked(ctx, a)
 }
 
-func (s watchedStore) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.RevokingKey, error) {
+func (s watchedStore) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error) {
 	defer s.returned()
 	return s.Store.LeaseKey(ctx, id, lease)
 }
 
-func (s watchedStore) KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.Problem, actor tenant.Actor) error {
+func (s watchedStore) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error {
 	defer s.returned()
 	return s.Store.KeyEnded(ctx, k, lost, actor)
 }
 
-func (s watchedStore) KeySetback(ctx context.Context, k tenant.RevokingKey, set tenant.Setback) error {
+func (s watchedStore) KeySetback(ctx context.Context, k tenant.LeasedKey, set tenant.Setback) error {
 	defer s.returned()
 	return s.Store.KeySetback(ctx, k, set)
 }
 
-func (s watchedStore) DeferKey(ctx context.Context, k tenant.RevokingKey, delay time.Duration) error {
+func (s watchedStore) DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
 	defer s.returned()
 	return s.Store.DeferKey(ctx, k, delay)
 }
@@ -441,4 +436,109 @@ func (u watchedUpstream) SetKeyScopes(ctx context.Context, key tenant.Secret, sc
 func (u watchedUpstream) DeleteKey(ctx context.Context, key tenant.Secret) error {
 	defer u.returned()
 	return u.Upstream.DeleteKey(ctx, key)
+}
+
+func (s watchedStore) RevealKey(ctx context.Context, id tenant.ID, key uuid.UUID, actor tenant.Actor) (tenant.Key, []byte, error) {
+	defer s.returned()
+	return s.Store.RevealKey(ctx, id, key, actor)
+}
+
+func (s watchedStore) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Suspend(ctx, id, actor)
+}
+
+func (s watchedStore) Resume(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Resume(ctx, id, keys, actor)
+}
+
+func (s watchedStore) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Delete(ctx, id, d, actor)
+}
+
+func (s watchedStore) Restore(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.Restore(ctx, id, keys, actor)
+}
+
+func (s watchedStore) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
+	defer s.returned()
+	return s.Store.UpdateTenant(ctx, id, p, current, actor)
+}
+
+func (s watchedStore) Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error) {
+	defer s.returned()
+	return s.Store.Keys(ctx, id)
+}
+
+func (s watchedStore) Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, error) {
+	defer s.returned()
+	return s.Store.Key(ctx, id, name)
+}
+
+func (s watchedStore) AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error) {
+	defer s.returned()
+	return s.Store.AddKey(ctx, id, row, spec, actor)
+}
+
+func (s watchedStore) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, error) {
+	defer s.returned()
+	return s.Store.RevokeKeyNamed(ctx, id, name, actor)
+}
+
+func (s watchedStore) StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (tenant.Rotation, error) {
+	defer s.returned()
+	return s.Store.StartRotation(ctx, id, n, actor)
+}
+
+func (s watchedStore) Rotation(ctx context.Context, id tenant.ID, name, rotation string) (tenant.Rotation, error) {
+	defer s.returned()
+	return s.Store.Rotation(ctx, id, name, rotation)
+}
+
+func (s watchedStore) ConfirmRotation(ctx context.Context, id tenant.ID, name, rotation string, actor tenant.Actor) (tenant.Rotation, error) {
+	defer s.returned()
+	return s.Store.ConfirmRotation(ctx, id, name, rotation, actor)
+}
+
+func (s watchedStore) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID, actor tenant.Actor) (tenant.Quarantine, error) {
+	defer s.returned()
+	return s.Store.Quarantine(ctx, fingerprint, next, actor)
+}
+
+func (s watchedStore) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.AddExtraKeys(ctx, a, keys, actor)
+}
+
+func (s watchedStore) BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error {
+	defer s.returned()
+	return s.Store.BeginLeasedKey(ctx, k)
+}
+
+func (s watchedStore) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error) {
+	defer s.returned()
+	return s.Store.ReplaceLeasedKey(ctx, k, id)
+}
+
+func (s watchedStore) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.FinishLeasedKey(ctx, k, key, actor)
+}
+
+func (s watchedStore) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.EndDueKeys(ctx, actor)
+}
+
+func (s watchedStore) SettleTenants(ctx context.Context, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.SettleTenants(ctx, actor)
+}
+
+func (s watchedStore) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error) {
+	defer s.returned()
+	return s.Store.PurgeDue(ctx, perHour, actor)
 }

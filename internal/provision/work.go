@@ -149,6 +149,15 @@ func (s *Service) sweep(ctx context.Context) error {
 	if err := s.watchForRestore(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
+	if err := s.Store.EndDueKeys(ctx, worker); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	if err := s.Store.SettleTenants(ctx, worker); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
+	if _, err := s.Store.PurgeDue(ctx, s.RemovalCap, worker); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
 	if _, err := s.Store.Enqueue(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}

@@ -35,7 +35,11 @@ type Error struct {
 	Detail     string        // shown to the caller; never holds a token or a key
 	Field      string        // where in the request the fault is; may be empty
 	RetryAfter time.Duration // when to try again; zero means unknown
-	Err        error         // the cause, for the log only; may be nil
+	// State and Allowed say of a change that the tenant's state does not allow what
+	// that state is, and which changes it does allow.
+	State   State
+	Allowed []Change
+	Err     error // the cause, for the log only; may be nil
 }
 
 func (e *Error) Error() string {

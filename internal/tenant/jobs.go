@@ -17,7 +17,7 @@ type AppJob struct {
 // Kind names the job in the queue.
 func (AppJob) Kind() string { return "app" }
 
-// KeyJob asks a worker to look at a key that is revoking.
+// KeyJob asks a worker to look at a key: see LeasedKey.
 type KeyJob struct {
 	KeyID uuid.UUID `json:"key_id"`
 }

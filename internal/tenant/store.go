@@ -23,6 +23,8 @@ type NewTenant struct {
 	ID         ID
 	Profile    Profile
 	Attributes Attributes
+	// Again begins the next generation of a tenant that is deleted or being deleted.
+	Again bool
 	// BuildID names the app that is built if none is ready; MaxBuilds bounds how
 	// many apps of the profile are built at once.
 	BuildID   AppID
@@ -134,8 +136,11 @@ type UpstreamStatus struct {
 	DatabaseTime time.Time
 }
 
-// An IdentifiedKey is whose key a string is.
-type IdentifiedKey struct {
-	Key      Key
-	TenantID ID // empty while the key's app waits in the pool
+// An Identified is whose a key or an app is.
+type Identified struct {
+	TenantID ID // empty while the app waits in the pool
+	AppID    AppID
+	AppState AppState
+	Keys     []Key     // the one that was asked for, or all of the app's
+	At       time.Time // when it was looked up, by the database's clock
 }

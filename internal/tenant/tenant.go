@@ -43,9 +43,14 @@ const (
 // States lists every tenant state, in the order of a life.
 var States = []State{Provisioning, Active, Suspending, Suspended, Resuming, Deleting, Purging, Deleted}
 
-// Final reports whether a tenant stays in s until somebody asks for a change.
-func (s State) Final() bool {
-	return s == Active || s == Suspended || s == Deleted
+// Settled reports whether a tenant stays as it is until somebody asks for a change,
+// or its retention ends.
+func (t Tenant) Settled() bool {
+	switch t.State {
+	case Active, Suspended, Deleted:
+		return true
+	}
+	return t.State == Deleting && t.KeysDead && t.PurgeAfter.After(time.Now())
 }
 
 // An AppState is where an app stands: see the design, section 5.
@@ -83,13 +88,20 @@ type Tenant struct {
 	Generation  int // counts sign-ups of one id; an app belongs to one generation
 	State       State
 	Profile     string
-	AppID       AppID // empty while State is Provisioning or Deleted
+	AppID       AppID  // empty while State is Provisioning or Deleted
+	AppUserID   UserID // whose the app is upstream; empty for the operator's own
 	DisplayName string
 	Labels      map[string]string
-	Problem     *Problem // nil when nothing is wrong
-	Version     int64    // grows with every stored change
-	CreatedAt   time.Time
-	UpdatedAt   time.Time
+	// DeletionProtection refuses the deletion of the tenant.
+	DeletionProtection bool
+	// PurgeAfter is when the app of a tenant that is Deleting is removed, and KeysDead
+	// says that none of its keys works any more; both are zero in other states.
+	PurgeAfter time.Time
+	KeysDead   bool
+	Problem    *Problem // nil when nothing is wrong
+	Version    int64    // grows with every stored change
+	CreatedAt  time.Time
+	UpdatedAt  time.Time
 }
 
 // A Problem says why something does not move, and when it is tried again.
@@ -126,8 +138,11 @@ type App struct {
 	Generation int
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
-	// Creating is the key that is being made for the app; its ID is zero when
-	// there is none.
+	// HasExtraKeys says that its tenant got the further keys of its profile, if there
+	// are any.
+	HasExtraKeys bool
+	// Creating is the key that is being made for an app that is building; its ID is
+	// zero when there is none.
 	Creating CreatingKey
 }
 
@@ -137,12 +152,19 @@ type CreatingKey struct {
 	InDoubt bool // a call that may have made it was begun, its outcome never recorded
 }
 
-// A RevokingKey is a key that shall work no longer, leased by a worker.
-type RevokingKey struct {
-	ID          uuid.UUID
-	AppID       AppID
-	Name        string
-	Ciphertext  []byte // nil for a key whose secret was never learnt
+// A LeasedKey is a key that a worker has leased: one that is creating for an app
+// that a tenant holds, or one that is revoking.
+type LeasedKey struct {
+	ID         uuid.UUID
+	AppID      AppID
+	Name       string
+	State      KeyState
+	Scopes     []string
+	Lane       Lane
+	Ciphertext []byte // nil for a key whose secret was never learnt
+	// InDoubt says that a call that may have made the key was begun, InDoubtFor ago,
+	// and that its outcome was never recorded.
+	InDoubt     bool
 	InDoubtFor  time.Duration
 	Attempts    int
 	Problem     *Problem
@@ -161,6 +183,10 @@ type Key struct {
 	ActivatedAt time.Time // zero before the key worked
 	RevokedAt   time.Time // zero while the key may work
 	ExpiresAt   time.Time // zero means never
+	RetiresAt   time.Time // when a key that a rotation replaced stops working; zero for others
+	Fingerprint []byte    // nil while the secret is not known
+	EndReason   EndReason // why the key works no longer or shall not; empty while it shall
+	Problem     *Problem  // why it is not as it shall be; nil when nothing is wrong
 }
 
 // A SealedKey is a secret as Postgres holds it.
@@ -228,6 +254,8 @@ type SignUp struct {
 	Profile     *string
 	DisplayName *string
 	Labels      map[string]string
+	// Replace begins the next generation of a tenant that is being deleted.
+	Replace bool
 }
 
 // DefaultProfile is the profile of a sign-up that names none.

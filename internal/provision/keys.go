@@ -11,7 +11,7 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// workKey looks at a key that shall work no longer and makes it so.
+// workKey looks at a key and makes it work, or work no longer, as its row says.
 func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	field := zap.Stringer("key", id)
 	k, err := s.Store.LeaseKey(ctx, id, s.Lease)
@@ -21,7 +21,11 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	if err != nil {
 		return s.failed("lease key", err, field)
 	}
-	err = s.revoke(ctx, k)
+	if k.State == tenant.KeyCreating {
+		err = s.makeHeldKey(ctx, &k)
+	} else {
+		err = s.revoke(ctx, k)
+	}
 	if err == nil {
 		return outcomeDone
 	}
@@ -34,11 +38,12 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())
 	case up == nil:
-		return s.fault("revoke key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
+		return s.fault("work on key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
 	case interrupted:
 		err = s.Store.DeferKey(ctx, k, 0)
 	default:
 		set := s.setback(up, k.Attempts, k.Problem)
+		set.Settled = !up.Unclear && up.Call == callCreateKey
 		s.Log.Warn("key set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
 		if err := s.Store.KeySetback(ctx, k, set); err != nil {
 			return s.failed("record setback", err, field)
@@ -51,7 +56,47 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	return outcomeDeferred
 }
 
-func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
+// makeHeldKey makes a key for an app that a tenant holds. Afterwards k is the row
+// of that key.
+func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
+	var secret tenant.Secret
+	if k.InDoubt {
+		key, found, err := s.findKey(ctx, k.Lane, k.AppID, k.ID)
+		if err != nil {
+			return err
+		}
+		if found && key.Secret.IsSet() {
+			secret = key.Secret
+		} else {
+			// The lost call may still land, or has made a key that cannot be addressed: its
+			// row goes on to be looked for and revoked.
+			next, err := s.Store.ReplaceLeasedKey(ctx, *k, newRowID())
+			if err != nil {
+				return err
+			}
+			*k = next
+		}
+	}
+	if !secret.IsSet() {
+		t, err := s.turn(ctx, k.Lane)
+		if err != nil {
+			return err
+		}
+		if err := s.Store.BeginLeasedKey(ctx, *k); err != nil {
+			return err
+		}
+		if secret, err = s.createKey(ctx, t, k.AppID, k.ID, k.Scopes); err != nil {
+			return err
+		}
+	}
+	sealed, err := s.sealed(k.ID, secret)
+	if err != nil {
+		return err
+	}
+	return s.Store.FinishLeasedKey(ctx, *k, sealed, worker)
+}
+
+func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 	if k.Ciphertext != nil {
 		secret, err := s.Keyring.Open(k.ID, k.Ciphertext)
 		if err != nil {
@@ -59,8 +104,11 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 		}
 		return s.deleteKey(ctx, k, secret)
 	}
+	if !k.InDoubt { // it was never made
+		return s.Store.KeyEnded(ctx, k, nil, worker)
+	}
 	// The answer of the call that made it was lost, if it made it at all.
-	key, found, err := s.findKey(ctx, normal, k.AppID, k.ID)
+	key, found, err := s.findKey(ctx, max(normal, k.Lane), k.AppID, k.ID)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
 		return s.Store.KeyEnded(ctx, k, nil, worker)
@@ -80,11 +128,11 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 	return s.Store.KeyEnded(ctx, k, nil, worker)
 }
 
-func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret tenant.Secret) error {
+func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
 	if err := s.mayRemove(ctx); err != nil {
 		return err
 	}
-	err := s.call(ctx, urgent, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
+	err := s.call(ctx, k.Lane, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err
 	}

@@ -1,0 +1,452 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// Who locks a tenant and its keys locks the tenant first.
+
+// An event is one of the audit log; zero fields stand for nothing.
+type event struct {
+	action string
+	tenant tenant.ID
+	app    tenant.AppID
+	key    uuid.UUID
+	detail map[string]any
+}
+
+func audit(ctx context.Context, tx pgx.Tx, actor tenant.Actor, e event) error {
+	if e.detail == nil {
+		e.detail = map[string]any{}
+	}
+	_, err := tx.Exec(ctx, `
+		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
+		VALUES ($1, nullif($2, ''), $3, nullif($4, ''), nullif($5, ''), nullif($6, '00000000-0000-0000-0000-000000000000'::uuid), $7)`,
+		actor.Name, actor.RequestID, e.action, e.tenant, e.app, e.key, e.detail)
+	return err
+}
+
+// lockOwner locks the tenant that has an app now, and returns its id; "" for an app
+// that no tenant has.
+func lockOwner(ctx context.Context, tx pgx.Tx, app tenant.AppID) (tenant.ID, error) {
+	var id tenant.ID
+	err := tx.QueryRow(ctx, `SELECT id FROM tenants WHERE app_id = $1 FOR UPDATE`, app).Scan(&id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return "", nil
+	}
+	return id, err
+}
+
+// change runs act on a tenant that it holds locked, enqueues the keys that there is
+// work on then, and returns the tenant as it stands afterwards.
+func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pgx.Tx, tenant.Tenant) ([]keyInLane, error)) (tenant.Tenant, error) {
+	var t tenant.Tenant
+	var keys []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, id)
+		var err error
+		if t, err = oneTenant(rows); err != nil {
+			return err
+		}
+		if keys, err = act(tx, t); err != nil {
+			return err
+		}
+		rows, _ = tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
+		t, err = oneTenant(rows)
+		return err
+	})
+	if err != nil {
+		return t, translate(what, err)
+	}
+	return t, db.enqueue(ctx, keyJobs(keys))
+}
+
+// move takes a tenant that is locked to another state, with the event that tells of
+// it.
+func move(ctx context.Context, tx pgx.Tx, t tenant.Tenant, to tenant.State, actor tenant.Actor, detail map[string]any) error {
+	if detail == nil {
+		detail = map[string]any{}
+	}
+	detail["from"], detail["to"] = t.State, to
+	if _, err := tx.Exec(ctx, `
+		UPDATE tenants SET state = $2, state_since = now(), problem = NULL, version = version + 1, updated_at = now() WHERE id = $1`,
+		t.ID, to); err != nil {
+		return err
+	}
+	return audit(ctx, tx, actor, event{action: "tenant." + string(to), tenant: t.ID, app: t.AppID, detail: detail})
+}
+
+// settle ends the change of a tenant that its keys were waited for, and wakes who
+// waits for it. The tenant is locked; "" is none.
+func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) error {
+	if id == "" {
+		return nil
+	}
+	_, err := tx.Exec(ctx, `
+		WITH woken AS (
+			SELECT pg_notify('`+tenantChannel+`', $1)
+		), was AS (
+			SELECT id, state FROM tenants t WHERE id = $1 AND (
+				state = 'suspending' AND `+keysDead+`
+				OR state = 'resuming' AND NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating'))
+		), settled AS (
+			UPDATE tenants t
+			SET state = CASE was.state WHEN 'suspending' THEN 'suspended' ELSE 'active' END, state_since = now(), problem = NULL,
+				version = version + 1, updated_at = now()
+			FROM was WHERE t.id = was.id
+			RETURNING t.id, t.app_id, was.state AS before, t.state
+		), audited AS (
+			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, detail)
+			SELECT $2, nullif($3, ''), 'tenant.' || state, id, app_id, jsonb_build_object('from', before, 'to', state) FROM settled
+		)
+		SELECT FROM woken`, string(id), actor.Name, actor.RequestID)
+	return err
+}
+
+// SettleTenants ends the changes of tenants whose keys are as they shall be, should
+// the transaction that made them so not have seen it.
+func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
+	rows, _ := db.pool.Query(ctx, `
+		SELECT id FROM tenants t WHERE state = 'suspending' AND `+keysDead+`
+			OR state = 'resuming' AND NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating')
+		LIMIT 100`)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[tenant.ID])
+	if err != nil {
+		return translate("find tenants to settle", err)
+	}
+	for _, id := range ids {
+		err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+			if _, err := tx.Exec(ctx, `SELECT FROM tenants WHERE id = $1 FOR UPDATE`, id); err != nil {
+				return err
+			}
+			return settle(ctx, tx, id, actor)
+		})
+		if err != nil {
+			return translate("settle tenant", err)
+		}
+	}
+	return nil
+}
+
+// endKeys ends keys that work or are being made: those of k that where selects, whose
+// parameters are $6 and up. With remake they are made anew when the tenant resumes.
+func endKeys(ctx context.Context, tx pgx.Tx, actor tenant.Actor, reason tenant.EndReason, lane *tenant.Lane, remake bool, where string, args ...any) ([]keyInLane, error) {
+	// What was never begun to be made needs no call; who is about to begin finds the
+	// row changed.
+	rows, _ := tx.Query(ctx, `
+		WITH live AS (
+			SELECT k.id, k.state AS was, k.state = 'creating' AND k.in_doubt_since IS NULL AS unmade, a.tenant_id
+			FROM keys k JOIN apps a ON a.id = k.app_id
+			WHERE k.state IN ('creating', 'active', 'retiring') AND `+where+`
+			FOR UPDATE OF k
+		), ended AS (
+			UPDATE keys k
+			SET state = CASE WHEN unmade THEN 'revoked' ELSE 'revoking' END, revoked_at = CASE WHEN unmade THEN now() END,
+				remake = $5 AND (was = 'active' OR was = 'creating'
+					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND o.state = 'active')),
+				end_reason = $3, lane = coalesce($4::smallint, lane), request_id = nullif($2, ''), problem = NULL, attempts = 0,
+				next_attempt_at = now(), enqueued_at = now(), updated_at = now()
+			FROM live WHERE k.id = live.id
+			RETURNING k.id, k.lane, k.name, k.app_id, k.state, was, tenant_id
+		), audited AS (
+			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
+			SELECT $1, nullif($2, ''), 'key.' || state, tenant_id, app_id, id,
+				jsonb_build_object('name', name, 'reason', $3::text, 'from', was, 'to', state) FROM ended
+		)
+		SELECT id, lane FROM ended`, append([]any{actor.Name, actor.RequestID, reason, lane, remake}, args...)...)
+	return pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+}
+
+// urgently is the lane of keys that shall not work a moment longer.
+func urgently() *tenant.Lane {
+	l := tenant.Urgent
+	return &l
+}
+
+// Suspend begins to revoke every key of a tenant: SettleTenants and KeyEnded end it.
+// It reports tenant.Conflict for a tenant whose state does not allow it.
+func (db *DB) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "suspend tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+		done, err := tenant.Suspend.Check(t.State)
+		if err != nil || done {
+			return nil, err
+		}
+		keys, err := endKeys(ctx, tx, actor, tenant.EndSuspended, urgently(), true, `k.app_id = $6`, t.AppID)
+		if err != nil {
+			return nil, err
+		}
+		if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
+			return nil, err
+		}
+		return keys, settle(ctx, tx, id, actor)
+	})
+}
+
+// Resume begins to make the keys anew that a tenant had when it was suspended, as the
+// rows ids. It reports tenant.Conflict for a tenant whose state does not allow it.
+func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "resume tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+		done, err := tenant.Resume.Check(t.State)
+		if err != nil || done {
+			return nil, err
+		}
+		return resume(ctx, tx, t, ids, actor)
+	})
+}
+
+func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, actor tenant.Actor) ([]keyInLane, error) {
+	rows, _ := tx.Query(ctx, `
+		WITH wanted AS (
+			SELECT DISTINCT ON (name) name, scopes, expires_at FROM keys
+			WHERE app_id = $1 AND remake AND (expires_at IS NULL OR expires_at > now())
+			ORDER BY name, created_at DESC, id DESC
+		), numbered AS (
+			SELECT *, row_number() OVER (ORDER BY name) AS n FROM wanted
+		), made AS (
+			INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, request_id, enqueued_at)
+			SELECT i.id, $1, name, scopes, expires_at, 1, nullif($3, ''), now()
+			FROM numbered JOIN unnest($2::uuid[]) WITH ORDINALITY AS i (id, n) USING (n)
+			RETURNING id, lane
+		), seen AS (
+			UPDATE keys SET remake = false WHERE app_id = $1 AND remake
+		)
+		SELECT id, lane FROM made`, t.AppID, ids, actor.RequestID)
+	keys, err := pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+	if err != nil {
+		return nil, err
+	}
+	if _, err := tx.Exec(ctx, `
+		UPDATE apps SET pending = true, next_attempt_at = now(), enqueued_at = '-infinity'
+		WHERE id = $1 AND state = 'held' AND (marked_at IS NULL OR extra_keys_at IS NULL)`, t.AppID); err != nil {
+		return nil, err
+	}
+	if err := move(ctx, tx, t, tenant.Resuming, actor, nil); err != nil {
+		return nil, err
+	}
+	return keys, settle(ctx, tx, t.ID, actor)
+}
+
+// Delete begins to revoke every key of a tenant and retains its app for the time
+// given. A tenant that waits for an app is deleted at once. It reports
+// tenant.Conflict for a tenant that is protected.
+func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "delete tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+		change, retention := tenant.Delete, d.Retention
+		if d.PurgeNow {
+			change, retention = tenant.Purge, 0
+		}
+		done, err := change.Check(t.State)
+		switch {
+		case err != nil || done:
+			return nil, err
+		case t.DeletionProtection:
+			return nil, tenant.Errorf(tenant.Conflict, "deletion_protected",
+				"the tenant is protected from deletion; set its deletion_protection to false first")
+		case t.State == tenant.Provisioning:
+			return nil, move(ctx, tx, t, tenant.Deleted, actor, nil)
+		case t.State == tenant.Deleting: // only the date changes
+			if err := audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID}); err != nil {
+				return nil, err
+			}
+			_, err := tx.Exec(ctx, `UPDATE apps SET purge_after = now(), updated_at = now() WHERE id = $1 AND state = 'retained'`, t.AppID)
+			return nil, err
+		}
+		keys, err := endKeys(ctx, tx, actor, tenant.EndDeleted, urgently(), true, `k.app_id = $6`, t.AppID)
+		if err != nil {
+			return nil, err
+		}
+		var purgeAfter time.Time
+		if err := tx.QueryRow(ctx, `
+			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = false, problem = NULL, attempts = 0, updated_at = now()
+			WHERE id = $1 AND state = 'held' RETURNING purge_after`, t.AppID, retention).Scan(&purgeAfter); err != nil {
+			return nil, err
+		}
+		if err := move(ctx, tx, t, tenant.Deleting, actor, map[string]any{"purge_after": purgeAfter}); err != nil {
+			return nil, err
+		}
+		return keys, settle(ctx, tx, id, actor)
+	})
+}
+
+// Restore takes a deletion back while the app is there: the tenant resumes, with keys
+// made anew as the rows ids. It reports tenant.Conflict once the app is being
+// removed.
+func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "restore tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+		done, err := tenant.Restore.Check(t.State)
+		if err != nil || done {
+			return nil, err
+		}
+		if _, err := tx.Exec(ctx, `
+			UPDATE apps SET state = 'held', purge_after = NULL, problem = NULL, updated_at = now() WHERE id = $1 AND state = 'retained'`,
+			t.AppID); err != nil {
+			return nil, err
+		}
+		return resume(ctx, tx, t, ids, actor)
+	})
+}
+
+// UpdateTenant changes attributes of a tenant. It reports tenant.Precondition, and
+// changes nothing, unless current takes the tenant as it stands.
+func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "change tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+		if !current(t) {
+			return nil, tenant.Errorf(tenant.Precondition, "tenant_changed", "the tenant was changed since you read it: read it again")
+		}
+		a, err := p.Apply(t)
+		if err != nil {
+			return nil, err
+		}
+		tag, err := tx.Exec(ctx, `
+			UPDATE tenants
+			SET display_name = $2, labels = $3, deletion_protection = coalesce($4, deletion_protection), version = version + 1, updated_at = now()
+			WHERE id = $1 AND (display_name, labels, deletion_protection) IS DISTINCT FROM ($2, $3::jsonb, coalesce($4, deletion_protection))`,
+			id, a.DisplayName, a.Labels, p.DeletionProtection)
+		if err != nil || tag.RowsAffected() == 0 {
+			return nil, err
+		}
+		return nil, audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID, detail: map[string]any{"fields": p.Fields()}})
+	})
+}
+
+// PurgeDue gives the apps whose retention has ended to the workers that remove apps:
+// from here on there is no way back. Of the apps of tenants at most perHour are
+// removed in an hour; those beyond say so. Nothing is removed behind the fence.
+func (db *DB) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error) {
+	var purged []tenant.AppID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		var due, alone bool
+		if err := tx.QueryRow(ctx, `
+			SELECT EXISTS (SELECT FROM apps WHERE state = 'retained' AND purge_after <= now()) AND NOT `+fenced).Scan(&due); err != nil || !due {
+			return err
+		}
+		// Two at once would each count what the other is about to remove for nothing.
+		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('purge apps'))`).Scan(&alone); err != nil || !alone {
+			return err
+		}
+		var begun int
+		if err := tx.QueryRow(ctx, `SELECT count(*) FROM apps WHERE purging_since > now() - interval '1 hour'`).Scan(&begun); err != nil {
+			return err
+		}
+		// The tenant first, as everywhere: a restore may be at it.
+		rows, _ := tx.Query(ctx, `
+			WITH due AS (
+				SELECT id FROM apps WHERE state = 'retained' AND purge_after <= now() ORDER BY purge_after, id LIMIT $1
+			), locked AS (
+				SELECT t.app_id FROM tenants t JOIN due ON due.id = t.app_id WHERE t.state = 'deleting' FOR UPDATE OF t SKIP LOCKED
+			)
+			SELECT id FROM due WHERE id IN (SELECT app_id FROM locked) OR NOT EXISTS (SELECT FROM tenants t WHERE t.app_id = due.id)`,
+			max(0, min(perHour-begun, 100)))
+		ids, err := pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+		if err != nil {
+			return err
+		}
+		rows, _ = tx.Query(ctx, `
+			WITH purging AS (
+				UPDATE apps
+				SET state = 'purging', purging_since = now(), problem = NULL, attempts = 0, next_attempt_at = now(),
+					enqueued_at = now(), updated_at = now()
+				WHERE id = ANY ($1) AND state = 'retained' AND purge_after <= now()
+				RETURNING id, tenant_id
+			), moved AS (
+				UPDATE tenants t SET state = 'purging', state_since = now(), version = version + 1, updated_at = now()
+				FROM purging p WHERE t.app_id = p.id AND t.state = 'deleting'
+				RETURNING t.id, p.id AS app_id
+			), audited AS (
+				INSERT INTO audit_events (actor, action, tenant_id, app_id, detail)
+				SELECT $2, 'app.purging', tenant_id, id, '{}'::jsonb FROM purging
+				UNION ALL SELECT $2, 'tenant.purging', id, app_id, '{"from": "deleting", "to": "purging"}' FROM moved
+			)
+			SELECT id FROM purging`, ids, actor.Name)
+		if purged, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID]); err != nil {
+			return err
+		}
+		_, err = tx.Exec(ctx, `
+			UPDATE apps SET problem = jsonb_build_object('code', 'removal_cap', 'since', now(), 'detail',
+				$1::int || ' apps of tenants are removed in an hour at most, and were: this one follows')
+			WHERE state = 'retained' AND purge_after <= now() AND problem IS NULL AND $2`, perHour, begun+len(purged) >= perHour)
+		return err
+	})
+	if err != nil {
+		return 0, translate("begin to remove apps", err)
+	}
+	return len(purged), db.enqueueApps(ctx, tenant.QueueBackground, purged)
+}
+
+// EndDueKeys ends the keys whose overlap is over and those that have expired.
+func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
+	var keys []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		for _, due := range []struct {
+			reason tenant.EndReason
+			lane   *tenant.Lane
+			where  string
+		}{
+			{tenant.EndExpired, urgently(), `k.id IN (SELECT id FROM keys
+				WHERE state IN ('creating', 'active', 'retiring') AND expires_at <= now() ORDER BY expires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
+			{tenant.EndRotated, nil, `k.id IN (SELECT id FROM keys
+				WHERE state = 'retiring' AND retires_at <= now() ORDER BY retires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
+		} {
+			ended, err := endKeys(ctx, tx, actor, due.reason, due.lane, false, due.where)
+			if err != nil {
+				return err
+			}
+			keys = append(keys, ended...)
+		}
+		return nil
+	})
+	if err != nil {
+		return translate("end keys that are due", err)
+	}
+	return db.enqueue(ctx, keyJobs(keys))
+}
+
+// AddExtraKeys writes down the further keys that the profile of a leased app's tenant
+// has. A tenant that is not active gets them when it resumes.
+func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error {
+	var added []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		var owner tenant.ID
+		err := tx.QueryRow(ctx, `SELECT id FROM tenants WHERE app_id = $1 AND state = 'active' FOR UPDATE`, a.ID).Scan(&owner)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `
+			UPDATE apps SET extra_keys_at = now() WHERE id = $1 AND leased_until = $2 AND state = 'held' AND extra_keys_at IS NULL`,
+			a.ID, a.LeasedUntil)
+		if err := oneRow("add keys of the profile", tag, err); err != nil {
+			return err
+		}
+		for _, k := range keys {
+			tag, err := tx.Exec(ctx, `
+				INSERT INTO keys (id, app_id, name, scopes, lane, enqueued_at)
+				SELECT $1, $2, $3, $4, 1, now() WHERE NOT EXISTS (SELECT FROM keys WHERE app_id = $2 AND name = $3)`, k.ID, a.ID, k.Name, k.Scopes)
+			if err != nil {
+				return err
+			}
+			if tag.RowsAffected() == 0 {
+				continue
+			}
+			added = append(added, keyInLane{k.ID, tenant.Normal})
+			if err := audit(ctx, tx, actor, event{action: "key.creating", tenant: owner, app: a.ID, key: k.ID,
+				detail: map[string]any{"name": k.Name, "scopes": k.Scopes}}); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return translate("add keys of the profile", err)
+	}
+	return db.enqueue(ctx, keyJobs(added))
+}

@@ -1,0 +1,12 @@
+DROP INDEX keys_by_age, keys_expiring, keys_retiring, keys_in_work, keys_rotation;
+ALTER TABLE keys
+    DROP CONSTRAINT keys_rotation_whole,
+    DROP COLUMN request_id,
+    DROP COLUMN end_reason,
+    DROP COLUMN remake,
+    DROP COLUMN overlap,
+    DROP COLUMN replaces,
+    DROP COLUMN lane;
+DROP INDEX apps_purged, apps_to_purge;
+ALTER TABLE apps DROP COLUMN extra_keys_at, DROP COLUMN purging_since;
+ALTER TABLE tenants DROP COLUMN app_user_id, DROP COLUMN deletion_protection;
