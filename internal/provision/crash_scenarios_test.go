@@ -43,10 +43,10 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"sign-up": {
 		points: []string{
-			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp", "await Tenant 2",
-			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "makeKey CreateKey",
-			"build FinishBuild", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "sweep Claim", "sweep StartBuilds", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
+			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
+			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
+			"Sweep MakeAuditPartitions", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -66,7 +66,7 @@ var crashScenarios = map[string]crashScenario{
 		unmarked: true,
 	},
 	"sign-up while listings are masked": {
-		points: []string{"makeKey BeginKey", "makeKey CreateKey", "build FinishBuild"},
+		points: []string{"makeKey BeginKey", "createKey CreateKey", "build FinishBuild"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			first(s)
@@ -103,6 +103,158 @@ var crashScenarios = map[string]crashScenario{
 			_, secret := keyOf(s.t, s.r, "user_1")
 			_, _ = s.r.Identify(s.t.Context(), secret, tenant.Suspect{}, caller)
 			_, _, _ = s.r.UpstreamStatus(s.t.Context())
+		},
+	},
+
+	"key that was never made, to be revoked": {
+		points: []string{"revoke KeyEnded"},
+		prepare: func(s *scene) {
+			first(s)
+			s.r.Stop()
+			exec(s.t, s.w, `INSERT INTO keys (id, app_id, name, scopes, state) VALUES ($1, $2, 'old', '{All}', 'revoking')`, strayKey, s.holds["user_1"])
+		},
+	},
+
+	"suspend": {
+		points:  []string{"changed Watch", "Suspend Suspend", "workKey LeaseKey", "deleteKey DeleteKey", "deleteKey KeyEnded"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_1", wait, caller) },
+		settle:  suspendedThenResumed,
+	},
+	"resume": {
+		points: []string{"Resume Resume", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey"},
+		prepare: func(s *scene) {
+			first(s)
+			is, err := s.r.Suspend(s.t.Context(), "user_1", wait, caller)
+			stateOf(s.t, is, err, tenant.Suspended)
+		},
+		act:    func(s *scene) { _, _ = s.r.Resume(s.t.Context(), "user_1", wait, caller) },
+		settle: resumed,
+	},
+	"resume with a lost answer": {
+		points: []string{"makeHeldKey ReplaceLeasedKey", "findKey AppKeys"},
+		prepare: func(s *scene) {
+			first(s)
+			is, err := s.r.Suspend(s.t.Context(), "user_1", wait, caller)
+			stateOf(s.t, is, err, tenant.Suspended)
+			s.w.Faults(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true})
+		},
+		act:    func(s *scene) { _, _ = s.r.Resume(s.t.Context(), "user_1", wait, caller) },
+		settle: resumed,
+	},
+	"delete": {
+		points:  []string{"Delete Tenant", "Delete Delete", "deleteKey KeyEnded"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", false, wait, caller) },
+		settle: func(s *scene) {
+			is, err := s.r.Delete(s.t.Context(), "user_1", false, wait, caller)
+			stateOf(s.t, is, err, tenant.Deleting)
+			if n := len(s.w.AppKeys()); n != 0 {
+				s.t.Errorf("Clarifai has %d keys of a deleted tenant", n)
+			}
+			is, err = s.r.Restore(s.t.Context(), "user_1", wait, caller)
+			stateOf(s.t, is, err, tenant.Active)
+		},
+	},
+	"restore": {
+		points: []string{"Restore Restore"},
+		prepare: func(s *scene) {
+			first(s)
+			is, err := s.r.Delete(s.t.Context(), "user_1", false, wait, caller)
+			stateOf(s.t, is, err, tenant.Deleting)
+		},
+		act: func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
+		settle: func(s *scene) {
+			is, err := s.r.Restore(s.t.Context(), "user_1", wait, caller)
+			stateOf(s.t, is, err, tenant.Active)
+		},
+	},
+	"purge": {
+		points:  []string{"sweep PurgeDue", "purge DeleteApp", "purge AppDeleted"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
+		settle: func(s *scene) {
+			is, err := s.r.Delete(s.t.Context(), "user_1", true, wait, admin)
+			stateOf(s.t, is, err, tenant.Deleted)
+			if n := s.w.State().Apps; n != 0 {
+				s.t.Errorf("Clarifai has %d apps of a tenant that was purged", n)
+			}
+		},
+		moves: true,
+	},
+	"sign-up of a deleted tenant": {
+		points: []string{"SignUp SignUp 2"},
+		prepare: func(s *scene) {
+			first(s)
+			is, err := s.r.Delete(s.t.Context(), "user_1", true, wait, admin)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+		act:   func(s *scene) { signUp(s.t, s.r, "user_1") },
+		moves: true,
+	},
+	"further key": {
+		points:  []string{"AddKey Tenant", "AddKey Watch", "AddKey AddKey", "AddKey Key", "makeHeldKey FinishLeasedKey"},
+		prepare: first,
+		act:     func(s *scene) { _, _, _ = s.r.AddKey(s.t.Context(), "user_1", more, wait, caller) },
+		settle: func(s *scene) {
+			key, _, err := s.r.AddKey(s.t.Context(), "user_1", more, wait, caller)
+			if err != nil || key.State != tenant.KeyActive || len(s.w.AppKeys()) != 2 {
+				s.t.Errorf("the further key is %s, %v, and Clarifai has %d keys", key.State, err, len(s.w.AppKeys()))
+			}
+			revokeMore(s)
+		},
+	},
+	"revocation by a caller": {
+		points: []string{"RevokeKey Watch", "RevokeKey RevokeKeyNamed", "RevokeKey Key"},
+		prepare: func(s *scene) {
+			first(s)
+			if _, _, err := s.r.AddKey(s.t.Context(), "user_1", more, wait, caller); err != nil {
+				s.t.Fatal(err)
+			}
+		},
+		act:    func(s *scene) { _, _ = s.r.RevokeKey(s.t.Context(), "user_1", "more", wait, caller) },
+		settle: revokeMore,
+	},
+	"rotation": {
+		points: []string{"Rotate Watch", "Rotate StartRotation", "awaitRotation Rotation", "makeHeldKey BeginLeasedKey", "createKey CreateKey",
+			"makeHeldKey FinishLeasedKey", "RevealNew RevealKey", "Rotation Watch", "Rotation Rotation", "ConfirmRotation ConfirmRotation",
+			"deleteKey KeyEnded"},
+		prepare: first,
+		act:     rotate,
+		settle: func(s *scene) {
+			rotate(s)
+			rot, err := s.r.Rotation(s.t.Context(), "user_1", "default", "r1", 0)
+			if err != nil || rot.State != tenant.RotationDone || rot.New.State != tenant.KeyActive {
+				s.t.Errorf("the rotation is %+v, %v", rot, err)
+			}
+		},
+	},
+	"rotation with a lost answer": {
+		points:  []string{"makeHeldKey ReplaceLeasedKey", "findKey AppKeys", "revoke KeyEnded 4"},
+		prepare: faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true}),
+		act:     rotate,
+		settle:  rotate,
+	},
+	"quarantine": {
+		points:  []string{"Quarantine Quarantine", "Quarantine Watch", "Quarantine Keys", "deleteKey DeleteKey", "makeHeldKey FinishLeasedKey"},
+		prepare: first,
+		act: func(s *scene) {
+			_, secret := keyOf(s.t, s.r, "user_1")
+			_, _ = s.r.Quarantine(s.t.Context(), secret, wait, admin)
+		},
+		settle: func(s *scene) {
+			rest(s.t, s.w)
+			if n := len(s.w.AppKeys()); n != 1 {
+				s.t.Errorf("Clarifai has %d keys; want the successor", n)
+			}
+		},
+	},
+	"change of attributes": {
+		points:  []string{"Update UpdateTenant"},
+		prepare: first,
+		act: func(s *scene) {
+			name := "Bob"
+			_, _ = s.r.Update(s.t.Context(), "user_1", tenant.Patch{DisplayName: &name}, anyVersion, caller)
 		},
 	},
 
@@ -191,7 +343,7 @@ var crashScenarios = map[string]crashScenario{
 		act: func(s *scene) { stopDuring(s, "DeleteKey", 0) },
 	},
 	"revocation of a key whose app is gone": {
-		points: []string{"revoke KeyEnded"},
+		points: []string{"revoke KeyEnded 2"},
 		prepare: func(s *scene) {
 			revoking(false, false)(s)
 			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil)
@@ -199,7 +351,7 @@ var crashScenarios = map[string]crashScenario{
 		differs: true, moves: true,
 	},
 	"revocation of a key that is hidden": {
-		points: []string{"revoke KeyEnded 2"},
+		points: []string{"revoke KeyEnded 3"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			revoking(true, false)(s)
@@ -207,7 +359,7 @@ var crashScenarios = map[string]crashScenario{
 		lost: 1,
 	},
 	"revocation of a key that never was": {
-		points:  []string{"revoke KeyEnded 3"},
+		points:  []string{"revoke KeyEnded 4"},
 		prepare: revoking(false, false),
 	},
 	"revocation of a key that may land": {
@@ -437,12 +589,12 @@ var crashScenarios = map[string]crashScenario{
 		act: startRepair, pool: 1,
 	},
 	"repair: remake": {
-		points:  []string{"repair RemakeKey", "tend FinishKey", "makeKey BeginKey", "makeKey CreateKey"},
+		points:  []string{"repair RemakeKey", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey"},
 		prepare: reported(removeKey),
 		act:     startRepair,
 	},
 	"repair: remake while listings are masked": {
-		points: []string{"makeKey CreateKey"},
+		points: []string{"createKey CreateKey"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			reported(removeKey)(s)
@@ -498,6 +650,49 @@ func faulty(rules ...map[string]any) func(*scene) {
 		first(s)
 		s.w.Faults(rules...)
 	}
+}
+
+// more is a further key.
+var more = tenant.KeySpec{Name: "more", Scopes: []string{"Predict"}}
+
+func revokeMore(s *scene) {
+	key, err := s.r.RevokeKey(s.t.Context(), "user_1", "more", wait, caller)
+	if err != nil || key.State != tenant.KeyRevoked || len(s.w.AppKeys()) != 1 {
+		s.t.Errorf("the further key is %s, %v, and Clarifai has %d keys", key.State, err, len(s.w.AppKeys()))
+	}
+}
+
+func suspendedThenResumed(s *scene) {
+	is, err := s.r.Suspend(s.t.Context(), "user_1", wait, caller)
+	stateOf(s.t, is, err, tenant.Suspended)
+	if n := len(s.w.AppKeys()); n != 0 {
+		s.t.Errorf("Clarifai has %d keys of a suspended tenant", n)
+	}
+	resumed(s)
+}
+
+func resumed(s *scene) {
+	is, err := s.r.Resume(s.t.Context(), "user_1", wait, caller)
+	stateOf(s.t, is, err, tenant.Active)
+}
+
+// rotate rotates the key of user_1 as a caller would, as often as it is called.
+func rotate(s *scene) {
+	hour := time.Hour
+	rot, _, err := s.r.Rotate(s.t.Context(), "user_1", tenant.NewRotation{ID: "r1", KeyName: "default", Overlap: &hour}, wait, caller)
+	if err != nil {
+		s.t.Fatalf("rotate: %v", err)
+	}
+	if _, _, err := s.r.RevealNew(s.t.Context(), "user_1", rot.New, caller); err != nil {
+		s.t.Fatalf("reveal the new key: %v", err)
+	}
+	if _, err := s.r.Rotation(s.t.Context(), "user_1", "default", "r1", wait); err != nil {
+		s.t.Fatalf("read the rotation: %v", err)
+	}
+	if _, err := s.r.ConfirmRotation(s.t.Context(), "user_1", "default", "r1", caller); err != nil {
+		s.t.Fatalf("confirm the rotation: %v", err)
+	}
+	rest(s.t, s.w)
 }
 
 func signUpSecond(s *scene) { signUp(s.t, s.r, "user_2") }
