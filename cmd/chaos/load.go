@@ -42,11 +42,14 @@ type load struct {
 	changed  []string // answers that contradict an earlier one
 	refused  []string // answers that no caller should get
 	waits    []time.Duration
+
+	lives lives
 }
 
 func newLoad(s *stage, seed uint64) *load {
 	return &load{s: s, to: s.running, rand: rand.New(rand.NewPCG(seed, 2)), stop: make(chan struct{}), asked: map[string]bool{}, accounts: map[string]account{},
-		http: &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: mostAtOnce}}}
+		lives: lives{counts: map[string]int{}},
+		http:  &http.Client{Timeout: 30 * time.Second, Transport: &http.Transport{MaxIdleConnsPerHost: mostAtOnce}}}
 }
 
 // noMore begins no further sign-ups; those that were begun go on.
@@ -65,6 +68,8 @@ func (l *load) run(ctx context.Context) {
 	ticker := time.NewTicker(time.Second / signUpsPerSecond)
 	defer ticker.Stop()
 	var signUps sync.WaitGroup
+	changes := rand.New(rand.NewPCG(l.rand.Uint64(), 5))
+	signUps.Go(func() { l.live(ctx, changes) })
 begin:
 	for n := 1; ; n++ {
 		select {

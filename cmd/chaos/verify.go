@@ -101,6 +101,9 @@ func (s *stage) verify(ctx context.Context, l *load, n injected, say func(string
 	f.did("tenants that signed up", len(l.asked))
 	f.did("sign-ups and look-ups sent", int(l.requests.Load()))
 	f.did("sign-ups sent again", int(l.retries.Load()))
+	for _, name := range slices.Sorted(maps.Keys(l.lives.counts)) {
+		f.did("tenants' "+name, l.lives.counts[name])
+	}
 	slices.Sort(l.waits)
 	if len(l.waits) > 0 {
 		f.did("ms until a tenant was active: median", int(l.waits[len(l.waits)/2].Milliseconds()))
@@ -148,7 +151,8 @@ func (s *stage) rest(ctx context.Context) error {
 			SELECT coalesce(string_agg(what, ', '), '') FROM (
 				SELECT count(*) || ' apps ' || state AS what FROM apps WHERE state IN ('building', 'purging') OR pending AND state = 'held' GROUP BY state
 				UNION ALL SELECT count(*) || ' keys ' || state FROM keys WHERE state IN ('creating', 'revoking') GROUP BY state
-				UNION ALL SELECT count(*) || ' tenants ' || state FROM tenants WHERE state NOT IN ('active') GROUP BY state
+				UNION ALL SELECT count(*) || ' keys retiring' FROM keys WHERE state = 'retiring' HAVING count(*) > 0
+				UNION ALL SELECT count(*) || ' tenants ' || state FROM tenants WHERE state NOT IN ('active', 'suspended', 'deleting', 'deleted') GROUP BY state
 				UNION ALL SELECT 'the fence is up: ' || fence_reason FROM deployment WHERE fence_since IS NOT NULL) AS o`).Scan(&open)
 		if err == nil && open != "" {
 			err = errors.New(open)
@@ -185,11 +189,16 @@ func (s *stage) verifyMapping(ctx context.Context, f *figures, l *load) error {
 	f.must("    tenants that nobody signed up", strangers...)
 	for _, c := range []struct{ name, sql string }{
 		{"R1  tenants of more than one app", `
-			SELECT tenant_id || ' has ' || count(*) || ' apps' FROM apps WHERE tenant_id IS NOT NULL AND state <> 'deleted' GROUP BY tenant_id HAVING count(*) > 1`},
-		{"R6  tenants without just one event of creation and of activation", `
+			SELECT tenant_id || ' has ' || count(*) || ' apps' FROM apps WHERE tenant_id IS NOT NULL
+			GROUP BY tenant_id, tenant_generation HAVING count(*) > 1`},
+		{"R6  tenants without just one event of creation and of activation in each generation", `
 			SELECT t.id FROM tenants t WHERE
-				(SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.created') <> 1
-				OR (SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.activated') <> 1`},
+				(SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.created') <> t.generation
+				OR (SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.activated') <> t.generation`},
+		{"R6  keys that were revoked without an event", `
+			SELECT k.id::text FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state = 'revoked' AND a.tenant_id IS NOT NULL
+				AND NOT EXISTS (SELECT FROM audit_events e WHERE e.key_id = k.id AND e.action = 'key.revoked')`},
+		{"R5  secrets of keys that were revoked", `SELECT id::text FROM keys WHERE state = 'revoked' AND ciphertext IS NOT NULL`},
 	} {
 		rows, _ := conn.Query(ctx, c.sql)
 		found, err := pgx.CollectRows(rows, pgx.RowTo[string])
@@ -249,7 +258,7 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 		switch state := appState[a.ID]; state {
 		case "":
 			noRow = append(noRow, a.ID)
-		case "held":
+		case "held", "retained":
 		default:
 			unheld = append(unheld, a.ID+" is "+state)
 		}
@@ -295,6 +304,9 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 	}
 	f.must("R2  keys that were given out and do not open their app", dead...)
 	f.must("R1  keys that open another tenant's app", open...)
+	if err := s.verifyLives(ctx, f, l, slices.Collect(maps.Keys(upstream))); err != nil {
+		return err
+	}
 
 	found, err := s.report(ctx)
 	if err != nil {
@@ -349,6 +361,13 @@ func (s *stage) verifyLogs(f *figures, l *load) error {
 	secrets := map[string]string{s.pat: "the PAT", s.token: "a token", s.admin: "a token"}
 	for id, a := range l.accounts {
 		secrets[a.key] = "the key of " + id
+	}
+	for _, one := range l.lives.all {
+		for _, a := range append(one.dead, one.account) {
+			if a.key != "" {
+				secrets[a.key] = "a key of " + one.id
+			}
+		}
 	}
 	var leaks []string
 	for _, p := range s.running {
