@@ -354,6 +354,7 @@ func TestRoles(t *testing.T) {
 	s.call(tenant.Provisioner, "PUT", "/v1/tenants/u", "")
 	all := tenant.Roles
 	provisioner := []tenant.Role{tenant.Provisioner}
+	managers := []tenant.Role{tenant.Provisioner, tenant.Admin}
 	for _, c := range []struct {
 		method, path, body string
 		roles              []tenant.Role
@@ -363,8 +364,20 @@ func TestRoles(t *testing.T) {
 		{"GET", "/v1/tenants", "", all},
 		{"GET", "/v1/tenants/u/keys", "", all},
 		{"GET", "/v1/tenants/u/keys/default/secret", "", provisioner},
+		{"PATCH", "/v1/tenants/u", `{}`, provisioner},
+		{"POST", "/v1/tenants/u/suspend", "", managers},
+		{"POST", "/v1/tenants/u/resume", "", managers},
+		{"POST", "/v1/tenants/nobody/restore", "", managers},
+		{"DELETE", "/v1/tenants/nobody", "", managers},
+		{"PUT", "/v1/tenants/u/keys/more", "", provisioner},
+		{"GET", "/v1/tenants/u/keys/default", "", all},
+		{"DELETE", "/v1/tenants/u/keys/never", "", managers},
+		{"PUT", "/v1/tenants/u/keys/never/rotations/r", "", provisioner},
+		{"GET", "/v1/tenants/u/keys/never/rotations/r", "", all},
+		{"POST", "/v1/tenants/u/keys/never/rotations/r/confirm", "", provisioner},
 		{"GET", "/v1/apps/x", "", all},
 		{"POST", "/v1/keys/identify", `{"key":"x"}`, all},
+		{"POST", "/v1/keys/quarantine", `{"key":"x"}`, managers},
 		{"GET", "/v1/upstream", "", all},
 	} {
 		for _, role := range tenant.Roles {

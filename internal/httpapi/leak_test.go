@@ -87,6 +87,37 @@ func TestNothingLeaks(t *testing.T) {
 		answers = append(answers, string(a.body), fmt.Sprint(a.header))
 	}
 
+	// The whole life of a tenant and of its keys.
+	const user = "/v1/tenants/user_1"
+	for i, act := range []struct {
+		role               tenant.Role
+		method, path, body string
+		shows              bool
+	}{
+		{tenant.Provisioner, "PUT", user + "/keys/more", `{"scopes":["Predict"]}`, true},
+		{tenant.Provisioner, "PUT", user + "/keys/default/rotations/r1", `{"overlap":"1h"}`, true},
+		{tenant.Viewer, "GET", user + "/keys/default/rotations/r1", "", false},
+		{tenant.Admin, "POST", "/v1/keys/quarantine", `{"key":"` + key + `"}`, false},
+		{tenant.Admin, "POST", "/v1/keys/quarantine", `{"` + key + `":"` + key + `"}`, false},
+		{tenant.Provisioner, "DELETE", user + "/keys/more", "", false},
+		{tenant.Provisioner, "POST", user + "/suspend", "", false},
+		{tenant.Provisioner, "POST", user + "/resume", "", false},
+		{tenant.Provisioner, "DELETE", user, "", false},
+		{tenant.Provisioner, "POST", user + "/restore", "", false},
+		{tenant.Provisioner, "PATCH", user, `{"` + key + `":1}`, false},
+	} {
+		if i%2 == 0 {
+			w.Faults(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true}, map[string]any{"call": "DeleteKey", "count": 1, "drop_after": true})
+		}
+		a := s.call(act.role, act.method, act.path, act.body, "Prefer", "wait=30")
+		for _, k := range w.AppKeys() {
+			secrets.add("key at Clarifai", k.ID)
+		}
+		if !act.shows {
+			answers = append(answers, string(a.body), fmt.Sprint(a.header))
+		}
+	}
+
 	for _, a := range answers {
 		secrets.search(t, "an answer", a)
 	}

@@ -388,8 +388,11 @@ func (s *Service) await(ctx context.Context, t tenant.Tenant, wait time.Duration
 // drains: now, whenever changed says so and now and then. It returns the error of a
 // look.
 func (s *Service) awaitThat(ctx context.Context, wait time.Duration, changed <-chan struct{}, look func() (bool, error)) error {
+	if wait <= 0 {
+		return nil
+	}
 	ok, err := look()
-	if ok || err != nil || wait <= 0 {
+	if ok || err != nil {
 		return err
 	}
 	deadline := time.NewTimer(wait)
