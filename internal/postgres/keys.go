@@ -127,10 +127,10 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.RevokingKey, lost *tenant.P
 				leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'revoking'
 			RETURNING id, app_id, name)
-		INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, detail)
-		SELECT $5, $6, a.tenant_id, a.id, e.id, jsonb_build_object('name', e.name)
+		INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id, detail)
+		SELECT $5, nullif($7, ''), $6, a.tenant_id, a.id, e.id, jsonb_build_object('name', e.name)
 		FROM ended e JOIN apps a ON a.id = e.app_id`,
-		k.ID, k.LeasedUntil, state, lost, actor.Name, action)
+		k.ID, k.LeasedUntil, state, lost, actor.Name, action, actor.UpstreamRequestID)
 	return oneRow("record end of key", tag, err)
 }
 

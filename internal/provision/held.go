@@ -26,7 +26,7 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 		if err != nil {
 			return err
 		}
-		return s.Store.FinishKey(ctx, *a, sealed, worker)
+		return s.Store.FinishKey(ctx, *a, sealed, workerOf(ctx))
 	}
 	if a.Marked || s.SkipMarks {
 		return s.Store.AppMarked(ctx, *a)

@@ -14,6 +14,7 @@ import (
 // workKey looks at a key that shall work no longer and makes it so.
 func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	field := zap.Stringer("key", id)
+	ctx = tenant.WithUpstreamTrace(ctx)
 	k, err := s.Store.LeaseKey(ctx, id, s.Lease)
 	if errors.Is(err, tenant.NotFound) {
 		return outcomeNothing
@@ -63,7 +64,7 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 	key, found, err := s.findKey(ctx, normal, k.AppID, k.ID)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
-		return s.Store.KeyEnded(ctx, k, nil, worker)
+		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 	case err != nil:
 		return err
 	case found && key.Secret.IsSet():
@@ -73,11 +74,11 @@ func (s *Service) revoke(ctx context.Context, k tenant.RevokingKey) error {
 			zap.Stringer("key", k.ID), zap.String("app", string(k.AppID)))
 		return s.Store.KeyEnded(ctx, k, &tenant.Problem{Code: "key_lost", Since: time.Now().UTC(),
 			Detail: "the key's secret was never learnt and Clarifai's listing hides it: remove the key described as " +
-				tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}.String() + " in Clarifai's portal"}, worker)
+				tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}.String() + " in Clarifai's portal"}, workerOf(ctx))
 	case k.InDoubtFor < s.Settle: // it may still land
 		return &deferred{wait: s.Settle - k.InDoubtFor}
 	}
-	return s.Store.KeyEnded(ctx, k, nil, worker)
+	return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 }
 
 func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret tenant.Secret) error {
@@ -88,5 +89,5 @@ func (s *Service) deleteKey(ctx context.Context, k tenant.RevokingKey, secret te
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err
 	}
-	return s.Store.KeyEnded(ctx, k, nil, worker)
+	return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 }
