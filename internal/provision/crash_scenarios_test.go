@@ -46,7 +46,7 @@ var crashScenarios = map[string]crashScenario{
 			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp", "await Tenant 2",
 			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "makeKey CreateKey",
 			"build FinishBuild", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "sweep Claim", "sweep StartBuilds", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
+			"Sweep MakeAuditPartitions", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
