@@ -1,3 +1,7 @@
+DROP INDEX audit_events_id, audit_events_actor, audit_events_action, audit_events_app, audit_events_key, audit_events_request;
+ALTER TABLE audit_events ALTER COLUMN actor TYPE text COLLATE "default", ALTER COLUMN action TYPE text COLLATE "default";
+DROP TABLE audit_seals;
+DROP FUNCTION audit_seals_guard();
 DROP INDEX keys_by_age, keys_expiring, keys_retiring, keys_in_work, keys_rotation;
 ALTER TABLE keys
     DROP CONSTRAINT keys_rotation_whole,

@@ -192,7 +192,7 @@ func TestEndToEnd(t *testing.T) {
 		`tenantry_jobs_total{kind="app",outcome="done"} 1`,
 		`tenantry_build_duration_seconds_count 1`, `tenantry_tenants{state="active"}`, `go_goroutines`,
 		`tenantry_restore_fence_up 0`, `tenantry_upstream_paused 0`, `tenantry_upstream_pat_refused 0`,
-		`tenantry_report_findings{kind="app_unknown"} 0`, `tenantry_report_timestamp_seconds`,
+		`tenantry_report_findings{kind="app_unknown"} 0`, `tenantry_report_timestamp_seconds`, `tenantry_audit_sealed_timestamp_seconds 1`,
 	} {
 		provisiontest.Eventually(t, "the metrics have "+name, func() bool {
 			_, metrics := p.get(p.internal + "/metrics")

@@ -311,6 +311,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	if err == nil {
 		group.Go(func() error { return s.db.Listen(background, s.log) })
 		group.Go(func() error { return engine.Sweep(background) })
+		group.Go(func() error { return engine.SealAudit(background) })
 		if s.PATFile != "" {
 			group.Go(func() error { engine.WatchPAT(background, s.readPAT, patWatchInterval); return nil })
 		}

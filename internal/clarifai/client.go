@@ -169,14 +169,18 @@ func (c *Client) do(ctx context.Context, r request, read func(answer) string) er
 		return &tenant.UpstreamError{Call: r.call, Class: tenant.UpstreamDown, Detail: "not called: the caller gave up first"}
 	}
 	began := time.Now()
-	err := c.exchange(ctx, r, out, read)
+	secrets := []tenant.Secret{pat, r.key}
+	err := c.exchange(ctx, r, out, func(a answer) string {
+		tenant.NoteUpstreamRequest(ctx, cleanRequestID(a.requestID, secrets))
+		return read(a)
+	})
 	if err == nil {
 		c.observe(r.call, "ok", time.Since(began))
 		return nil
 	}
-	secrets := []tenant.Secret{pat, r.key}
 	err.Call, err.Detail = r.call, clean(err.Detail, secrets)
 	err.RequestID = cleanRequestID(err.RequestID, secrets)
+	tenant.NoteUpstreamRequest(ctx, err.RequestID)
 	err.Unclear = err.Unclear && r.changes()
 	c.observe(r.call, string(err.Class), time.Since(began))
 	return err

@@ -848,6 +848,41 @@ func TestRequestID(t *testing.T) {
 	}
 }
 
+// The trace of a context has the id of the last call that was answered, and none
+// that may hold a secret.
+func TestUpstreamTrace(t *testing.T) {
+	t.Parallel()
+	var body atomic.Value
+	u := serve(t, func(w http.ResponseWriter, r *http.Request) {
+		if body.Load() == "" {
+			panic(http.ErrAbortHandler)
+		}
+		fmt.Fprint(w, body.Load())
+	})
+	c := newClient(t, clarifai.Config{BaseURL: u.URL})
+	ctx := tenant.WithUpstreamTrace(t.Context())
+	if got := tenant.LastUpstreamRequest(ctx); got != "" {
+		t.Errorf("before any call the trace has %q", got)
+	}
+	for _, test := range []struct{ body, want string }{
+		{`{"status":{"code":10000,"req_id":"first"},"user":{"id":"acme"}}`, "first"},
+		{`{"status":{"code":11100,"req_id":"second"}}`, "second"},
+		{`{"status":{"code":10000,"req_id":"third"},"user":{}}`, "third"},
+		{`{"status":{"code":10000,"req_id":"x` + patText + `"},"user":{"id":"acme"}}`, ""},
+		{`{"status":{"code":10000,"req_id":"fourth"},"user":{"id":"acme"}}`, "fourth"},
+		{"", ""},
+	} {
+		body.Store(test.body)
+		_, _ = c.Whoami(ctx, tenant.Secret{})
+		if got := tenant.LastUpstreamRequest(ctx); got != test.want {
+			t.Errorf("after %s the trace has %q; want %q", test.body, got, test.want)
+		}
+	}
+	if got := tenant.LastUpstreamRequest(t.Context()); got != "" {
+		t.Errorf("a context without a trace has %q", got)
+	}
+}
+
 func TestConfig(t *testing.T) {
 	t.Parallel()
 	pat := func() tenant.Secret { return tenant.NewSecret(patText) }

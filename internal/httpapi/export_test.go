@@ -41,3 +41,9 @@ func ParsePrefer(headers []string) (wait time.Duration, applied string) {
 	p := parsePrefer(headers, defaultWait)
 	return p.wait, p.applied
 }
+
+// What a cursor of the audit log holds.
+var (
+	ParseAuditCursor  = parseAuditCursor
+	FormatAuditCursor = formatAuditCursor
+)

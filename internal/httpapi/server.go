@@ -128,6 +128,7 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
 	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))
+	r.Get("/v1/audit", s.allow([]tenant.Role{tenant.Admin, tenant.Viewer}, s.listAudit))
 }
 
 func getContract(w http.ResponseWriter, r *http.Request) error {

@@ -126,7 +126,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 			WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
 			a.ID, a.LeasedUntil,
 		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
-		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID)
+		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 		batch.Queue(startBuildsSQL, end.NextBuilds, end.Profile.Name, end.Profile.Revision(), end.MaxBuilds).
 			Query(func(rows pgx.Rows) (err error) {
 				began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
@@ -201,9 +201,9 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'building'
 			RETURNING id)
-		INSERT INTO audit_events (actor, action, app_id, detail)
-		SELECT $4, 'app.abandoned', id, jsonb_build_object('reason', $5::text) FROM abandoned`,
-		a.ID, a.LeasedUntil, state, actor.Name, reason)
+		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
+		SELECT $4, nullif($6, ''), 'app.abandoned', id, jsonb_build_object('reason', $5::text) FROM abandoned`,
+		a.ID, a.LeasedUntil, state, actor.Name, reason, actor.UpstreamRequestID)
 	return oneRow("abandon app", tag, err)
 }
 
@@ -228,15 +228,15 @@ func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) 
 			FROM gone WHERE k.app_id = gone.id AND k.state <> 'revoked'
 			RETURNING k.id, k.app_id, gone.tenant_id
 		), audited AS (
-			INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id)
-			SELECT $3, 'app.deleted', tenant_id, id, NULL::uuid FROM gone
-			UNION ALL SELECT $3, 'key.revoked', tenant_id, app_id, id FROM keys_gone
-			UNION ALL SELECT $3, 'tenant.deleted', id, app_id, NULL FROM tenant_gone
+			INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id)
+			SELECT $3, nullif($4, ''), 'app.deleted', tenant_id, id, NULL::uuid FROM gone
+			UNION ALL SELECT $3, nullif($4, ''), 'key.revoked', tenant_id, app_id, id FROM keys_gone
+			UNION ALL SELECT $3, nullif($4, ''), 'tenant.deleted', id, app_id, NULL FROM tenant_gone
 		), woken AS (
 			SELECT pg_notify('`+tenantChannel+`', id) FROM tenant_gone
 		)
 		SELECT FROM gone LEFT JOIN woken ON true`,
-		a.ID, a.LeasedUntil, actor.Name)
+		a.ID, a.LeasedUntil, actor.Name, actor.UpstreamRequestID)
 	return oneRow("record app as deleted", tag, err)
 }
 

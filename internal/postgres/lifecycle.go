@@ -27,9 +27,9 @@ func audit(ctx context.Context, tx pgx.Tx, actor tenant.Actor, e event) error {
 		e.detail = map[string]any{}
 	}
 	_, err := tx.Exec(ctx, `
-		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
-		VALUES ($1, nullif($2, ''), $3, nullif($4, ''), nullif($5, ''), nullif($6, '00000000-0000-0000-0000-000000000000'::uuid), $7)`,
-		actor.Name, actor.RequestID, e.action, e.tenant, e.app, e.key, e.detail)
+		INSERT INTO audit_events (actor, request_id, upstream_request_id, action, tenant_id, app_id, key_id, detail)
+		VALUES ($1, nullif($2, ''), nullif($3, ''), $4, nullif($5, ''), nullif($6, ''), nullif($7, '00000000-0000-0000-0000-000000000000'::uuid), $8)`,
+		actor.Name, actor.RequestID, actor.UpstreamRequestID, e.action, e.tenant, e.app, e.key, e.detail)
 	return err
 }
 

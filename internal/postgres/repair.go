@@ -46,10 +46,10 @@ func (db *DB) act(ctx context.Context, r tenant.Reconciliation, f tenant.Finding
 
 func auditRepair(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenant.Finding, action string) error {
 	_, err := tx.Exec(ctx, `
-		INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, detail)
-		VALUES ($1, $2, nullif($3, ''), nullif($4, ''), nullif($5, '00000000-0000-0000-0000-000000000000'::uuid),
+		INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id, detail)
+		VALUES ($1, nullif($8, ''), $2, nullif($3, ''), nullif($4, ''), nullif($5, '00000000-0000-0000-0000-000000000000'::uuid),
 			jsonb_build_object('reconciliation', $6::uuid, 'finding', $7::text))`,
-		r.RequestedBy, action, f.TenantID, f.AppID, f.KeyID, r.ID, f.Kind)
+		r.RequestedBy, action, f.TenantID, f.AppID, f.KeyID, r.ID, f.Kind, tenant.LastUpstreamRequest(ctx))
 	return err
 }
 

@@ -173,7 +173,8 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 // claimSQL gives the ready app that waited longest to the tenant of the profile
 // that waited longest; it is the only way to an app that is held. Tenants and
 // apps that another transaction is at are passed over: whoever holds them
-// finishes them. $1 is the profile, $2 the actor, $3 the request id.
+// finishes them. $1 is the profile, $2 the actor, $3 the request id, $4 the upstream
+// request id.
 //
 // No tenant is locked unless there is an app for it: a build that ends at that
 // moment would pass the tenant over. No app is locked unless a tenant waits.
@@ -200,8 +201,8 @@ const claimSQL = `
 		FROM given g WHERE t.id = g.tenant_id
 		RETURNING t.id, t.generation, t.app_id
 	), audited AS (
-		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, detail)
-		SELECT $2, nullif($3, ''), 'tenant.activated', id, app_id, jsonb_build_object('generation', generation)
+		INSERT INTO audit_events (actor, request_id, upstream_request_id, action, tenant_id, app_id, detail)
+		SELECT $2, nullif($3, ''), nullif($4, ''), 'tenant.activated', id, app_id, jsonb_build_object('generation', generation)
 		FROM activated
 	)`
 
@@ -250,7 +251,7 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 		FROM made`,
 		n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
-	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID)
+	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 	batch.Queue(startBuildsSQL, []tenant.AppID{n.BuildID}, n.Profile.Name, n.Profile.Revision(), n.MaxBuilds).
 		Query(func(rows pgx.Rows) (err error) {
 			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
@@ -306,7 +307,7 @@ func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tena
 // out, and wakes who waits for them. It returns how many it gave.
 func (db *DB) Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error) {
 	for given := 0; ; given++ {
-		tag, err := db.pool.Exec(ctx, claimAndWakeSQL, profile, actor.Name, actor.RequestID)
+		tag, err := db.pool.Exec(ctx, claimAndWakeSQL, profile, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 		if err != nil {
 			return given, translate("claim", err)
 		}

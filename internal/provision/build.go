@@ -35,6 +35,7 @@ const (
 
 // workApp looks at an app and does what its row says is next.
 func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
+	ctx = tenant.WithUpstreamTrace(ctx)
 	a, err := s.Store.LeaseApp(ctx, id, s.Lease)
 	if errors.Is(err, tenant.NotFound) {
 		return outcomeNothing
@@ -155,7 +156,7 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 		Profile:    profile,
 		NextBuilds: s.newAppIDs(1),
 		MaxBuilds:  s.MaxBuilds,
-	}, worker)
+	}, workerOf(ctx))
 	if err == nil {
 		s.Metrics.buildSeconds.Observe(time.Since(began).Seconds())
 	}
@@ -306,7 +307,7 @@ func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid
 // could not.
 func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason string) error {
 	s.Log.Warn("build given up", zap.String("app", string(a.ID)), zap.String("reason", reason))
-	if err := s.Store.AbandonApp(ctx, a, ours, reason, worker); err != nil {
+	if err := s.Store.AbandonApp(ctx, a, ours, reason, workerOf(ctx)); err != nil {
 		return err
 	}
 	if p, ok := s.profiles[a.Profile]; ok {
@@ -322,7 +323,7 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	ours, err := s.look(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
-		return s.Store.AppDeleted(ctx, a, worker)
+		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
 	}
 	if err != nil {
 		return err

@@ -46,7 +46,7 @@ var crashScenarios = map[string]crashScenario{
 			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
+			"Sweep MakeAuditPartitions", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},

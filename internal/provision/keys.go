@@ -14,6 +14,7 @@ import (
 // workKey looks at a key and makes it work, or work no longer, as its row says.
 func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	field := zap.Stringer("key", id)
+	ctx = tenant.WithUpstreamTrace(ctx)
 	k, err := s.Store.LeaseKey(ctx, id, s.Lease)
 	if errors.Is(err, tenant.NotFound) {
 		return outcomeNothing
@@ -93,7 +94,7 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 	if err != nil {
 		return err
 	}
-	return s.Store.FinishLeasedKey(ctx, *k, sealed, worker)
+	return s.Store.FinishLeasedKey(ctx, *k, sealed, workerOf(ctx))
 }
 
 func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
@@ -105,13 +106,13 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 		return s.deleteKey(ctx, k, secret)
 	}
 	if !k.InDoubt { // it was never made
-		return s.Store.KeyEnded(ctx, k, nil, worker)
+		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 	}
 	// The answer of the call that made it was lost, if it made it at all.
 	key, found, err := s.findKey(ctx, max(normal, k.Lane), k.AppID, k.ID)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
-		return s.Store.KeyEnded(ctx, k, nil, worker)
+		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 	case err != nil:
 		return err
 	case found && key.Secret.IsSet():
@@ -121,11 +122,11 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 			zap.Stringer("key", k.ID), zap.String("app", string(k.AppID)))
 		return s.Store.KeyEnded(ctx, k, &tenant.Problem{Code: "key_lost", Since: time.Now().UTC(),
 			Detail: "the key's secret was never learnt and Clarifai's listing hides it: remove the key described as " +
-				tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}.String() + " in Clarifai's portal"}, worker)
+				tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}.String() + " in Clarifai's portal"}, workerOf(ctx))
 	case k.InDoubtFor < s.Settle: // it may still land
 		return &deferred{wait: s.Settle - k.InDoubtFor}
 	}
-	return s.Store.KeyEnded(ctx, k, nil, worker)
+	return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 }
 
 func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
@@ -136,5 +137,5 @@ func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tena
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err
 	}
-	return s.Store.KeyEnded(ctx, k, nil, worker)
+	return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 }

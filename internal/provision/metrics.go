@@ -19,6 +19,7 @@ type Metrics struct {
 	patRefused   prometheus.Gauge
 	findings     *prometheus.GaugeVec
 	reportedAt   prometheus.Gauge
+	sealedUpTo   prometheus.Gauge
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -45,7 +46,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Name: "tenantry_report_findings", Help: "What the last report found, by kind, that no repair has ended since."}, []string{"kind"})
 	m.reportedAt = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_report_timestamp_seconds", Help: "When the last report ended; 0 before the first."})
-	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
+	m.sealedUpTo = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_audit_sealed_timestamp_seconds", Help: "Up to when every event of the audit log is sealed; 0 before the first turn."})
+	reg.MustRegister(m.sealedUpTo, m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 

@@ -128,6 +128,7 @@ type Store interface {
 	Enqueue(ctx context.Context) (int, error)
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
+	SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error)
 }
 
 // An Upstream is Clarifai, as one operator. Each method makes one call and does
@@ -166,6 +167,7 @@ type Config struct {
 	Lease       time.Duration // of a row, longer than JobTimeout; 20 s
 	Settle      time.Duration // how late an unclear call may still land; 60 s
 	SweepEvery  time.Duration // 1 s
+	SealEvery   time.Duration // how often the audit log is sealed; 30 s
 	LookAgain   time.Duration // how often a waiting request reads its row, should a wake-up be lost; 2 s
 	MaxBuilds   int           // builds of one profile at once; 64
 	BackoffBase time.Duration // after the first failure; 1 s
@@ -233,6 +235,7 @@ func (c Config) WithDefaults() Config {
 		{&c.Lease, 20 * time.Second},
 		{&c.Settle, time.Minute},
 		{&c.SweepEvery, time.Second},
+		{&c.SealEvery, 30 * time.Second},
 		{&c.LookAgain, 2 * time.Second},
 		{&c.BackoffBase, time.Second},
 		{&c.BackoffCap, 30 * time.Second},

@@ -302,7 +302,7 @@ func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error
 				Detail: fmt.Sprintf("%d removals in an hour are allowed, and were made", s.RemovalCap), Since: time.Now().UTC()}})
 		}
 	}
-	err = s.repair(ctx, r, f)
+	err = s.repair(tenant.WithUpstreamTrace(ctx), r, f)
 	if e, ok := errors.AsType[*tenant.Error](err); ok && e.Kind == tenant.Conflict {
 		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, e.Detail)
 	}

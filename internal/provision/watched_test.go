@@ -378,6 +378,11 @@ func (s watchedStore) CountTenants(ctx context.Context) (map[tenant.State]int, e
 	return s.Store.CountTenants(ctx)
 }
 
+func (s watchedStore) SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error) {
+	defer s.returned()
+	return s.Store.SealAudit(ctx, patience)
+}
+
 func (u watchedUpstream) Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error) {
 	defer u.returned()
 	return u.Upstream.Whoami(ctx, pat)

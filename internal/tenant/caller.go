@@ -36,6 +36,8 @@ type Caller struct {
 type Actor struct {
 	Name      string // "caller:<token id>", "worker" or "operator" (the command line)
 	RequestID string // empty outside a request
+	// UpstreamRequestID is Clarifai's id of the call that the change comes of; may be empty.
+	UpstreamRequestID string
 }
 
 // A Token is what a caller sends: tnty_<id>_<secret>.

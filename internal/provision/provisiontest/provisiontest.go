@@ -246,7 +246,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		},
 		AppPrefix: "t", Rate: 10000,
 		CallTimeout: 500 * time.Millisecond, JobTimeout: 5 * time.Second, Lease: 6 * time.Second,
-		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond,
+		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond, SealEvery: 50 * time.Millisecond,
 		BackoffBase: 20 * time.Millisecond, BackoffCap: 200 * time.Millisecond,
 		PauseBase: 20 * time.Millisecond, PauseCap: 200 * time.Millisecond,
 		PATCheckBase: 50 * time.Millisecond, PATCheckCap: 200 * time.Millisecond,
@@ -305,6 +305,7 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 			}
 		}
 		loops.Go(func() { _ = r.Sweep(ctx) })
+		loops.Go(func() { _ = r.SealAudit(ctx) })
 	}
 	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
 	r.stop = sync.OnceFunc(func() {

@@ -1,0 +1,4 @@
+package postgres
+
+// AuditColumnNames are the columns that seals cover.
+var AuditColumnNames = auditColumnNames
