@@ -126,6 +126,9 @@ type App struct {
 	Generation int
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
+	// MarkerKey is which key of the keyset sealed the tenant in the marker that was
+	// just written; nil where none was.
+	MarkerKey *SealKeyID
 	// Creating is the key that is being made for the app; its ID is zero when
 	// there is none.
 	Creating CreatingKey
