@@ -383,6 +383,31 @@ func (s watchedStore) CountTenants(ctx context.Context) (map[tenant.State]int, e
 	return s.Store.CountTenants(ctx)
 }
 
+func (s watchedStore) Sealed(ctx context.Context) (tenant.Sealed, error) {
+	defer s.returned()
+	return s.Store.Sealed(ctx)
+}
+
+func (s watchedStore) CountSealed(ctx context.Context) (tenant.SealedCounts, error) {
+	defer s.returned()
+	return s.Store.CountSealed(ctx)
+}
+
+func (s watchedStore) Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(uuid.UUID, []byte) []byte) (tenant.Resealed, error) {
+	defer s.returned()
+	return s.Store.Reseal(ctx, by, after, most, seal)
+}
+
+func (s watchedStore) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error) {
+	defer s.returned()
+	return s.Store.ResealProbe(ctx, old, sealed, actor)
+}
+
+func (s watchedStore) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
+	defer s.returned()
+	return s.Store.MarkAnew(ctx, by, most)
+}
+
 func (u watchedUpstream) Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error) {
 	defer u.returned()
 	return u.Upstream.Whoami(ctx, pat)
