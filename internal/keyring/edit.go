@@ -79,11 +79,10 @@ func (s Source) Wrap(ctx context.Context) error {
 		if err != nil {
 			return nil, in.fault(err)
 		}
-		clear, err := marshal(seal, fingerprint)
-		if err != nil {
+		if text, err = marshal(seal, fingerprint); err != nil {
 			return nil, err
 		}
-		return s.wrap(ctx, clear)
+		return s.wrap(ctx, text)
 	})
 }
 

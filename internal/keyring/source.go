@@ -140,9 +140,9 @@ func (s Source) unwrap(ctx context.Context, text []byte) ([]byte, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, keeperTimeout)
 	defer cancel()
-	clear, err := envelope.DecryptWithContext(ctx, file.Wrapped, []byte(wrapDomain))
+	text, err = envelope.DecryptWithContext(ctx, file.Wrapped, []byte(wrapDomain))
 	if err != nil {
 		return nil, fmt.Errorf("the KMS cannot unwrap it: %w", err)
 	}
-	return clear, nil
+	return text, nil
 }
