@@ -172,10 +172,10 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps
 		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
-			marker_key_id = coalesce($3, marker_key_id, CASE WHEN marked_at IS NULL THEN -1 END),
+			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
 			pending = EXISTS (SELECT FROM keys k WHERE k.app_id = apps.id AND k.state = 'creating')
 		WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
-		a.ID, a.LeasedUntil, a.MarkerKey)
+		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked)
 	return oneRow("record app as marked", tag, err)
 }
 

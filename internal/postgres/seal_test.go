@@ -150,6 +150,48 @@ func TestCountSealed(t *testing.T) {
 	}
 }
 
+// It is noted by which key a marker was sealed, and never taken for known what is not.
+func TestMarkerKey(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	db, conn := pgtest.OpenURL(t, url), pgtest.Conn(t, url)
+	lease := func(marked string) tenant.App {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), `
+			INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at, tenant_id, tenant_generation, pending)
+			VALUES ('a1', 'default', 'x', 'held', now(), now(), 'u1', 1, true)
+			ON CONFLICT (id) DO UPDATE SET pending = true, marker_key_id = NULL, leased_until = '-infinity';
+			UPDATE apps SET marked_at = `+marked); err != nil {
+			t.Fatal(err)
+		}
+		a, err := db.LeaseApp(t.Context(), "a1", time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return a
+	}
+	end := func(a tenant.App, want int64) {
+		t.Helper()
+		if err := db.AppMarked(t.Context(), a); err != nil {
+			t.Fatal(err)
+		}
+		var got int64
+		if err := conn.QueryRow(t.Context(), `SELECT coalesce(marker_key_id, -2) FROM apps`).Scan(&got); err != nil || got != want {
+			t.Errorf("the marker's key is %d, %v; want %d", got, err, want)
+		}
+	}
+	a, by := lease("NULL"), tenant.SealKeyID(1<<31+7)
+	a.MarkerKey = &by
+	end(a, 1<<31+7)
+	end(lease("NULL"), -1)  // markers name no tenants
+	end(lease("now()"), -2) // by older code
+	a = lease("now()")
+	if n, err := db.MarkAnew(t.Context(), []tenant.SealKeyID{3}, 10); err != nil || n != 1 {
+		t.Errorf("%d apps are marked anew, %v; want the one whose key is not known", n, err)
+	}
+	end(a, -2)
+}
+
 // A key is removed only if nobody can have sealed by it, and nobody can afterwards.
 func TestRemoveSealKey(t *testing.T) {
 	t.Parallel()

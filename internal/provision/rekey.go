@@ -204,7 +204,7 @@ func (s *Service) reseal(ctx context.Context, r *resealing) error {
 		if err != nil {
 			return err
 		}
-		s.Log.Info("keys of tenants are sealed anew", append(s.keysetFields(), zap.Int("left", left))...)
+		s.Log.Info("keys of tenants are being sealed anew", append(s.keysetFields(), zap.Int("left", left))...)
 	}
 	stuck := 0
 	for _, id := range work {

@@ -169,6 +169,9 @@ func TestRotateWhileServing(t *testing.T) {
 	}
 
 	// The old key goes.
+	if _, err := w.TryStart(provisiontest.Options{}); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("old copy of the one this database is sealed with: it lacks the key %d", next)) {
+		t.Errorf("a replica starts with an old keyset: %v", err)
+	}
 	if needs, err := a.DB.RemoveSealKey(t.Context(), old, admin); err != nil || !needs.By[old].None() {
 		t.Fatalf("the old key is needed by %+v, %v", needs.By[old], err)
 	}
