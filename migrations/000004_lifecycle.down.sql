@@ -1,3 +1,9 @@
+DROP TRIGGER apps_seal_guard ON apps;
+DROP TRIGGER keys_seal_guard ON keys;
+DROP FUNCTION apps_seal_guard(), keys_seal_guard(), refuse_removed_seal_key(bytea);
+DROP TABLE removed_seal_keys;
+ALTER TABLE apps DROP COLUMN marker_key_id;
+DROP INDEX keys_sealed_by;
 DROP INDEX audit_events_id, audit_events_actor, audit_events_action, audit_events_app, audit_events_key, audit_events_request;
 ALTER TABLE audit_events ALTER COLUMN actor TYPE text COLLATE "default", ALTER COLUMN action TYPE text COLLATE "default";
 DROP TABLE audit_seals;

@@ -11,7 +11,6 @@ import (
 	"text/tabwriter"
 	"time"
 
-	"github.com/tenantry/tenantry/internal/keyring"
 	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -179,22 +178,6 @@ func (c tokenRevokeCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	_, err = fmt.Fprintf(e.stderr, "token %s of %s is revoked since %s\n", caller.TokenID, caller.Name, shownTime(caller.RevokedAt, "-"))
-	return err
-}
-
-type keysetCmd struct {
-	Create keysetCreateCmd `cmd:"" help:"Make a keyset file, mode 0600. Back it up apart from the database: without it no sealed key can be opened."`
-}
-
-type keysetCreateCmd struct {
-	KeysetFile string `required:"" env:"TENANTRY_KEYSET_FILE" placeholder:"FILE" help:"The file to make; it must not exist."`
-}
-
-func (c keysetCreateCmd) Run(e env) error {
-	if err := keyring.Create(c.KeysetFile); err != nil {
-		return err
-	}
-	_, err := fmt.Fprintf(e.stderr, "made %s: back it up, apart from the database\n", c.KeysetFile)
 	return err
 }
 

@@ -37,7 +37,7 @@ type cli struct {
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
 	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs."`
 	Audit       auditCmd       `cmd:"" help:"List the events of the audit log, and check that none was altered, removed or inserted."`
-	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants."`
+	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants, and replace its keys."`
 	Healthcheck healthcheckCmd `cmd:"" help:"Ask a running service whether it lives; for container health checks."`
 	Version     versionCmd     `cmd:"" help:"Print the version."`
 }
@@ -50,6 +50,7 @@ Every setting is a flag and an environment variable; an empty variable counts as
   DATABASE_DIRECT_URL  or ..._FILE       the same past a pooler in transaction mode, if there is one
   CLARIFAI_PAT  or CLARIFAI_PAT_FILE     the operator's Personal Access Token
   TENANTRY_KEYSET  or ..._FILE           from "tenantry keyset create"; lose it, and the sealed keys are lost
+  TENANTRY_KEYSET_KMS  or ..._FILE       URL of the key of a KMS that wraps the keyset, if one does
 
 To begin: tenantry keyset create, tenantry migrate up, tenantry token create, tenantry serve.`
 

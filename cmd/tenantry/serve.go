@@ -38,6 +38,7 @@ type serveCmd struct {
 	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
 
 	KeysetFile string `env:"TENANTRY_KEYSET_FILE" placeholder:"FILE" help:"File with the keyset. Without it: TENANTRY_KEYSET, the keyset itself."`
+	kmsFlags
 
 	PATFile         string        `name:"clarifai-pat-file" env:"CLARIFAI_PAT_FILE" placeholder:"FILE" help:"File with the operator's PAT. Without it: CLARIFAI_PAT."`
 	APIBase         string        `name:"clarifai-api-base" env:"CLARIFAI_API_BASE" default:"https://api.clarifai.com" help:"Where Clarifai is."`
@@ -60,6 +61,7 @@ type serveCmd struct {
 // A plan is the settings of serve, checked and read.
 type plan struct {
 	database postgres.Config
+	keyset   keyring.Source
 	keys     *keyring.Keyring
 	upstream *clarifai.Client
 	pat      *provision.PAT
@@ -86,7 +88,7 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	}
 	note(checkAddr("TENANTRY_ADDR", c.Addr))
 	note(checkAddr("TENANTRY_INTERNAL_ADDR", c.InternalAddr))
-	p.keys, err = c.keyring(e)
+	p.keyset, p.keys, err = c.keyring(e)
 	note(err)
 	pat, err := secretSetting(e, "CLARIFAI_PAT", c.PATFile)
 	note(err)
@@ -123,26 +125,37 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	return p, errors.Join(faults...)
 }
 
-func (c serveCmd) keyring(e env) (*keyring.Keyring, error) {
+func (c serveCmd) keyring(e env) (keyring.Source, *keyring.Keyring, error) {
+	source := keyring.Source{Path: c.KeysetFile}
 	if err := onlyOne(e, "TENANTRY_KEYSET", c.KeysetFile); err != nil {
-		return nil, err
+		return source, nil, err
 	}
-	if c.KeysetFile != "" {
-		return keyring.Load(c.KeysetFile)
+	ctx := context.Background()
+	var err error
+	if source.Keeper, err = c.keeper(ctx, e); err != nil {
+		return source, nil, err
 	}
-	text, err := secretSetting(e, "TENANTRY_KEYSET", "")
-	if err != nil {
-		return nil, err
+	if c.KeysetFile == "" {
+		if source.Text, err = secretSetting(e, "TENANTRY_KEYSET", ""); err != nil {
+			return source, nil, err
+		}
+		if !source.Text.IsSet() {
+			return source, nil, errors.New("the keyset is missing: make one with `tenantry keyset create` and set TENANTRY_KEYSET_FILE")
+		}
 	}
-	if !text.IsSet() {
-		return nil, errors.New("the keyset is missing: make one with `tenantry keyset create` and set TENANTRY_KEYSET_FILE")
-	}
-	return keyring.Parse(text)
+	keys, err := source.Load(ctx)
+	return source, keys, err
 }
 
 // engine is the configuration of the engine, as far as the settings say it.
 func (c serveCmd) engine(p plan) provision.Config {
+	var source *keyring.Source
+	if p.keyset.Path != "" {
+		source = &p.keyset
+	}
 	return provision.Config{
+		KeysetSource: source,
+
 		Profiles:    []tenant.Profile{p.profile},
 		Keyring:     p.keys,
 		AppPrefix:   c.AppPrefix,
@@ -202,6 +215,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	defer p.upstream.Close()
+	defer closeKeeper(p.keyset.Keeper)
 	log := c.logger(e)
 	defer func() { _ = log.Sync() }()
 
@@ -265,7 +279,7 @@ type service struct {
 	ending  atomic.Bool
 }
 
-// patWatchInterval is how often the PAT's file is read: secrets that are mounted
+// patWatchInterval is how often the files of PAT and keyset are read: secrets that are mounted
 // change by the swap of a link, which file notifications miss.
 const patWatchInterval = 2 * time.Second
 
@@ -315,6 +329,10 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		if s.PATFile != "" {
 			group.Go(func() error { engine.WatchPAT(background, s.readPAT, patWatchInterval); return nil })
 		}
+		if s.KeysetFile != "" {
+			group.Go(func() error { engine.WatchKeyset(background, patWatchInterval); return nil })
+		}
+		group.Go(func() error { return engine.Reseal(background) })
 		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg)})
 		s.api.Store(&handler)
 		s.started.Store(true)

@@ -2,6 +2,7 @@ package keyring
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -35,11 +36,18 @@ const (
 // replaces a file: what a lost keyset sealed is lost. When it returns nil the
 // file is on disk; when it fails it leaves no file of its own behind. The folder
 // must exist.
-func Create(path string) error {
+func Create(path string) error { return Source{Path: path}.Create(context.Background()) }
+
+// Create is Create for a keyset that may be wrapped.
+func (s Source) Create(ctx context.Context) error {
 	text, err := generate()
+	if err == nil {
+		text, err = s.wrap(ctx, text)
+	}
 	if err != nil {
 		return fmt.Errorf("make keyset: %w", err)
 	}
+	path := s.Path
 	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("keyset file %s is there already and is not replaced: the keys it sealed could not be opened any more", path)
@@ -77,6 +85,11 @@ func generate() ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return marshal(seal, fingerprint)
+}
+
+// marshal makes the text of a keyset file.
+func marshal(seal, fingerprint *keyset.Handle) ([]byte, error) {
 	file := keysetFile{Version: fileVersion}
 	for _, part := range []struct {
 		keys *keyset.Handle
@@ -92,23 +105,8 @@ func generate() ([]byte, error) {
 	return append(text, '\n'), err
 }
 
-// Load reads a keyset file. Its errors name the file and what is wrong with it,
-// and never quote it. The file's mode is not looked at: secret mounts of
-// Kubernetes are readable by a group.
-func Load(path string) (*Keyring, error) {
-	text, err := readFile(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("keyset file %s does not exist: make one with `tenantry keyset create`, or restore the one this deployment had", path)
-	}
-	if err != nil {
-		return nil, fmt.Errorf("read keyset file: %w", err) // names the path
-	}
-	k, err := parse(text)
-	if err != nil {
-		return nil, fmt.Errorf("keyset file %s: %w", path, err)
-	}
-	return k, nil
-}
+// Load reads a keyset file in the clear: see Source.
+func Load(path string) (*Keyring, error) { return Source{Path: path}.Load(context.Background()) }
 
 func readFile(path string) ([]byte, error) {
 	f, err := os.Open(path)
@@ -119,44 +117,38 @@ func readFile(path string) ([]byte, error) {
 	return io.ReadAll(io.LimitReader(f, maxFileSize+1))
 }
 
-// Parse reads the text of a keyset file, as a secret store hands it out. Its
+// Parse reads the text of a keyset in the clear, as a secret store hands it out. Its
 // errors never quote it.
 func Parse(text tenant.Secret) (*Keyring, error) {
-	if !text.IsSet() {
-		return nil, errors.New("keyset: it is empty")
-	}
-	k, err := parse([]byte(text.Reveal()))
-	if err != nil {
-		return nil, fmt.Errorf("keyset: %w", err)
-	}
-	return k, nil
+	return Source{Text: text}.Load(context.Background())
 }
 
-func parse(text []byte) (*Keyring, error) {
+// handles reads the two keysets of a file.
+func (s Source) handles(ctx context.Context, text []byte) (seal, fingerprint *keyset.Handle, err error) {
 	switch {
 	case len(text) > maxFileSize:
-		return nil, fmt.Errorf("it has more than %d bytes and cannot be a keyset", maxFileSize)
+		return nil, nil, fmt.Errorf("it has more than %d bytes and cannot be a keyset", maxFileSize)
 	case len(bytes.TrimSpace(text)) == 0:
-		return nil, errors.New("it is empty")
+		return nil, nil, errors.New("it is empty")
+	}
+	if text, err = s.unwrap(ctx, text); err != nil {
+		return nil, nil, err
 	}
 	var file keysetFile
 	if err := json.Unmarshal(text, &file); err != nil {
 		// The decoder's error may quote the text.
 		if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
-			return nil, fmt.Errorf("it is not JSON: a fault at byte %d", syntax.Offset)
+			return nil, nil, fmt.Errorf("it is not JSON: a fault at byte %d", syntax.Offset)
 		}
-		return nil, errors.New(`it is not a JSON object with "version", "seal" and "fingerprint"`)
+		return nil, nil, errors.New(`it is not a JSON object with "version", "seal" and "fingerprint"`)
 	}
 	if file.Version != fileVersion {
-		return nil, fmt.Errorf("its version is %d, and this program knows version %d only", file.Version, fileVersion)
+		return nil, nil, fmt.Errorf("its version is %d, and this program knows version %d only", file.Version, fileVersion)
 	}
-	seal, err := readKeyset("seal", file.Seal)
+	seal, err = readKeyset("seal", file.Seal)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	fingerprint, err := readKeyset("fingerprint", file.Fingerprint)
-	if err != nil {
-		return nil, err
-	}
-	return newKeyring(seal, fingerprint)
+	fingerprint, err = readKeyset("fingerprint", file.Fingerprint)
+	return seal, fingerprint, err
 }

@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"sync/atomic"
 
 	"github.com/google/uuid"
 	"github.com/tink-crypto/tink-go/v2/aead"
@@ -20,12 +21,19 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A Keyring holds two keysets: one seals, and its keys may be replaced over time;
-// the other fingerprints, and never changes, since what it derives is stored and
-// compared. A Keyring is safe for use by many goroutines.
+// A Keyring holds two keysets: one seals, and its keys may be replaced over time,
+// also while it is in use; the other fingerprints, and never changes, since what it
+// derives is stored and compared. A Keyring is safe for use by many goroutines.
 type Keyring struct {
-	seal        tink.AEAD
+	sealing     atomic.Pointer[sealing]
 	fingerprint prf.PRF
+	onUnknown   atomic.Pointer[func()]
+}
+
+// A sealing is the keyset that seals, as it stands. It never changes.
+type sealing struct {
+	tink.AEAD
+	keys []SealKey
 }
 
 // What the fingerprint key is applied to begins with what it is for, so that no
@@ -59,7 +67,7 @@ func (k *Keyring) Seal(keyID uuid.UUID, secret tenant.Secret) ([]byte, error) {
 	if !secret.IsSet() {
 		return nil, errors.New("seal key: there is no secret")
 	}
-	ciphertext, err := k.seal.Encrypt([]byte(secret.Reveal()), keyID[:])
+	ciphertext, err := k.sealing.Load().Encrypt([]byte(secret.Reveal()), keyID[:])
 	if err != nil {
 		return nil, fmt.Errorf("seal key: %w", err)
 	}
@@ -67,9 +75,13 @@ func (k *Keyring) Seal(keyID uuid.UUID, secret tenant.Secret) ([]byte, error) {
 }
 
 // Open decrypts what Seal made for the key row keyID, with this keyset or an
-// earlier one whose keys this keyset still holds.
+// earlier one whose keys this keyset still holds. It reports tenant.Unavailable for
+// what a key sealed that this keyset does not hold, even after it was read anew.
 func (k *Keyring) Open(keyID uuid.UUID, ciphertext []byte) (tenant.Secret, error) {
-	text, err := k.seal.Decrypt(ciphertext, keyID[:])
+	text, err := k.open(ciphertext, keyID[:])
+	if isUnknown(err) {
+		return tenant.Secret{}, err
+	}
 	if err != nil {
 		// Which of them it was, no cipher can tell.
 		return tenant.Secret{}, errors.New("open sealed key: it was sealed by another keyset or for another key, or was altered since")
@@ -83,7 +95,7 @@ func (k *Keyring) SealOwner(id tenant.AppID, owner tenant.AppOwner) (string, err
 	if err != nil {
 		return "", fmt.Errorf("seal owner: %w", err)
 	}
-	ciphertext, err := k.seal.Encrypt(text, []byte(ownerDomain+string(id)))
+	ciphertext, err := k.sealing.Load().Encrypt(text, []byte(ownerDomain+string(id)))
 	if err != nil {
 		return "", fmt.Errorf("seal owner: %w", err)
 	}
@@ -96,7 +108,7 @@ func (k *Keyring) OpenOwner(id tenant.AppID, sealed string) (tenant.AppOwner, er
 	ciphertext, err := base64.RawURLEncoding.DecodeString(sealed)
 	if err == nil {
 		var text []byte
-		if text, err = k.seal.Decrypt(ciphertext, []byte(ownerDomain+string(id))); err == nil {
+		if text, err = k.open(ciphertext, []byte(ownerDomain+string(id))); err == nil {
 			err = json.Unmarshal(text, &owner)
 		}
 	}
@@ -150,7 +162,7 @@ func (k *Keyring) derive(input string) []byte {
 
 // Probe seals a known text, for the database to keep: see Check.
 func (k *Keyring) Probe() ([]byte, error) {
-	probe, err := k.seal.Encrypt([]byte(probeText), []byte(probeDomain))
+	probe, err := k.sealing.Load().Encrypt([]byte(probeText), []byte(probeDomain))
 	if err != nil {
 		return nil, fmt.Errorf("seal probe: %w", err)
 	}
@@ -159,7 +171,7 @@ func (k *Keyring) Probe() ([]byte, error) {
 
 // Check reports whether k opens what the keyring that made probe sealed.
 func (k *Keyring) Check(probe []byte) error {
-	text, err := k.seal.Decrypt(probe, []byte(probeDomain))
+	text, err := k.open(probe, []byte(probeDomain))
 	if err != nil || !bytes.Equal(text, []byte(probeText)) {
 		return errors.New("the keyset is not the one this database was sealed with")
 	}
@@ -167,7 +179,7 @@ func (k *Keyring) Check(probe []byte) error {
 }
 
 func newKeyring(seal, fingerprint *keyset.Handle) (*Keyring, error) {
-	sealing, err := aead.New(seal)
+	cipher, err := aead.New(seal)
 	if err != nil {
 		return nil, errors.New(`"seal" is not a keyset that this program can seal with: it must hold AEAD keys such as AES256-GCM`)
 	}
@@ -175,7 +187,8 @@ func newKeyring(seal, fingerprint *keyset.Handle) (*Keyring, error) {
 	if err != nil {
 		return nil, errors.New(`"fingerprint" is not a keyset that this program can fingerprint with: it must hold one HMAC-SHA256 PRF key`)
 	}
-	k := &Keyring{seal: sealing, fingerprint: prfs.PRFs[prfs.PrimaryID]}
+	k := &Keyring{fingerprint: prfs.PRFs[prfs.PrimaryID]}
+	k.sealing.Store(&sealing{AEAD: cipher, keys: sealKeys(seal)})
 	// One key only: a second, made primary some day, would silently change every
 	// fingerprint and the deployment's name.
 	if len(prfs.PRFs) != 1 || k.fingerprint == nil {

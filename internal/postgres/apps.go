@@ -151,9 +151,11 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps
-		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity', pending = false
+		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
+			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
+			pending = false
 		WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
-		a.ID, a.LeasedUntil)
+		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked)
 	return oneRow("record app as marked", tag, err)
 }
 

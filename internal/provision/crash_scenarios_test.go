@@ -7,6 +7,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/tenantry/tenantry/internal/keyring"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
@@ -407,6 +408,27 @@ var crashScenarios = map[string]crashScenario{
 			s.r.WatchPAT(s.t.Context(), func() (tenant.Secret, error) { return tenant.NewSecret(nextPAT), nil }, 5*time.Millisecond)
 		},
 	},
+	"rotation of the keyset": {
+		points: []string{"reseal Sealed", "countLeft CountSealed", "resealFrom Reseal", "resealProbe ResealProbe", "reseal MarkAnew", "tend MarkApp"},
+		prepare: func(s *scene) {
+			first(s)
+			s.r.Stop()
+			rotateKeyset(s.t, s.w.Keyset, false)
+			rereadKeyset(s)
+		},
+		settle: func(s *scene) { rekeyed(s.t, s.r.DB, primaryOf(s.t, s.w.Keys)) },
+	},
+	"rotation of the keyset while a replica runs": {
+		points:  []string{"takeUpKeyset Sealed"},
+		prepare: first,
+		act: func(s *scene) {
+			rotateKeyset(s.t, s.w.Keyset, false)
+			s.r.KeysetSource = &keyring.Source{Path: s.w.Keyset}
+			s.r.WatchKeyset(s.t.Context(), 5*time.Millisecond)
+		},
+		recover: rereadKeyset,
+		settle:  func(s *scene) { rekeyed(s.t, s.r.DB, primaryOf(s.t, s.w.Keys)) },
+	},
 	"restored database": {
 		points: []string{"watchForRestore CheckRestored", "watchForRestore StartDueReport", "Pin CheckRestored", "endReconciliation EndReconciliation"},
 		prepare: func(s *scene) {
@@ -704,6 +726,13 @@ func stopDuring(s *scene, call string, before int) {
 }
 
 func knowPAT(s *scene) { s.w.AddPAT(provisiontest.PAT, string(provisiontest.Operator)) }
+
+// rereadKeyset has the world's keyring be what its file is.
+func rereadKeyset(s *scene) {
+	if err := s.w.Keys.Replace(loadKeyset(s.t, s.w.Keyset)); err != nil {
+		s.t.Fatal(err)
+	}
+}
 
 func startReport(s *scene) {
 	if _, err := s.r.StartReport(s.t.Context(), admin); err != nil {

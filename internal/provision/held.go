@@ -7,6 +7,7 @@ import (
 	"github.com/google/uuid"
 	"go.uber.org/zap"
 
+	"github.com/tenantry/tenantry/internal/keyring"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
@@ -26,7 +27,7 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 		return err
 	}
 	marker := s.markerOf(*a)
-	marker.Tenant = sealed
+	marker.Tenant, a.MarkerKey = sealed, keyring.SealedOwnerBy(sealed)
 	if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker) }); err != nil {
 		return err
 	}

@@ -20,6 +20,9 @@ type Metrics struct {
 	findings     *prometheus.GaugeVec
 	reportedAt   prometheus.Gauge
 	sealedUpTo   prometheus.Gauge
+	keysetKeys   *prometheus.GaugeVec
+	resealLeft   prometheus.Gauge
+	unknownKeys  prometheus.Gauge
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -48,7 +51,15 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Name: "tenantry_report_timestamp_seconds", Help: "When the last report ended; 0 before the first."})
 	m.sealedUpTo = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_audit_sealed_timestamp_seconds", Help: "Up to when every event of the audit log is sealed; 0 before the first turn."})
-	reg.MustRegister(m.sealedUpTo, m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
+	reg.MustRegister(m.sealedUpTo)
+	m.keysetKeys = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_keyset_key", Help: "1 for each key of the keyset in use, by its id; the primary seals."}, []string{"key_id", "primary"})
+	m.resealLeft = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_reseal_remaining", Help: "Keys of tenants that are still to be sealed anew after a rotation of the keyset, counted every 15 seconds."})
+	m.unknownKeys = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_keyset_missing_keys", Help: "Keys that sealed something in the database and that this replica's keyset lacks."})
+	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
+	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 

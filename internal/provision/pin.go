@@ -98,10 +98,14 @@ func whoami(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate fl
 }
 
 func checkKeyset(d tenant.Deployment, keys *keyring.Keyring) error {
+	same := keys.DeploymentID(d.Operator) == d.ID
 	if err := keys.Check(d.KeysetProbe); err != nil {
+		if id, ok := tenant.SealKeyOf(d.KeysetProbe); ok && same && !keys.Opens(id) {
+			return fmt.Errorf("the keyset is an old copy of the one this database is sealed with: it lacks the key %d", id)
+		}
 		return err
 	}
-	if keys.DeploymentID(d.Operator) != d.ID {
+	if !same {
 		return errors.New("the fingerprint keyset is not the one this database was set up with")
 	}
 	return nil

@@ -129,6 +129,12 @@ type Store interface {
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
 	SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error)
+
+	Sealed(ctx context.Context) (tenant.Sealed, error)
+	CountSealed(ctx context.Context) (tenant.SealedCounts, error)
+	Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(id uuid.UUID, ciphertext []byte) []byte) (tenant.Resealed, error)
+	ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error)
+	MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error)
 }
 
 // An Upstream is Clarifai, as one operator. Each method makes one call and does
@@ -159,6 +165,8 @@ type Config struct {
 	Profiles   []tenant.Profile  // one of them named tenant.DefaultProfile
 	Log        *zap.Logger
 	Metrics    *Metrics
+
+	KeysetSource *keyring.Source // that Keyring is of; nil for one that is not read again
 
 	AppPrefix   string        // begins every app id
 	Rate        float64       // upstream calls a second, of all replicas together
@@ -266,6 +274,7 @@ type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
 	background chan struct{} // held by the one call of the background lane that asks for a slot
+	reread     rereading
 
 	drainOnce sync.Once
 	draining  chan struct{} // closed by Drain
@@ -281,6 +290,7 @@ func New(c Config) (*Service, error) {
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}
+	s.watchUnknown()
 	return s, nil
 }
 

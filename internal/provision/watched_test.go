@@ -547,3 +547,28 @@ func (s watchedStore) PurgeDue(ctx context.Context, perHour int, actor tenant.Ac
 	defer s.returned()
 	return s.Store.PurgeDue(ctx, perHour, actor)
 }
+
+func (s watchedStore) Sealed(ctx context.Context) (tenant.Sealed, error) {
+	defer s.returned()
+	return s.Store.Sealed(ctx)
+}
+
+func (s watchedStore) CountSealed(ctx context.Context) (tenant.SealedCounts, error) {
+	defer s.returned()
+	return s.Store.CountSealed(ctx)
+}
+
+func (s watchedStore) Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(id uuid.UUID, ciphertext []byte) []byte) (tenant.Resealed, error) {
+	defer s.returned()
+	return s.Store.Reseal(ctx, by, after, most, seal)
+}
+
+func (s watchedStore) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error) {
+	defer s.returned()
+	return s.Store.ResealProbe(ctx, old, sealed, actor)
+}
+
+func (s watchedStore) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
+	defer s.returned()
+	return s.Store.MarkAnew(ctx, by, most)
+}

@@ -138,6 +138,9 @@ type App struct {
 	Generation int
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
+	// MarkerKey is which key of the keyset sealed the tenant in the marker that was
+	// just written; nil where none was.
+	MarkerKey *SealKeyID
 	// HasExtraKeys says that its tenant got the further keys of its profile, if there
 	// are any.
 	HasExtraKeys bool

@@ -204,6 +204,12 @@ type Options struct {
 	Idle bool
 	// Fenced keeps the fence that a new database begins with.
 	Fenced bool
+	// Keyset is the file of a keyring of the replica's own, which it watches; default:
+	// it shares the world's.
+	Keyset string
+	// Unwatched leaves the watching out: the file is read again only when something
+	// cannot be opened.
+	Unwatched bool
 	// Workers is how many builds run at once; 0 means 8.
 	Workers int
 	// Store and Upstream, unless nil, come between the engine and what it uses.
@@ -225,10 +231,14 @@ func (w *World) Start(o Options) *Replica {
 func (w *World) TryStart(o Options) (*Replica, error) {
 	w.t.Helper()
 	ctx := context.WithoutCancel(w.t.Context())
+	keys, source, err := w.keysOf(o)
+	if err != nil {
+		return nil, err
+	}
 	core, logs := observer.New(zapcore.DebugLevel)
 	r := &Replica{DB: pgtest.OpenURL(w.t, w.URL), Reg: prometheus.NewRegistry(), Logs: logs}
 	log := zap.New(core)
-	pat := provision.NewPAT(tenant.NewSecret(cmp.Or(o.PAT, PAT)), w.Keys)
+	pat := provision.NewPAT(tenant.NewSecret(cmp.Or(o.PAT, PAT)), keys)
 	if o.Clarifai == "" {
 		o.Clarifai = w.Clarifai
 	}
@@ -239,7 +249,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		o.Upstream = func(u provision.Upstream) provision.Upstream { return u }
 	}
 	cfg := provision.Config{
-		Store: o.Store(r.DB), Keyring: w.Keys, Log: log, Metrics: provision.NewMetrics(r.Reg),
+		Store: o.Store(r.DB), Keyring: keys, KeysetSource: source, Log: log, Metrics: provision.NewMetrics(r.Reg),
 		Profiles: []tenant.Profile{
 			{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{"All"}},
 			{Name: "narrow", BaseWorkflow: "Empty", KeyScopes: []string{"Predict", "Apps_Get"}},
@@ -259,7 +269,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		return nil, err
 	}
 	w.t.Cleanup(client.Close)
-	deployment, err := provision.Pin(ctx, o.Store(r.DB), o.Upstream(client), pat, cfg.Rate, w.Keys, log)
+	deployment, err := provision.Pin(ctx, o.Store(r.DB), o.Upstream(client), pat, cfg.Rate, keys, log)
 	if err != nil {
 		return nil, err
 	}
@@ -279,6 +289,15 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	return r, nil
 }
 
+func (w *World) keysOf(o Options) (*keyring.Keyring, *keyring.Source, error) {
+	if o.Keyset == "" {
+		return w.Keys, nil, nil
+	}
+	source := &keyring.Source{Path: o.Keyset}
+	keys, err := source.Load(w.t.Context())
+	return keys, source, err
+}
+
 func lowerFence(ctx context.Context, url tenant.Secret) error {
 	conn, err := pgx.Connect(ctx, url.Reveal())
 	if err != nil {
@@ -288,6 +307,9 @@ func lowerFence(ctx context.Context, url tenant.Secret) error {
 	_, err = conn.Exec(ctx, `UPDATE deployment SET fence_since = NULL`)
 	return err
 }
+
+// keysetWatchInterval is short: tests wait for it.
+const keysetWatchInterval = 50 * time.Millisecond
 
 func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
@@ -306,6 +328,10 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 		}
 		loops.Go(func() { _ = r.Sweep(ctx) })
 		loops.Go(func() { _ = r.SealAudit(ctx) })
+		loops.Go(func() { _ = r.Reseal(ctx) })
+	}
+	if o.Keyset != "" && !o.Unwatched {
+		loops.Go(func() { r.WatchKeyset(ctx, keysetWatchInterval) })
 	}
 	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
 	r.stop = sync.OnceFunc(func() {
