@@ -89,9 +89,13 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	prefer := parsePrefer(r.Header.Values("Prefer"))
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
-	t, created, err := s.Service.SignUp(ctx, id, tenant.SignUp(body), prefer.wait, actorOf(r))
+	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Within: scopeOf(r)}
+	t, created, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
+	}
+	if !up.Within.Covers(t.Labels) { // somebody else signed it up, after confine had found nobody
+		return errNotCovered
 	}
 
 	status, b := http.StatusOK, s.tenantBody(t)
@@ -191,6 +195,7 @@ func (s *server) listTenants(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	l.filter.Within = scopeOf(r)
 	// One more than is asked for tells whether there is another page.
 	tenants, err := s.DB.Tenants(r.Context(), l.filter, l.after, l.limit+1)
 	if err != nil {
@@ -222,6 +227,9 @@ func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
 	t, err := s.DB.TenantOfApp(r.Context(), tenant.AppID(id))
 	if err != nil {
 		return err
+	}
+	if !scopeOf(r).Covers(t.Labels) {
+		return tenant.Errorf(tenant.NotFound, "app_not_found", "there is no such app")
 	}
 	infoOf(r).tenant = t.ID
 	return s.respondTenant(w, r, t)

@@ -1,0 +1,5 @@
+DROP INDEX callers_created;
+ALTER TABLE callers
+    DROP COLUMN labels,
+    DROP COLUMN rate_limit,
+    DROP COLUMN replaced_by;
