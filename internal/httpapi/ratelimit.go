@@ -41,7 +41,7 @@ func (l *limiters) take(w http.ResponseWriter, c tenant.Caller, now time.Time) e
 	}
 	missing := time.Duration(math.Ceil((1 - left) / float64(c.RateLimit) * float64(time.Second)))
 	return &tenant.Error{Kind: tenant.TooMany, Code: "rate_limited", RetryAfter: missing,
-		Detail: fmt.Sprintf("the token may make %d requests a second", c.RateLimit)}
+		Detail: fmt.Sprintf("the limit of the token is %d a second, and is reached", c.RateLimit)}
 }
 
 func (l *limiters) of(c tenant.Caller, now time.Time) *rate.Limiter {
