@@ -136,6 +136,11 @@ func TestManageCallers(t *testing.T) {
 	if a := s.call(tenant.Admin, "DELETE", "/v1/callers/"+own, ""); a.status != http.StatusOK {
 		t.Errorf("revoking one's own token beside another's answers %d %s", a.status, a.body)
 	}
+	for _, line := range s.logs.All() {
+		if text := line.Message + fmt.Sprint(line.ContextMap()); strings.Contains(text, token[22:]) {
+			t.Errorf("a token is in the log: %s", text)
+		}
+	}
 	// Every command has its event, and who asked; no event has a secret.
 	var created, ofAPI, rotations, revoked, leaks int
 	if err := pgtest.Conn(t, s.world.URL).QueryRow(t.Context(), `SELECT

@@ -159,15 +159,34 @@ func TestRotateCaller(t *testing.T) {
 	}
 	refused(revoked.ID, "caller_revoked")
 
-	// Of many at once, one rotates.
+	// Of many at once, one rotates. All are held up until all have begun.
 	many, _ := addCaller(t, db, tenant.NewCaller{Name: "many", Role: tenant.Viewer})
+	conn := pgtest.Conn(t, url)
+	hold, err := pgtest.Conn(t, url).Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := hold.Exec(t.Context(), `SELECT FROM callers WHERE token_id = $1 FOR UPDATE`, many.ID); err != nil {
+		t.Fatal(err)
+	}
 	var wg sync.WaitGroup
-	failed := make(chan error, 8)
+	failed := make(chan error, 4)
 	for range cap(failed) {
 		wg.Go(func() {
 			_, _, err := rotate(many.ID, tenant.TokenRotation{Overlap: time.Hour})
 			failed <- err
 		})
+	}
+	deadline := time.After(time.Minute)
+	for count(t, conn, `pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) < cap(failed) {
+		select {
+		case <-deadline:
+			t.Fatal("the rotations do not wait for the caller's row")
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	if err := hold.Commit(t.Context()); err != nil {
+		t.Fatal(err)
 	}
 	wg.Wait()
 	close(failed)
@@ -179,7 +198,7 @@ func TestRotateCaller(t *testing.T) {
 			t.Errorf("a rotation beside others fails with %v", err)
 		}
 	}
-	if n := count(t, pgtest.Conn(t, url), `callers WHERE name = 'many'`); done != 1 || n != 2 {
+	if n := count(t, conn, `callers WHERE name = 'many'`); done != 1 || n != 2 {
 		t.Errorf("%d of many rotations are done, and there are %d tokens; want 1 and 2", done, n)
 	}
 }
