@@ -1,3 +1,8 @@
+DROP INDEX callers_created;
+ALTER TABLE callers
+    DROP COLUMN labels,
+    DROP COLUMN rate_limit,
+    DROP COLUMN replaced_by;
 DROP TRIGGER apps_seal_guard ON apps;
 DROP TRIGGER keys_seal_guard ON keys;
 DROP FUNCTION apps_seal_guard(), keys_seal_guard(), refuse_removed_seal_key(bytea);

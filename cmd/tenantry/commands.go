@@ -95,29 +95,21 @@ var operator = tenant.Actor{Name: "operator"}
 
 type tokenCreateCmd struct {
 	databaseFlags
-	Name      string        `required:"" help:"Who will hold the token."`
-	Role      tenant.Role   `required:"" enum:"viewer,provisioner,admin" help:"What it may do: ${enum}."`
-	ExpiresIn time.Duration `placeholder:"DURATION" help:"How long it is valid, such as 2160h. Without it: until it is revoked."`
+	newCallerFlags
 }
 
 func (c tokenCreateCmd) Run(ctx context.Context, e env) error {
-	if fault, ok := errors.AsType[*tenant.Error](tenant.ValidateCallerName(c.Name)); ok {
-		return errors.New("--name " + fault.Detail)
-	}
-	if c.ExpiresIn < 0 {
-		return errors.New("--expires-in must not be negative")
+	caller, err := c.caller(time.Now())
+	if err != nil {
+		return err
 	}
 	db, err := c.open(ctx, e)
 	if err != nil {
 		return err
 	}
 	defer db.Close()
-	var expires time.Time
-	if c.ExpiresIn > 0 {
-		expires = time.Now().Add(c.ExpiresIn)
-	}
 	token, text := tenant.NewToken()
-	if err := db.AddCaller(ctx, token, c.Name, c.Role, expires, operator); err != nil {
+	if _, err := db.AddCaller(ctx, token, caller, operator); err != nil {
 		return err
 	}
 	_, _ = fmt.Fprintf(e.stderr, "token %s of %s, role %s: keep it, it is not shown again\n", token.ID, c.Name, c.Role)
@@ -135,15 +127,14 @@ func (c tokenListCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	defer db.Close()
-	callers, err := db.Callers(ctx)
+	callers, err := db.Callers(ctx, "", 0)
 	if err != nil {
 		return err
 	}
 	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "ID\tNAME\tROLE\tCREATED\tEXPIRES\tLAST USED\tREVOKED")
+	_, _ = fmt.Fprintln(w, callerHeads)
 	for _, t := range callers {
-		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", t.TokenID, t.Name, t.Role,
-			shownTime(t.CreatedAt, "-"), shownTime(t.ExpiresAt, "never"), shownTime(t.LastUsedAt, "never"), shownTime(t.RevokedAt, "-"))
+		printCaller(w, t)
 	}
 	return w.Flush()
 }

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"text/tabwriter"
 	"time"
@@ -122,7 +123,7 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 		}
 		// The service may be restarting, and the work goes on elsewhere.
 		next, err := r.get(ctx, rec.Id, nil)
-		if p, ok := errors.AsType[*apiProblem](err); ok && p.status < 500 {
+		if p, ok := errors.AsType[*apiProblem](err); ok && p.status < 500 && p.status != http.StatusTooManyRequests {
 			return nil, err
 		}
 		line := "the service does not answer; waiting"

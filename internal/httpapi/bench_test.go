@@ -27,7 +27,7 @@ func BenchmarkSignUpThatBuilds(b *testing.B) {
 	srv := httptest.NewServer(httpapi.New(httpapi.Config{Service: r.Service, DB: r.DB, Log: zap.NewNop(), Metrics: httpapi.NewMetrics(r.Reg)}))
 	b.Cleanup(srv.Close)
 	token, text := tenant.NewToken()
-	if err := r.DB.AddCaller(b.Context(), token, "bench", tenant.Provisioner, time.Time{}, tenant.Actor{Name: "bench"}); err != nil {
+	if _, err := r.DB.AddCaller(b.Context(), token, tenant.NewCaller{Name: "bench", Role: tenant.Provisioner}, tenant.Actor{Name: "bench"}); err != nil {
 		b.Fatal(err)
 	}
 	var own []time.Duration

@@ -392,18 +392,6 @@ func splitQuoted(header string, sep byte) []string {
 	return append(items, header[start:])
 }
 
-// timeField reads a time in a body; "" is the zero time.
-func timeField(name, text string) (time.Time, error) {
-	if text == "" {
-		return time.Time{}, nil
-	}
-	t, err := time.Parse(time.RFC3339, text)
-	if err != nil {
-		return t, invalid(name, "must be a time such as 2026-01-31T12:00:00Z")
-	}
-	return t, nil
-}
-
 // durationField reads a duration in a body: a number of seconds, or text such as 90m,
 // 24h or 7d. Nil is one that was left out.
 func durationField(name string, raw json.RawMessage) (*time.Duration, error) {

@@ -1,8 +1,10 @@
 package httpapi
 
 import (
+	"maps"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"testing"
 	"time"
 
@@ -11,6 +13,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/tenant"
 )
 
 // What parses strangers' bytes, for the fuzz tests.
@@ -24,7 +27,7 @@ var (
 
 // NewPanicking serves one route, whose handler panics, and returns where.
 func NewPanicking(t *testing.T, log *zap.Logger) string {
-	s := &server{Config{Log: log, Metrics: NewMetrics(prometheus.NewRegistry())}}
+	s := &server{Config: Config{Log: log, Metrics: NewMetrics(prometheus.NewRegistry())}}
 	r := chi.NewRouter()
 	r.Use(s.observe, routeByEscapedPath)
 	r.Get("/panic", func(http.ResponseWriter, *http.Request) { panic("the secret word") })
@@ -47,3 +50,20 @@ var (
 	ParseAuditCursor  = parseAuditCursor
 	FormatAuditCursor = formatAuditCursor
 )
+
+// OpenToLimited lists the routes without a tenant that limited callers may use.
+func OpenToLimited() []string { return slices.Sorted(maps.Keys(openToLimited)) }
+
+// Limiters are the rates of callers.
+type Limiters struct{ limiters limiters }
+
+// NewLimiters returns limiters that know of nobody.
+func NewLimiters() *Limiters { return &Limiters{} }
+
+// Take counts a request.
+func (l *Limiters) Take(c tenant.Caller, now time.Time) error {
+	return l.limiters.take(httptest.NewRecorder(), c, now)
+}
+
+// Len is how many callers are remembered.
+func (l *Limiters) Len() int { return len(l.limiters.byToken) }

@@ -309,7 +309,7 @@ func TestAuthentication(t *testing.T) {
 	s := newSite(t)
 	revoked, text := tenant.NewToken()
 	actor := tenant.Actor{Name: "test"}
-	if err := s.replica.DB.AddCaller(t.Context(), revoked, "gone", tenant.Provisioner, tenant.Caller{}.ExpiresAt, actor); err != nil {
+	if _, err := s.replica.DB.AddCaller(t.Context(), revoked, tenant.NewCaller{Name: "gone", Role: tenant.Provisioner}, actor); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := s.replica.DB.RevokeCaller(t.Context(), revoked.ID, actor); err != nil {

@@ -118,6 +118,7 @@ func (s *server) patchTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	p.Within = scopeOf(r)
 	ifMatch := r.Header.Values("If-Match")
 	t, err := s.Service.Update(r.Context(), id, p, func(t tenant.Tenant) bool {
 		return len(ifMatch) == 0 || matchesVersion(ifMatch, t)
@@ -174,7 +175,7 @@ func (s *server) credentials(r *http.Request, id tenant.ID, k tenant.Key) (*cred
 
 type putKeyBody struct {
 	Scopes    []string `json:"scopes"`
-	ExpiresAt string   `json:"expires_at"`
+	ExpiresAt *string  `json:"expires_at"`
 }
 
 func (s *server) putKey(w http.ResponseWriter, r *http.Request) error {

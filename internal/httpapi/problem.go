@@ -57,6 +57,8 @@ func statusOf(kind tenant.Kind) (int, bool) {
 		return http.StatusPreconditionFailed, true
 	case tenant.TooLarge:
 		return http.StatusRequestEntityTooLarge, true
+	case tenant.TooMany:
+		return http.StatusTooManyRequests, true
 	case tenant.Unavailable:
 		return http.StatusServiceUnavailable, true
 	}
@@ -91,7 +93,7 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 	if p.Status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="tenantry"`)
 	}
-	if p.Status >= 500 {
+	if p.Status >= 500 || p.Status == http.StatusTooManyRequests {
 		setRetryAfter(w, max(retryAfter, time.Second))
 	}
 	w.Header().Del("ETag")

@@ -52,7 +52,10 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	return m
 }
 
-type server struct{ Config }
+type server struct {
+	Config
+	limiters limiters
+}
 
 // Limits on requests. The server that serves the handler sets ReadTimeout,
 // MaxHeaderBytes and the like from Limit.
@@ -76,7 +79,7 @@ func Limit(srv *http.Server) {
 
 // New returns the handler of the public listener.
 func New(c Config) http.Handler {
-	s := &server{c}
+	s := &server{Config: c}
 	r := chi.NewRouter()
 	r.Use(s.observe, routeByEscapedPath, middleware.GetHead)
 	r.NotFound(s.handle(func(_ http.ResponseWriter, req *http.Request) error {
@@ -129,6 +132,11 @@ func (s *server) routes(r chi.Router) {
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
 	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))
 	r.Get("/v1/audit", s.allow([]tenant.Role{tenant.Admin, tenant.Viewer}, s.listAudit))
+	r.Post("/v1/callers", s.allow(admin, s.postCaller))
+	r.Get("/v1/callers", s.allow(admin, s.listCallers))
+	r.Get("/v1/callers/{caller_id}", s.allow(admin, s.getCaller))
+	r.Delete("/v1/callers/{caller_id}", s.allow(admin, s.deleteCaller))
+	r.Post("/v1/callers/{caller_id}/rotations", s.allow(admin, s.rotateCaller))
 }
 
 func getContract(w http.ResponseWriter, r *http.Request) error {
@@ -155,8 +163,8 @@ func (s *server) handle(h handler) http.HandlerFunc {
 	}
 }
 
-// allow knows the caller and settles once, before any work, whether its role
-// may do this.
+// allow knows the caller and settles once, before any work, whether its rate, its
+// role and its scope allow this.
 func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
 	return s.handle(func(w http.ResponseWriter, r *http.Request) error {
 		token, err := bearerToken(r)
@@ -168,9 +176,15 @@ func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
 			return err
 		}
 		infoOf(r).caller = caller
+		if err := s.limiters.take(w, caller, time.Now()); err != nil {
+			return err
+		}
 		if !slices.Contains(roles, caller.Role) {
 			return tenant.Errorf(tenant.Forbidden, "role_forbidden", "this takes the role %s; the token's role is %s",
 				joinRoles(roles), caller.Role)
+		}
+		if err := s.confine(r); err != nil {
+			return err
 		}
 		return h(w, r)
 	})

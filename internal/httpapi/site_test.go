@@ -8,7 +8,6 @@ import (
 	"net/http/httptest"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/getkin/kin-openapi/openapi3"
 	"github.com/getkin/kin-openapi/openapi3filter"
@@ -57,7 +56,7 @@ func newSiteOn(t *testing.T, w *provisiontest.World, r *provisiontest.Replica) *
 	s.url = srv.URL
 	for _, role := range tenant.Roles {
 		token, text := tenant.NewToken()
-		if err := r.DB.AddCaller(t.Context(), token, string(role), role, time.Time{}, tenant.Actor{Name: "test"}); err != nil {
+		if _, err := r.DB.AddCaller(t.Context(), token, tenant.NewCaller{Name: string(role), Role: role}, tenant.Actor{Name: "test"}); err != nil {
 			t.Fatal(err)
 		}
 		s.tokens[role] = text.Reveal()

@@ -111,9 +111,13 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
-	t, created, err := s.Service.SignUp(ctx, id, tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != ""}, prefer.wait, actorOf(r))
+	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != "", Within: scopeOf(r)}
+	t, created, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
+	}
+	if !up.Within.Covers(t.Labels) { // somebody else signed it up, after confine had found nobody
+		return errNotCovered
 	}
 
 	status, b := http.StatusOK, s.tenantBody(t)
@@ -213,6 +217,7 @@ func (s *server) listTenants(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
+	l.filter.Within = scopeOf(r)
 	// One more than is asked for tells whether there is another page.
 	tenants, err := s.DB.Tenants(r.Context(), l.filter, l.after, l.limit+1)
 	if err != nil {
@@ -244,6 +249,9 @@ func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
 	t, err := s.DB.TenantOfApp(r.Context(), tenant.AppID(id))
 	if err != nil {
 		return err
+	}
+	if !scopeOf(r).Covers(t.Labels) {
+		return tenant.Errorf(tenant.NotFound, "app_not_found", "there is no such app")
 	}
 	infoOf(r).tenant = t.ID
 	return s.respondTenant(w, r, t)

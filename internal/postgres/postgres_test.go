@@ -373,7 +373,7 @@ func TestCallers(t *testing.T) {
 	add := func(name string, expires time.Time) (tenant.Token, tenant.Secret) {
 		t.Helper()
 		token, text := tenant.NewToken()
-		if err := db.AddCaller(t.Context(), token, name, tenant.Viewer, expires, actor); err != nil {
+		if _, err := db.AddCaller(t.Context(), token, tenant.NewCaller{Name: name, Role: tenant.Viewer, ExpiresAt: expires}, actor); err != nil {
 			t.Fatal(err)
 		}
 		return token, text
@@ -391,7 +391,7 @@ func TestCallers(t *testing.T) {
 			t.Errorf("Authenticate of the %s token = %+v, %v", name, got, err)
 		}
 	}
-	list, err := db.Callers(t.Context())
+	list, err := db.Callers(t.Context(), "", 0)
 	if err != nil || len(list) != 3 || list[0].Name != "good" || list[0].LastUsedAt.IsZero() || !list[1].LastUsedAt.IsZero() {
 		t.Errorf("Callers = %+v, %v; want three, of which the first was used and the second was not", list, err)
 	}

@@ -96,6 +96,7 @@ type TenantFilter struct {
 	State         tenant.State
 	Profile       string
 	Labels        map[string]string // all of them
+	Within        tenant.Scope
 	IDPrefix      string
 	CreatedAfter  time.Time // inclusive
 	CreatedBefore time.Time // exclusive
@@ -129,6 +130,9 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	}
 	if len(f.Labels) > 0 {
 		add("t.labels @> ?", f.Labels)
+	}
+	if f.Within.Limited() {
+		add("t.labels @> ?", f.Within)
 	}
 	if f.IDPrefix != "" {
 		add("starts_with(t.id, ?)", f.IDPrefix)

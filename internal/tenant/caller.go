@@ -30,6 +30,9 @@ type Caller struct {
 	ExpiresAt  time.Time // zero means never
 	RevokedAt  time.Time // zero means not revoked
 	LastUsedAt time.Time // zero means never; exact to a minute
+	Scope      Scope     // which tenants it sees and changes
+	RateLimit  int       // requests a second, in each replica; 0 means no limit
+	ReplacedBy string    // the id of the token that a rotation made; empty if there was none
 }
 
 // An Actor says who asked for a change, for the audit log.

@@ -18,11 +18,12 @@ const (
 	Conflict        Kind = "conflict"        // the state of things forbids it
 	Precondition    Kind = "precondition"    // read again, then decide
 	TooLarge        Kind = "too_large"       // send less
+	TooMany         Kind = "too_many"        // send fewer requests a second
 	Unavailable     Kind = "unavailable"     // try again later
 )
 
 // Kinds lists every kind, so that tests can walk them.
-var Kinds = []Kind{Invalid, Unauthenticated, Forbidden, NotFound, Conflict, Precondition, TooLarge, Unavailable}
+var Kinds = []Kind{Invalid, Unauthenticated, Forbidden, NotFound, Conflict, Precondition, TooLarge, TooMany, Unavailable}
 
 // Error makes a kind usable as the target of errors.Is.
 func (k Kind) Error() string { return string(k) }

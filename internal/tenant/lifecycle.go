@@ -269,10 +269,17 @@ type Patch struct {
 	Labels             map[string]*string
 	ClearLabels        bool // before Labels are set
 	DeletionProtection *bool
+	// Within is the scope of who asks: the tenant keeps its labels.
+	Within Scope
 }
 
 // Apply returns the attributes of a tenant after p, or an Invalid error.
 func (p Patch) Apply(t Tenant) (Attributes, error) {
+	if p.ClearLabels || p.Labels != nil {
+		if err := p.Within.CheckPatch(p.Labels); err != nil {
+			return Attributes{}, err
+		}
+	}
 	a := Attributes{DisplayName: t.DisplayName, Labels: map[string]string{}}
 	if p.DisplayName != nil {
 		a.DisplayName = *p.DisplayName

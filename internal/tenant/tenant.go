@@ -259,6 +259,8 @@ type SignUp struct {
 	Labels      map[string]string
 	// Replace begins the next generation of a tenant that is being deleted.
 	Replace bool
+	// Within is the scope of who asks: the tenant gets its labels.
+	Within Scope
 }
 
 // DefaultProfile is the profile of a sign-up that names none.
@@ -280,12 +282,9 @@ type Attributes struct {
 
 // Attributes returns what s asks for, with defaults for what it left out.
 func (s SignUp) Attributes() Attributes {
-	a := Attributes{Labels: s.Labels}
+	a := Attributes{Labels: s.Within.Complete(s.Labels)}
 	if s.DisplayName != nil {
 		a.DisplayName = *s.DisplayName
-	}
-	if a.Labels == nil {
-		a.Labels = map[string]string{}
 	}
 	return a
 }
@@ -314,11 +313,12 @@ func (s SignUp) Differs(t Tenant, first []byte) []string {
 	if s.Profile != nil && *s.Profile != t.Profile {
 		fields = append(fields, "profile")
 	}
-	hash, half := s.Attributes().Hash(), sha256.Size
+	asked := s.Attributes()
+	hash, half := asked.Hash(), sha256.Size
 	if s.DisplayName != nil && *s.DisplayName != t.DisplayName && !bytes.Equal(hash[:half], first[:half]) {
 		fields = append(fields, "display_name")
 	}
-	if s.Labels != nil && !maps.Equal(s.Labels, t.Labels) && !bytes.Equal(hash[half:], first[half:]) {
+	if s.Labels != nil && !maps.Equal(asked.Labels, t.Labels) && !bytes.Equal(hash[half:], first[half:]) {
 		fields = append(fields, "labels")
 	}
 	return fields

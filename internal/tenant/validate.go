@@ -62,7 +62,10 @@ func (s SignUp) Validate() error {
 			return err
 		}
 	}
-	return ValidateLabels(s.Labels)
+	if err := s.Within.CheckLabels(s.Labels); err != nil {
+		return err
+	}
+	return ValidateLabels(s.Attributes().Labels)
 }
 
 var labelKey = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._/-]*[A-Za-z0-9])?$`)

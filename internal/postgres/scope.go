@@ -1,0 +1,21 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// TenantLabels reads the labels of a tenant and nothing else. It reports
+// tenant.NotFound for an id that never signed up.
+func (db *DB) TenantLabels(ctx context.Context, id tenant.ID) (map[string]string, error) {
+	var labels map[string]string
+	err := db.pool.QueryRow(ctx, `SELECT labels FROM tenants WHERE id = $1`, id).Scan(&labels)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil, errNotFound("tenant")
+	}
+	return labels, translate("read labels of tenant", err)
+}
