@@ -1,3 +1,4 @@
+DROP INDEX tenants_by_profile;
 DROP INDEX callers_created;
 ALTER TABLE callers
     DROP COLUMN labels,

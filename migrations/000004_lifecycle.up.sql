@@ -114,3 +114,6 @@ ALTER TABLE callers
     ADD COLUMN rate_limit  integer CONSTRAINT callers_rate_limit CHECK (rate_limit BETWEEN 1 AND 10000),
     ADD COLUMN replaced_by text CONSTRAINT callers_replaced_by REFERENCES callers (token_id);
 CREATE INDEX callers_created ON callers (created_at, token_id);
+
+-- Which profiles live tenants are on, without reading the tenants.
+CREATE INDEX tenants_by_profile ON tenants (profile) WHERE state <> 'deleted';

@@ -264,6 +264,27 @@ func (e ProblemDetailsAllowedChanges) Valid() bool {
 	}
 }
 
+// Defines values for ProfileShowTenant.
+const (
+	Hash ProfileShowTenant = "hash"
+	Id   ProfileShowTenant = "id"
+	None ProfileShowTenant = "none"
+)
+
+// Valid indicates whether the value is a known member of the ProfileShowTenant enum.
+func (e ProfileShowTenant) Valid() bool {
+	switch e {
+	case Hash:
+		return true
+	case Id:
+		return true
+	case None:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for ReconciliationKind.
 const (
 	ReconciliationKindRepair ReconciliationKind = "repair"
@@ -856,6 +877,69 @@ type ProblemDetails struct {
 
 // ProblemDetailsAllowedChanges defines model for ProblemDetails.AllowedChanges.
 type ProblemDetailsAllowedChanges string
+
+// Profile A template for tenants.
+type Profile struct {
+	// AllowedScopes Bounds the scopes of keys that callers add. Left out, these are the scopes of key_scopes and extra_keys.
+	AllowedScopes  *[]string `json:"allowed_scopes,omitempty"`
+	AppDescription string    `json:"app_description"`
+	BaseWorkflow   string    `json:"base_workflow"`
+	ExtraKeys      []struct {
+		Name   string   `json:"name"`
+		Scopes []string `json:"scopes"`
+	} `json:"extra_keys"`
+
+	// KeyScopes Of the key named default.
+	KeyScopes []string `json:"key_scopes"`
+
+	// Language Left out where Clarifai chooses.
+	Language *string `json:"language,omitempty"`
+
+	// MaxKeyAgeSeconds After which a key is rotated by itself. Left out means never.
+	MaxKeyAgeSeconds *int   `json:"max_key_age_seconds,omitempty"`
+	Name             string `json:"name"`
+
+	// Pool How many apps are kept ready.
+	Pool struct {
+		Max int `json:"max"`
+		Min int `json:"min"`
+	} `json:"pool"`
+
+	// RetentionSeconds How long the app of a deleted tenant is kept.
+	RetentionSeconds int `json:"retention_seconds"`
+
+	// Revision Names what the profile makes of apps and keys (workflow, language, description, scopes, extra keys, what is
+	// shown of the tenant): as long as these stay, so does the revision.
+	Revision string `json:"revision"`
+
+	// ShowTenant What the description of an app at Clarifai shows of its tenant.
+	ShowTenant ProfileShowTenant `json:"show_tenant"`
+	Tenants    struct {
+		// Current Tenants whose app was made of this revision.
+		Current int `json:"current"`
+
+		// Older Tenants whose app was made of another revision, the most tenants first. Apps that were adopted from
+		// Clarifai have the revision `adopted`.
+		Older []struct {
+			Revision string `json:"revision"`
+			Tenants  int    `json:"tenants"`
+		} `json:"older"`
+		Total int `json:"total"`
+
+		// Waiting Tenants that have no app yet.
+		Waiting int `json:"waiting"`
+	} `json:"tenants"`
+}
+
+// ProfileShowTenant What the description of an app at Clarifai shows of its tenant.
+type ProfileShowTenant string
+
+// ProfileList defines model for ProfileList.
+type ProfileList struct {
+	// CountedAt When the tenants were counted.
+	CountedAt time.Time `json:"counted_at"`
+	Profiles  []Profile `json:"profiles"`
+}
 
 // Quarantine defines model for Quarantine.
 type Quarantine struct {
@@ -1599,6 +1683,15 @@ type ClientInterface interface {
 	// Corresponds with POST /v1/keys/quarantine (the `QuarantineKey` operationId).
 	QuarantineKey(ctx context.Context, params *QuarantineKeyParams, body QuarantineKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
+	// ListProfiles The profiles, and how many tenants are on which revision
+	//
+	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
+	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// counted. Roles: all.
+	//
+	// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
+	ListProfiles(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
 	// ListReconciliations List the last reconciliations
 	//
 	// Newest first, without their items; the daily reports are among them. Role: admin.
@@ -2098,6 +2191,25 @@ func (c *Client) QuarantineKeyWithBody(ctx context.Context, params *QuarantineKe
 // Corresponds with POST /v1/keys/quarantine (the `QuarantineKey` operationId).
 func (c *Client) QuarantineKey(ctx context.Context, params *QuarantineKeyParams, body QuarantineKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewQuarantineKeyRequest(c.Server, params, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListProfiles The profiles, and how many tenants are on which revision
+//
+// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
+// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// counted. Roles: all.
+//
+// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
+func (c *Client) ListProfiles(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListProfilesRequest(c.Server)
 	if err != nil {
 		return nil, err
 	}
@@ -3166,6 +3278,33 @@ func NewQuarantineKeyRequestWithBody(server string, params *QuarantineKeyParams,
 			req.Header.Set("Prefer", headerParam0)
 		}
 
+	}
+
+	return req, nil
+}
+
+// NewListProfilesRequest constructs an http.Request for the ListProfiles method
+func NewListProfilesRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/profiles")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
 	}
 
 	return req, nil
@@ -4627,6 +4766,17 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with POST /v1/keys/quarantine (the `QuarantineKey` operationId).
 	QuarantineKeyWithResponse(ctx context.Context, params *QuarantineKeyParams, body QuarantineKeyJSONRequestBody, reqEditors ...RequestEditorFn) (*QuarantineKeyResponse, error)
+
+	// ListProfilesWithResponse The profiles, and how many tenants are on which revision
+	//
+	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
+	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// counted. Roles: all.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
+	ListProfilesWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListProfilesResponse, error)
 
 	// ListReconciliationsWithResponse List the last reconciliations
 	//
@@ -6406,6 +6556,144 @@ func (r QuarantineKeyResponse) StatusCode() int {
 
 // ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
 func (r QuarantineKeyResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// ListProfilesResponse200Headers the declared response headers of an HTTP 200 response for ListProfiles
+type ListProfilesResponse200Headers struct {
+	XRequestId string
+}
+
+// ListProfilesResponse400Headers the declared response headers of an HTTP 400 response for ListProfiles
+type ListProfilesResponse400Headers struct {
+	XRequestId string
+}
+
+// ListProfilesResponse401Headers the declared response headers of an HTTP 401 response for ListProfiles
+type ListProfilesResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// ListProfilesResponse403Headers the declared response headers of an HTTP 403 response for ListProfiles
+type ListProfilesResponse403Headers struct {
+	XRequestId string
+}
+
+// ListProfilesResponse429Headers the declared response headers of an HTTP 429 response for ListProfiles
+type ListProfilesResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// ListProfilesResponse500Headers the declared response headers of an HTTP 500 response for ListProfiles
+type ListProfilesResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// ListProfilesResponse503Headers the declared response headers of an HTTP 503 response for ListProfiles
+type ListProfilesResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type ListProfilesResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *ProfileList
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *ListProfilesResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *ListProfilesResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *ListProfilesResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *ListProfilesResponse403Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *ListProfilesResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *ListProfilesResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *ListProfilesResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r ListProfilesResponse) GetJSON200() *ProfileList {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r ListProfilesResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r ListProfilesResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r ListProfilesResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListProfilesResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r ListProfilesResponse) ContentType() string {
 	if r.HTTPResponse != nil {
 		return r.HTTPResponse.Header.Get("Content-Type")
 	}
@@ -10381,6 +10669,23 @@ func (c *ClientWithResponses) QuarantineKeyWithResponse(ctx context.Context, par
 	return ParseQuarantineKeyResponse(rsp)
 }
 
+// ListProfilesWithResponse The profiles, and how many tenants are on which revision
+//
+// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
+// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// counted. Roles: all.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
+func (c *ClientWithResponses) ListProfilesWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ListProfilesResponse, error) {
+	rsp, err := c.ListProfiles(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListProfilesResponse(rsp)
+}
+
 // ListReconciliationsWithResponse List the last reconciliations
 //
 // Newest first, without their items; the daily reports are among them. Role: admin.
@@ -12828,6 +13133,189 @@ func ParseQuarantineKeyResponse(rsp *http.Response) (*QuarantineKeyResponse, err
 		response.Headers500 = &headers
 	case rsp.StatusCode == 503:
 		var headers QuarantineKeyResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseListProfilesResponse parses an HTTP response from a ListProfilesWithResponse call
+func ParseListProfilesResponse(rsp *http.Response) (*ListProfilesResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListProfilesResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest ProfileList
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers ListProfilesResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers ListProfilesResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers ListProfilesResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers ListProfilesResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 429:
+		var headers ListProfilesResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers ListProfilesResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers ListProfilesResponse503Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
 			var value int
 			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {

@@ -20,8 +20,8 @@ var upstreamFaults = func() []map[string]any {
 		{"drop_after": true},              // made, and the answer lost
 		{"http": 502},                     // a proxy's page, nothing made
 		{"http": 502, "after": true},      // a proxy's page, though it was made
-		{"status": 10000},                 // Clarifai says that it failed
-		{"status": 10000, "after": true},  // and it was made
+		{"status": 10020},                 // Clarifai says that it failed
+		{"status": 10020, "after": true},  // and it was made
 		{"status": 11005},                 // throttled
 		{"hang": true},                    // no answer
 		{"late_ms": 7000},                 // cut, and carried out after the retry

@@ -51,8 +51,9 @@ type serveCmd struct {
 	MarkTenants    bool          `env:"TENANTRY_MARK_TENANTS" default:"true" negatable:"" help:"Write the tenant, sealed, into its app's metadata at Clarifai: from it the mapping is rebuilt if the database is lost."`
 
 	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9."`
-	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" default:"All" help:"Scopes of the tenants' keys, by comma."`
-	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" default:"Empty" help:"Base workflow of the apps, of clarifai/main."`
+	ProfilesFile string   `env:"TENANTRY_PROFILES_FILE" placeholder:"FILE" help:"File with the profiles; tenantry profile check says what is wrong with one. Without it there is one profile, default, of the next two settings."`
+	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" placeholder:"All" help:"Scopes of the tenants' keys, by comma."`
+	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" placeholder:"Empty" help:"Base workflow of the apps, of clarifai/main."`
 
 	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum}."`
 	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum}."`
@@ -65,7 +66,8 @@ type plan struct {
 	keys     *keyring.Keyring
 	upstream *clarifai.Client
 	pat      *provision.PAT
-	profile  tenant.Profile
+	profiles []tenant.Profile
+	warnings []string // of the profiles
 	workers  int
 }
 
@@ -120,9 +122,50 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	if c.ShutdownTimeout <= 0 {
 		note(fmt.Errorf("TENANTRY_SHUTDOWN_TIMEOUT: %s must be more than 0", c.ShutdownTimeout))
 	}
-	p.profile = tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: c.BaseWorkflow, KeyScopes: trimmed(c.KeyScopes)}
+	note(c.readProfiles(&p))
 	note(nameSettings(c.engine(p).WithDefaults().Validate()))
 	return p, errors.Join(faults...)
+}
+
+// readProfiles sets the profiles of p: those of the file, or the one of the settings.
+func (c serveCmd) readProfiles(p *plan) error {
+	profile := tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{tenant.ScopeAll}}
+	var given []string
+	if scopes := trimmed(c.KeyScopes); len(scopes) > 0 {
+		profile.KeyScopes, given = scopes, append(given, "TENANTRY_KEY_SCOPES")
+	}
+	if c.BaseWorkflow != "" {
+		profile.BaseWorkflow, given = c.BaseWorkflow, append(given, "TENANTRY_BASE_WORKFLOW")
+	}
+	p.profiles = []tenant.Profile{profile}
+	if c.ProfilesFile == "" {
+		for _, f := range profile.Check() {
+			if f.Warning {
+				p.warnings = append(p.warnings, f.String())
+			}
+		}
+		return nil
+	}
+	var faults []error
+	for _, name := range given {
+		faults = append(faults, fmt.Errorf("both TENANTRY_PROFILES_FILE and %s are given: set it in the file", name))
+	}
+	file, err := readProfiles(c.ProfilesFile)
+	if err != nil {
+		return errors.Join(append(faults, fmt.Errorf("TENANTRY_PROFILES_FILE: %w", err))...)
+	}
+	for _, f := range file.Faults {
+		if f.Warning {
+			p.warnings = append(p.warnings, f.In(c.ProfilesFile))
+		} else {
+			faults = append(faults, fmt.Errorf("TENANTRY_PROFILES_FILE: %s", f.In(c.ProfilesFile)))
+		}
+	}
+	// Those of a file with faults would be found wrong once more, without their lines.
+	if !file.Faulty() {
+		p.profiles = file.Profiles
+	}
+	return errors.Join(faults...)
 }
 
 func (c serveCmd) keyring(e env) (keyring.Source, *keyring.Keyring, error) {
@@ -155,15 +198,14 @@ func (c serveCmd) engine(p plan) provision.Config {
 	}
 	return provision.Config{
 		KeysetSource: source,
-
-		Profiles:    []tenant.Profile{p.profile},
-		Keyring:     p.keys,
-		AppPrefix:   c.AppPrefix,
-		Rate:        c.UpstreamRate,
-		CallTimeout: c.UpstreamTimeout,
-		ReportEvery: c.ReportInterval,
-		RemovalCap:  c.RemovalCap,
-		SkipMarks:   !c.MarkTenants,
+		Profiles:     p.profiles,
+		Keyring:      p.keys,
+		AppPrefix:    c.AppPrefix,
+		Rate:         c.UpstreamRate,
+		CallTimeout:  c.UpstreamTimeout,
+		ReportEvery:  c.ReportInterval,
+		RemovalCap:   c.RemovalCap,
+		SkipMarks:    !c.MarkTenants,
 	}
 }
 
@@ -175,11 +217,14 @@ func nameSettings(err error) error {
 		return err
 	}
 	variables := map[string]string{"AppPrefix": "TENANTRY_APP_PREFIX", "Rate": "TENANTRY_UPSTREAM_RATE",
-		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "KeyScopes": "TENANTRY_KEY_SCOPES"}
+		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "key_scopes": "TENANTRY_KEY_SCOPES", "base_workflow": "TENANTRY_BASE_WORKFLOW"}
 	var faults []error
 	for _, fault := range list.Unwrap() {
-		if f, ok := errors.AsType[*provision.ConfigError](fault); ok && variables[f.Field] != "" {
-			fault = fmt.Errorf("%s: %w", variables[f.Field], fault)
+		if f, ok := errors.AsType[*provision.ConfigError](fault); ok {
+			field, _, _ := strings.Cut(f.Field, "[") // of a list one entry
+			if v := variables[field]; v != "" {
+				fault = fmt.Errorf("%s: %w", v, fault)
+			}
 		}
 		faults = append(faults, fault)
 	}
@@ -218,6 +263,9 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	defer closeKeeper(p.keyset.Keeper)
 	log := c.logger(e)
 	defer func() { _ = log.Sync() }()
+	for _, w := range p.warnings {
+		log.Warn("the profiles", zap.String("warning", w))
+	}
 
 	public, err := listen("TENANTRY_ADDR", c.Addr)
 	if err != nil {
@@ -440,6 +488,13 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	}
 	if err := schema.Err(); err != nil {
 		return nil, err
+	}
+	missing, err := missingProfiles(ctx, s.db, s.profiles)
+	if err != nil {
+		return nil, err
+	}
+	if len(missing) > 0 {
+		return nil, errors.New("TENANTRY_PROFILES_FILE: " + strings.Join(missing, "\nTENANTRY_PROFILES_FILE: "))
 	}
 	deployment, err := provision.Pin(ctx, s.db, s.upstream, s.pat, s.UpstreamRate, s.keys, s.log)
 	if err != nil {

@@ -28,6 +28,7 @@ type (
 	appJSON struct {
 		ID              string          `json:"id"`
 		UserID          string          `json:"user_id,omitempty"`
+		DefaultLanguage string          `json:"default_language,omitempty"`
 		Description     string          `json:"description,omitempty"`
 		DefaultWorkflow *workflowJSON   `json:"default_workflow,omitempty"`
 		Metadata        json.RawMessage `json:"metadata,omitempty"`
@@ -80,7 +81,8 @@ func (c *Client) CreateApp(ctx context.Context, app tenant.NewApp) error {
 	// One app a call: how a batch fails in part is not documented.
 	body := map[string][]appJSON{"apps": {{
 		ID:              string(app.ID),
-		Description:     "Managed by Tenantry",
+		DefaultLanguage: app.Language,
+		Description:     app.Description,
 		DefaultWorkflow: &workflowJSON{ID: app.BaseWorkflow, UserID: "clarifai", AppID: "main"},
 		Metadata:        metadata,
 	}}}
@@ -195,15 +197,15 @@ func (c *Client) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, erro
 	return apps, err
 }
 
-// MarkApp writes a marker into an app's metadata and leaves the rest of it alone.
-// It reports tenant.UpstreamNotFound if there is no such app.
-func (c *Client) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error {
+// MarkApp writes a marker into an app's metadata and leaves the rest of it alone, and
+// replaces the app's description unless the one given is empty. It reports tenant.UpstreamNotFound if there is no such app.
+func (c *Client) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error {
 	metadata, err := json.Marshal(map[string]tenant.Marker{markerField: marker})
 	if err != nil {
 		return &tenant.UpstreamError{Call: "PatchApp", Class: tenant.UpstreamRefused, Detail: "not called: the marker cannot be encoded"}
 	}
 	body := map[string]any{
-		"app":             appJSON{ID: string(id), Metadata: metadata},
+		"app":             appJSON{ID: string(id), Description: description, Metadata: metadata},
 		"action":          "overwrite",
 		"metadata_action": map[string]string{"op": "merge"},
 	}

@@ -65,12 +65,12 @@ var calls = []testCall{
 	},
 	{
 		name: "PostApps", method: "POST", uri: "/v2/users/acme/apps", changes: true,
-		body: `{"apps":[{"id":"` + string(appID) + `","description":"Managed by Tenantry",
+		body: `{"apps":[{"id":"` + string(appID) + `","default_language":"en","description":"Managed by Tenantry",
 			"default_workflow":{"id":"Empty","user_id":"clarifai","app_id":"main"},
 			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `"}}}]}`,
 		answer: `{` + okStatus + `,"apps":[{"id":"` + string(appID) + `","user_id":"acme"}]}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
-			return nil, c.CreateApp(ctx, tenant.NewApp{ID: appID, BaseWorkflow: "Empty", Marker: appMarker})
+			return nil, c.CreateApp(ctx, tenant.NewApp{ID: appID, BaseWorkflow: "Empty", Language: "en", Description: "Managed by Tenantry", Marker: appMarker})
 		},
 	},
 	{
@@ -123,11 +123,11 @@ var calls = []testCall{
 	},
 	{
 		name: "PatchApp", method: "PATCH", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
-		body: `{"app":{"id":"` + string(appID) + `","metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `",
+		body: `{"app":{"id":"` + string(appID) + `","description":"Of user_1","metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `",
 			"profile":"default","tenant":"sealed"}}},"action":"overwrite","metadata_action":{"op":"merge"}}`,
 		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `"}}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
-			return nil, c.MarkApp(ctx, appID, ownedMarker)
+			return nil, c.MarkApp(ctx, appID, ownedMarker, "Of user_1")
 		},
 	},
 	{

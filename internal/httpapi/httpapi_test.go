@@ -379,6 +379,7 @@ func TestRoles(t *testing.T) {
 		{"POST", "/v1/keys/identify", `{"key":"x"}`, all},
 		{"POST", "/v1/keys/quarantine", `{"key":"x"}`, managers},
 		{"GET", "/v1/upstream", "", all},
+		{"GET", "/v1/profiles", "", all},
 	} {
 		for _, role := range tenant.Roles {
 			got := s.call(role, c.method, c.path, c.body)

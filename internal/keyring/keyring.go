@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/base32"
 	"encoding/base64"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,6 +43,7 @@ const (
 	keyDomain        = "tenantry key\x00"
 	deploymentDomain = "tenantry deployment\x00"
 	patDomain        = "tenantry pat\x00"
+	tenantDomain     = "tenantry tenant\x00"
 )
 
 // The probe's associated data differs in length from every key id: a probe cannot
@@ -149,6 +151,12 @@ var crockford = base32.NewEncoding("0123456789abcdefghjkmnpqrstvwxyz").WithPaddi
 // was lost finds the apps it marked again.
 func (k *Keyring) DeploymentID(operator tenant.UserID) string {
 	return crockford.EncodeToString(k.derive(deploymentDomain + string(operator))[:10])
+}
+
+// TenantHash returns 16 hexadecimal digits that stand for a tenant where its id is
+// not to be seen. Whoever lacks the keyset cannot check a guess at the id.
+func (k *Keyring) TenantHash(id tenant.ID) string {
+	return hex.EncodeToString(k.derive(tenantDomain + string(id))[:8])
 }
 
 // derive cannot fail: an HMAC has no input it refuses, and newKeyring saw it work.

@@ -257,11 +257,15 @@ func TestStoredValuesStay(t *testing.T) {
 		t.Fatal(err)
 	}
 	const wantPrint, wantID = "39fac866ee380c24af542faa496b86c45fd9c835fb1e6a97d94ca5be6f83b264", "6zbsym8t7ysrgw5y"
+	const wantHash = "0b625756ebe4effc"
 	if got := fmt.Sprintf("%x", k.Fingerprint(tenant.NewSecret(secretText))); got != wantPrint {
 		t.Errorf("fingerprint is %s, was %s", got, wantPrint)
 	}
 	if got := k.DeploymentID("acme"); got != wantID {
 		t.Errorf("deployment id is %s, was %s", got, wantID)
+	}
+	if got := k.TenantHash("user_42"); got != wantHash {
+		t.Errorf("the hash of a tenant is %s, was %s", got, wantHash)
 	}
 	sealed, err := hex.DecodeString("016a975a83086ccdb2a4fda227d68f13075b9071c9bd62fba9ce115dede6269cbc1e5df92cc6015ed8a7251c358dc5c9ff86a827283b8be36610c754840a1c7ed9")
 	if err != nil {

@@ -38,12 +38,12 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 				FOR UPDATE SKIP LOCKED)
 			RETURNING *
 		)
-		SELECT l.id, l.profile, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
+		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
-		id, lease).Scan(&a.ID, &a.Profile, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
+		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
 		&a.Tenant, &a.Generation, &a.Marked, &a.HasExtraKeys,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -65,12 +65,13 @@ func (db *DB) BeginApp(ctx context.Context, a tenant.App) error {
 	return oneRow("record intent to make app", tag, err)
 }
 
-// AppMade records that the app of a leased build exists upstream.
+// AppMade records that the app of a leased build exists upstream, and of which
+// revision of its profile it was made.
 func (db *DB) AppMade(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE apps SET made_at = coalesce(made_at, now()), in_doubt_since = NULL, updated_at = now()
+		UPDATE apps SET made_at = coalesce(made_at, now()), profile_revision = $3, in_doubt_since = NULL, updated_at = now()
 		WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
-		a.ID, a.LeasedUntil)
+		a.ID, a.LeasedUntil, a.Revision)
 	return oneRow("record app as made", tag, err)
 }
 

@@ -132,10 +132,16 @@ func (s *Service) fault(act string, err error, interrupted bool, attempts int, b
 func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	began := time.Now()
 	profile, ok := s.profiles[a.Profile]
-	if !ok {
+	switch {
+	case !ok && a.Wanted: // it is known to replicas that were started with another file
+		return &deferred{wait: s.BackoffBase}
+	case !ok:
 		return s.abandon(ctx, *a, true, "its profile is gone")
 	}
 	if !a.Made {
+		if !a.InDoubt { // or it may have been made of what the profile was
+			a.Revision = profile.Revision()
+		}
 		if err := s.makeApp(ctx, a, profile); err != nil {
 			return err
 		}
@@ -178,7 +184,7 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 		return err
 	}
 	err = s.send(ctx, t, func(ctx context.Context) error {
-		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: a.ID, BaseWorkflow: profile.BaseWorkflow, Marker: s.markerOf(*a)})
+		return s.Upstream.CreateApp(ctx, newApp(profile, s.markerOf(*a)))
 	})
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
 		return err

@@ -96,7 +96,8 @@ var crashScenarios = map[string]crashScenario{
 		act: func(s *scene) { signUp(s.t, s.r, "user_1") },
 	},
 	"other requests": {
-		points:  []string{"Tenant Watch", "Tenant Tenant", "Retry Retry", "Reveal Reveal", "Identify Identify", "UpstreamStatus Upstream"},
+		points: []string{"Tenant Watch", "Tenant Tenant", "Retry Retry", "Reveal Reveal", "Identify Identify", "UpstreamStatus Upstream",
+			"countByRevision CountByRevision"},
 		prepare: first,
 		act: func(s *scene) {
 			_, _ = s.r.Tenant(s.t.Context(), "user_1", 0)
@@ -104,6 +105,7 @@ var crashScenarios = map[string]crashScenario{
 			_, secret := keyOf(s.t, s.r, "user_1")
 			_, _ = s.r.Identify(s.t.Context(), secret, tenant.Suspect{}, caller)
 			_, _, _ = s.r.UpstreamStatus(s.t.Context())
+			_, _, _ = s.r.ProfileUses(s.t.Context())
 		},
 	},
 

@@ -14,21 +14,27 @@ import (
 // tend does what a held app lacks: the further keys of its profile, and its tenant in
 // its marker, from which the mapping can be rebuilt if the database is lost.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
+	if _, ok := s.profiles[a.Profile]; !ok { // it is known to replicas that were started with another file
+		return &deferred{wait: s.BackoffBase}
+	}
 	if !a.HasExtraKeys {
 		if err := s.Store.AddExtraKeys(ctx, *a, s.extraKeys(a.Profile), worker); err != nil {
 			return err
 		}
 	}
-	if a.Marked || s.SkipMarks {
+	description := s.descriptionOf(*a)
+	if a.Marked || s.SkipMarks && description == "" {
 		return s.Store.AppMarked(ctx, *a)
 	}
-	sealed, err := s.Keyring.SealOwner(a.ID, tenant.AppOwner{Tenant: a.Tenant, Generation: a.Generation, Profile: a.Profile})
-	if err != nil {
-		return err
-	}
 	marker := s.markerOf(*a)
-	marker.Tenant, a.MarkerKey = sealed, keyring.SealedOwnerBy(sealed)
-	if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker) }); err != nil {
+	if !s.SkipMarks {
+		sealed, err := s.Keyring.SealOwner(a.ID, tenant.AppOwner{Tenant: a.Tenant, Generation: a.Generation, Profile: a.Profile})
+		if err != nil {
+			return err
+		}
+		marker.Tenant, a.MarkerKey = sealed, keyring.SealedOwnerBy(sealed)
+	}
+	if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
 		return err
 	}
 	return s.Store.AppMarked(ctx, *a)

@@ -135,6 +135,7 @@ type Store interface {
 	Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(id uuid.UUID, ciphertext []byte) []byte) (tenant.Resealed, error)
 	ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error)
 	MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error)
+	CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error)
 }
 
 // An Upstream is Clarifai, as one operator. Each method makes one call and does
@@ -144,7 +145,7 @@ type Upstream interface {
 	CreateApp(ctx context.Context, app tenant.NewApp) error
 	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
 	Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error)
-	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error
+	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
 	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
@@ -194,7 +195,7 @@ type Config struct {
 
 // A ConfigError is a fault of one field of a Config, or of its profiles.
 type ConfigError struct {
-	Field  string // as the struct has it
+	Field  string // as the struct has it; of a profile as a profiles file has it
 	Detail string
 }
 
@@ -212,17 +213,7 @@ func (c Config) Validate() error {
 	if !(c.Rate > 0) || math.IsInf(c.Rate, 0) { // NaN is not more than 0 either
 		fault("Rate", "upstream rate %v must be more than 0 calls a second", c.Rate)
 	}
-	for _, p := range c.Profiles {
-		if !tenant.ValidProfileName(p.Name) {
-			fault("Name", "profile name %q must be of a-z, 0-9 and hyphens, at most 63", p.Name)
-		}
-		if len(p.KeyScopes) == 0 {
-			fault("KeyScopes", "profile %q has no key scopes: name at least one, such as All", p.Name)
-		}
-	}
-	if !slices.ContainsFunc(c.Profiles, func(p tenant.Profile) bool { return p.Name == tenant.DefaultProfile }) {
-		fault("Profiles", "there is no profile named %q", tenant.DefaultProfile)
-	}
+	faults = append(faults, checkProfiles(c.Profiles)...)
 	if c.JobTimeout < 2*c.CallTimeout {
 		fault("CallTimeout", "upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout)
 	}
@@ -273,6 +264,7 @@ func (c Config) WithDefaults() Config {
 type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
+	byRevision profileCount
 	background chan struct{} // held by the one call of the background lane that asks for a slot
 	reread     rereading
 

@@ -403,9 +403,9 @@ func (u watchedUpstream) Apps(ctx context.Context, page int) ([]tenant.UpstreamA
 	return u.Upstream.Apps(ctx, page)
 }
 
-func (u watchedUpstream) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker) error {
+func (u watchedUpstream) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error {
 	defer u.returned()
-	return u.Upstream.MarkApp(ctx, id, marker)
+	return u.Upstream.MarkApp(ctx, id, marker, description)
 }
 
 func (u watchedUpstream) DeleteApp(ctx context.Context, id tenant.AppID) error {
@@ -571,4 +571,9 @@ func (s watchedStore) ResealProbe(ctx context.Context, old, sealed []byte, actor
 func (s watchedStore) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
 	defer s.returned()
 	return s.Store.MarkAnew(ctx, by, most)
+}
+
+func (s watchedStore) CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error) {
+	defer s.returned()
+	return s.Store.CountByRevision(ctx)
 }

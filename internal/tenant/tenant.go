@@ -10,6 +10,7 @@ import (
 	"io"
 	"maps"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -119,6 +120,7 @@ type Problem struct {
 type App struct {
 	ID       AppID
 	Profile  string
+	Revision string // of the profile that the app was made of, or is to be
 	State    AppState
 	Attempts int      // tries that failed since the last step forward
 	Problem  *Problem // why the last try failed
@@ -240,14 +242,43 @@ const (
 	ShowTenantHash ShowTenant = "hash" // keyed: tells tenants apart, and names none
 )
 
-// Revision names the content of p: two profiles that build alike share it.
+// Revision names what p makes of an app and its keys: two profiles that build alike
+// share it. How long things are kept, how old they get and how many wait in the
+// pool is no part of it.
+//
+// It is stored with every app: a profile that sets no more than the workflow and the
+// key scopes keeps the revision that it had before there was more to set.
 func (p Profile) Revision() string {
 	h := sha256.New()
 	hashText(h, p.BaseWorkflow)
-	for _, s := range p.KeyScopes {
-		hashText(h, s)
+	hashTexts(h, p.KeyScopes)
+	for _, part := range []struct{ name, text string }{
+		{"language", p.Language}, {"description", p.AppDescription}, {"show tenant", string(p.ShowTenant)},
+	} {
+		if part.text != "" {
+			hashPart(h, part.name, part.text)
+		}
+	}
+	keys := slices.Clone(p.ExtraKeys)
+	slices.SortStableFunc(keys, func(a, b KeyTemplate) int { return strings.Compare(a.Name, b.Name) })
+	for _, k := range keys {
+		hashPart(h, "key", k.Name)
+		hashTexts(h, k.Scopes)
 	}
 	return hexPrefix(h.Sum(nil))
+}
+
+func hashTexts(w io.Writer, texts []string) {
+	for _, s := range texts {
+		hashText(w, s)
+	}
+}
+
+// hashPart ends the list before it with what is the length of no text.
+func hashPart(w io.Writer, name, text string) {
+	_, _ = w.Write(bytes.Repeat([]byte{0xff}, 8))
+	hashText(w, name)
+	hashText(w, text)
 }
 
 // A SignUp is what a caller asks for when it puts a tenant. Nil fields were

@@ -41,6 +41,8 @@ type UpstreamApp struct {
 type NewApp struct {
 	ID           AppID
 	BaseWorkflow string // id of a workflow of clarifai/main, or Empty
+	Language     string // empty leaves it to Clarifai
+	Description  string
 	Marker       Marker
 }
 

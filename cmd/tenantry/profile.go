@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"text/tabwriter"
+	"time"
+
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+type profileCmd struct {
+	Check profileCheckCmd `cmd:"" help:"Check a profiles file and print each fault with its line; exit code 1 if it cannot be used."`
+	List  profileListCmd  `cmd:"" help:"List the profiles of a running service, and how many tenants are on which revision."`
+}
+
+type profileCheckCmd struct {
+	databaseFlags
+	File string `arg:"" help:"The file. If DATABASE_URL or --database-url-file is given too: whether it has every profile that tenants are on."`
+}
+
+// errReported makes a command exit with 1 whose output has said why.
+var errReported = errors.New("faults were found")
+
+func (c profileCheckCmd) Run(ctx context.Context, e env) error {
+	file, err := readProfiles(c.File)
+	if err != nil {
+		return err
+	}
+	given := c.DatabaseURLFile != "" || strings.TrimSpace(e.get("DATABASE_URL")) != ""
+	if given && len(file.Profiles) > 0 {
+		db, err := c.open(ctx, e)
+		if err != nil {
+			return err
+		}
+		defer db.Close()
+		missing, err := missingProfiles(ctx, db, file.Profiles)
+		if err != nil {
+			return err
+		}
+		for _, text := range missing {
+			file.Faults = append(file.Faults, tenant.ProfileLine{Line: file.Line, Detail: text})
+		}
+	}
+	for _, f := range file.Faults {
+		if _, err := fmt.Fprintln(e.stdout, f.In(c.File)); err != nil {
+			return err
+		}
+	}
+	if file.Faulty() {
+		return errReported
+	}
+	compared := "not compared with the tenants: no database is given"
+	if given {
+		compared = "every profile that tenants are on is there"
+	}
+	_, err = fmt.Fprintf(e.stderr, "%s can be used: profiles: %s; %s\n", c.File, strings.Join(namesOf(file.Profiles), ", "), compared)
+	return err
+}
+
+func namesOf(profiles []tenant.Profile) []string {
+	var names []string
+	for _, p := range profiles {
+		names = append(names, p.Name)
+	}
+	return names
+}
+
+// maxFile is more than any profiles file may have; it bounds what is read at all.
+const maxFile = 2 << 20
+
+func readProfiles(path string) (tenant.ProfilesFile, error) {
+	info, err := os.Stat(path)
+	if err == nil && info.Size() > maxFile {
+		err = fmt.Errorf("%s has %d bytes, which is no profiles file", path, info.Size())
+	}
+	if err != nil {
+		return tenant.ProfilesFile{}, err
+	}
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return tenant.ProfilesFile{}, err
+	}
+	return tenant.ParseProfiles(text), nil
+}
+
+// missingProfiles says of each profile that live tenants are on and that is not
+// among profiles what is to be done.
+func missingProfiles(ctx context.Context, db *postgres.DB, profiles []tenant.Profile) ([]string, error) {
+	live, err := db.LiveProfiles(ctx)
+	var texts []string
+	for _, name := range provision.MissingProfiles(live, profiles) {
+		texts = append(texts, fmt.Sprintf("there is no profile %q, and tenants are on it: put it back, or delete them first (GET /v1/tenants?profile=%s)", name, name))
+	}
+	return texts, err
+}
+
+type profileListCmd struct {
+	apiFlags
+	Output string `enum:"table,json" default:"table" help:"How to print them: ${enum}."`
+}
+
+func (c profileListCmd) Run(ctx context.Context, e env) error {
+	api, err := c.client(e)
+	if err != nil {
+		return err
+	}
+	got, err := api.ListProfilesWithResponse(ctx)
+	if err != nil {
+		return err
+	}
+	if got.JSON200 == nil {
+		return problemOf(got.HTTPResponse, got.Body)
+	}
+	if c.Output == "json" {
+		enc := json.NewEncoder(e.stdout)
+		enc.SetIndent("", "  ")
+		return enc.Encode(got.JSON200)
+	}
+	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
+	_, _ = fmt.Fprintln(w, "NAME\tREVISION\tTENANTS\tWAITING\tON OLDER REVISIONS\tWORKFLOW\tKEYS\tRETENTION\tKEY AGE\tPOOL")
+	for _, p := range got.JSON200.Profiles {
+		older := []string{}
+		for _, o := range p.Tenants.Older {
+			older = append(older, fmt.Sprintf("%d (%s)", o.Tenants, o.Revision))
+		}
+		keys := []string{tenant.DefaultKey}
+		for _, k := range p.ExtraKeys {
+			keys = append(keys, k.Name)
+		}
+		age := "-"
+		if p.MaxKeyAgeSeconds != nil {
+			age = shownAge(*p.MaxKeyAgeSeconds)
+		}
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%d-%d\n", p.Name, p.Revision, p.Tenants.Total, p.Tenants.Waiting,
+			orDash(strings.Join(older, ", ")), p.BaseWorkflow, strings.Join(keys, ", "), shownAge(p.RetentionSeconds), age, p.Pool.Min, p.Pool.Max)
+	}
+	return w.Flush()
+}
+
+func orDash(text string) string { return textOr(&text, "-") }
+
+// shownAge writes a time as a profiles file has it.
+func shownAge(seconds int) string {
+	const day = 24 * 60 * 60
+	if seconds > 0 && seconds%day == 0 {
+		return fmt.Sprintf("%dd", seconds/day)
+	}
+	return (time.Duration(seconds) * time.Second).String()
+}
