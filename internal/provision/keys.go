@@ -35,6 +35,9 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	defer cancel()
 	up := asUpstream(err)
 	d, isDeferred := errors.AsType[*deferred](err)
+	if errors.Is(err, tenant.ErrLeaseLost) { // as in endApp
+		_ = s.Store.DeferKey(ctx, k, 0)
+	}
 	switch {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())

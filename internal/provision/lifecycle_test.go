@@ -225,6 +225,20 @@ func TestDeleteRestorePurge(t *testing.T) {
 	mendedWithout(t, r)
 }
 
+// What a row has become while a worker held it goes on when that worker is done, and
+// not when its lease would have run out.
+func TestPurgeWhileTheAppIsMarked(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.Lease = time.Hour }})
+	w.Faults(map[string]any{"call": "PatchApp", "count": 1, "delay_ms": 300})
+	signUp(t, r, "user_1")
+	provisiontest.Eventually(t, "the app is being marked", func() bool { return w.State().Calls["PatchApp"] > 0 })
+	is, err := r.Delete(t.Context(), "user_1", true, wait, caller)
+	stateOf(t, is, err, tenant.Deleted)
+	mendedWithout(t, r)
+}
+
 func anyVersion(tenant.Tenant) bool { return true }
 
 // A tenant that is being deleted can be replaced: the new generation has an app of its
