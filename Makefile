@@ -39,7 +39,7 @@ chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), an
 	bin/chaos
 
 .PHONY: measure
-measure: build ## measure recovery from kill -9, and the share of the upstream rate that is reached
+measure: build ## measure recovery from kill -9, the share of the upstream rate that is reached, and suspensions under load
 	bin/chaos measure
 
 .PHONY: fuzz

@@ -8,8 +8,8 @@
 // figure is zero, with 1 if one is not, and with 2 if one could not be taken.
 //
 // With the argument "measure" it measures, without other faults, how long it takes
-// until the work of a killed replica is taken up, and how near several replicas
-// come to the rate of calls that they share.
+// until the work of a killed replica is taken up, how near several replicas come to
+// the rate of calls that they share, and how soon a suspension takes effect.
 package main
 
 import (

@@ -34,7 +34,68 @@ func measure(ctx context.Context, dir string, say func(string, ...any)) error {
 		}
 		say("%d replicas at %d calls a second: %d in the busiest second, %.1f %% of the rate reached", n, rate, most, 100*share)
 	}
+	took, err := suspensions(ctx, filepath.Join(dir, "suspensions"))
+	if err != nil {
+		return fmt.Errorf("measure suspensions: %w", err)
+	}
+	say("%d suspensions, one after the other, while sign-ups use up the rate: no key works after %.2f s in the median, %.2f s at worst",
+		len(took), took[len(took)/2].Seconds(), took[len(took)-1].Seconds())
 	return nil
+}
+
+// suspensions suspends tenants while more sign-ups wait than the rate allows. It
+// returns how long each took from the request to the answer that no key works, the
+// shortest first.
+func suspensions(ctx context.Context, dir string) (took []time.Duration, err error) {
+	s, err := raise(ctx, dir, setting{replicas: 2, connections: 16})
+	if err != nil {
+		return nil, err
+	}
+	defer func() { err = errors.Join(err, s.strike()) }()
+	const suspended, waiting = 30, 1000
+	l := newLoad(s, 0)
+	r := rand.New(rand.NewPCG(0, 0))
+	signUp := func(kind string, n int) error {
+		for i := range n {
+			if _, _, err := l.request(ctx, r, http.MethodPut, fmt.Sprint("/v1/tenants/", kind, i), "Prefer", "respond-async"); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	if err := signUp("suspended_", suspended); err != nil {
+		return nil, err
+	}
+	keys := func() (int, error) {
+		var state clarifaisim.State
+		err := s.sim(ctx, http.MethodGet, "state", nil, &state)
+		return state.Keys, err
+	}
+	if err := await(ctx, 2*time.Minute, "the tenants are active", func() (bool, error) {
+		n, err := keys()
+		return n == suspended, err
+	}); err != nil {
+		return nil, err
+	}
+	if err := signUp("waiting_", waiting); err != nil {
+		return nil, err
+	}
+	for i := range suspended {
+		began := time.Now()
+		status, body, err := l.request(ctx, r, http.MethodPost, fmt.Sprintf("/v1/tenants/suspended_%d/suspend", i), "Prefer", "wait=60")
+		if err == nil && status != http.StatusOK {
+			err = fmt.Errorf("a suspension is answered %d %s", status, body)
+		}
+		if err != nil {
+			return nil, err
+		}
+		took = append(took, time.Since(began))
+	}
+	if n, err := keys(); err != nil || n >= waiting {
+		return nil, errors.Join(err, fmt.Errorf("%d keys: the sign-ups were over before the last suspension", n))
+	}
+	slices.Sort(took)
+	return took, nil
 }
 
 // recovery kills a replica that has a call under way, and returns how long it

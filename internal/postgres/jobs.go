@@ -34,7 +34,7 @@ func keyJobs(keys []keyInLane) []river.InsertManyParams {
 	for i, k := range keys {
 		opts := &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 1 + int(k.Lane)}
 		if k.Lane == tenant.Urgent {
-			opts.Queue = tenant.QueueInteractive
+			opts.Queue = tenant.QueueUrgent
 		}
 		jobs[i] = river.InsertManyParams{Args: tenant.KeyJob{KeyID: k.ID}, InsertOpts: opts}
 	}

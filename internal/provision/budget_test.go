@@ -104,6 +104,40 @@ func TestBackgroundWorkGivesWay(t *testing.T) {
 	}
 }
 
+// However many sign-ups wait, a key that shall die has few calls before it.
+func TestRevocationsGoFirst(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate = 20 }})
+	const n = 5
+	signUpMany(t, r, n)
+	eventuallyActive(t, r, n)
+	for i := range 200 {
+		if _, _, err := r.SignUp(t.Context(), tenant.ID(fmt.Sprint("waiting_", i)), tenant.SignUp{}, 0, caller); err != nil {
+			t.Fatal(err)
+		}
+	}
+	// All that work at once have a turn to wait for.
+	provisiontest.Eventually(t, "the sign-ups are at work", func() bool { return w.State().Calls["PostApps"] > n+2 })
+	for i := range n {
+		before := len(w.Sim.Calls())
+		is, err := r.Suspend(t.Context(), tenant.ID(fmt.Sprint("user_", i)), wait, caller)
+		stateOf(t, is, err, tenant.Suspended)
+		others := 0
+		for _, c := range w.Sim.Calls()[before:] {
+			if c.Call == "DeleteKey" {
+				break
+			}
+			others++
+		}
+		// One that was on its way, one whose slot was reserved, and two for the time
+		// that it took to get at work.
+		if others > 4 {
+			t.Errorf("%d calls for sign-ups came between the suspension %d and its end", others, i)
+		}
+	}
+}
+
 // An hour is a pause that no test lasts out.
 func patient(c *provision.Config) {
 	c.Rate = 50

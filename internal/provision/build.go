@@ -220,7 +220,7 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 // laneOf says how urgent a build is: while nobody waits it can wait itself.
 func laneOf(a tenant.App) lane {
 	if a.Wanted {
-		return urgent
+		return normal
 	}
 	return background
 }

@@ -265,7 +265,7 @@ type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
 	byRevision profileCount
-	background chan struct{} // held by the one call of the background lane that asks for a slot
+	lanes      [background + 1]chan struct{} // each held by the one call of its lane that waits for a slot; urgent has none
 	reread     rereading
 
 	drainOnce sync.Once
@@ -278,7 +278,10 @@ func New(c Config) (*Service, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, background: make(chan struct{}, 1), draining: make(chan struct{})}
+	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{})}
+	for l := normal; l <= background; l++ {
+		s.lanes[l] = make(chan struct{}, 1)
+	}
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}

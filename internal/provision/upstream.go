@@ -32,8 +32,6 @@ const (
 	background = tenant.Background
 )
 
-const normalPatience = time.Second
-
 // A turn is the permission to make one upstream call.
 type turn struct {
 	tenant.Slot
@@ -76,11 +74,13 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 		end = deadline.Add(-s.CallTimeout)
 	}
 	r.PerSecond, r.ProbeTimeout = s.Rate, 2*s.CallTimeout
-	if l == background {
-		// One of this replica's asks at a time: more would only ask more often.
+	if l != urgent {
+		// One of this replica's calls of a lane at a time waits for its slot. What is
+		// urgent has a few slots before it then, whatever waits, and asks for background
+		// slots that are not free come no more often.
 		select {
-		case s.background <- struct{}{}:
-			defer func() { <-s.background }()
+		case s.lanes[l] <- struct{}{}:
+			defer func() { <-s.lanes[l] }()
 		case <-ctx.Done():
 			return turn{}, &deferred{}
 		case <-time.After(time.Until(end)):
@@ -92,10 +92,7 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 		if patience < 0 {
 			return turn{}, &deferred{}
 		}
-		switch r.Patience = patience; l {
-		case normal:
-			r.Patience = min(patience, normalPatience)
-		case background:
+		if r.Patience = patience; l == background {
 			r.Patience = 0
 		}
 		slot, due, err := reserve(ctx, s.Store, r)

@@ -18,8 +18,8 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// StartJobs starts the workers of the job queue: that many builds at once, and a
-// quarter of it of other work. Stop the client that it returns before closing
+// StartJobs starts the workers of the job queue: that many builds at once, a quarter
+// of it of keys in the urgent lane, and a quarter of other work. Stop the client that it returns before closing
 // direct, whose connections are sessions.
 //
 // Workers never fail a job: what went wrong stands in the row, and the sweep
@@ -37,6 +37,7 @@ func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers i
 	client, err := river.NewClient(riverpgxv5.New(direct), &river.Config{
 		Workers: w,
 		Queues: map[string]river.QueueConfig{
+			tenant.QueueUrgent:      {MaxWorkers: max(1, workers/4), FetchCooldown: tenant.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
 			tenant.QueueInteractive: {MaxWorkers: workers, FetchCooldown: tenant.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
 			tenant.QueueBackground:  {MaxWorkers: max(1, workers/4)},
 		},

@@ -33,9 +33,10 @@ type ReconciliationJob struct {
 // Kind names the job in the queue.
 func (ReconciliationJob) Kind() string { return "reconciliation" }
 
-// The queues of jobs, and how soon after one another the interactive one is
-// looked into.
+// The queues of jobs, and how soon after one another the first two are looked into.
+// Each has workers of its own: a key that shall die waits for no sign-up.
 const (
+	QueueUrgent         = "urgent"      // keys in the urgent lane
 	QueueInteractive    = "interactive" // a tenant may be waiting
 	QueueBackground     = "background"
 	InteractiveCooldown = 5 * time.Millisecond

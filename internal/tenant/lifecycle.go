@@ -15,10 +15,11 @@ type Lane int
 
 // The lanes.
 const (
-	// Urgent reserves the next slot, however many are before it: somebody waits.
+	// Urgent reserves the next slot: a key shall not work a moment longer, or a caller
+	// waits for another.
 	Urgent Lane = 0
-	// Normal reserves the next slot unless more than a second's worth is reserved
-	// already, so that urgent calls come first.
+	// Normal reserves the next slot, one call of a replica at a time: however many
+	// sign-ups wait, what is urgent has no more than a few calls before it.
 	Normal Lane = 1
 	// Background takes a slot only if one is free now: work of any amount delays
 	// nobody by more than a slot.
