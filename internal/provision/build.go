@@ -71,7 +71,7 @@ func (s *Service) endApp(ctx context.Context, a tenant.App, err error) outcome {
 	if errors.Is(err, tenant.ErrLeaseLost) {
 		// If only the row's state has moved on, what it is now must not wait for the lease
 		// to run out.
-		_ = s.Store.DeferApp(ctx, a, 0)
+		err = &deferred{}
 	}
 	if d, ok := errors.AsType[*deferred](err); ok {
 		if err := s.Store.DeferApp(ctx, a, d.bounded()); err != nil {

@@ -33,11 +33,11 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	interrupted := ctx.Err() != nil
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
 	defer cancel()
+	if errors.Is(err, tenant.ErrLeaseLost) { // as in endApp
+		err = &deferred{}
+	}
 	up := asUpstream(err)
 	d, isDeferred := errors.AsType[*deferred](err)
-	if errors.Is(err, tenant.ErrLeaseLost) { // as in endApp
-		_ = s.Store.DeferKey(ctx, k, 0)
-	}
 	switch {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())
