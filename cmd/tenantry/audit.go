@@ -7,9 +7,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"net/http"
 	"os"
-	"text/tabwriter"
 	"time"
 
 	"github.com/google/uuid"
@@ -26,6 +25,7 @@ type auditCmd struct {
 
 type auditListCmd struct {
 	apiFlags
+	outputFlags
 	Tenant    string    `placeholder:"ID" help:"Only events about this tenant."`
 	App       string    `placeholder:"ID" help:"Only events about this app."`
 	Key       uuid.UUID `placeholder:"UUID" help:"Only events about the key of this id."`
@@ -36,119 +36,29 @@ type auditListCmd struct {
 	Before    time.Time `placeholder:"TIME" format:"2006-01-02T15:04:05Z07:00" help:"Only events before then."`
 	Order     string    `enum:"desc,asc" default:"desc" help:"desc is newest first, asc oldest first."`
 	Limit     int       `default:"100" help:"Most events to print; 0 means all."`
-	Output    string    `enum:"table,json" default:"table" help:"${enum}; json has all fields."`
 }
 
-// auditPage is how many events are asked for at once.
-const auditPage = 1000
-
 func (c auditListCmd) Run(ctx context.Context, e env) error {
-	if c.Limit < 0 {
-		return errors.New("--limit must not be negative")
-	}
 	api, err := c.client(e)
 	if err != nil {
 		return err
 	}
-	out := newEventPrinter(e.stdout, c.Output)
 	order := client.ListAuditParamsOrder(c.Order)
 	ask := client.ListAuditParams{Tenant: given(c.Tenant), App: given(c.App), KeyId: given(c.Key), Actor: given(c.Actor),
 		Action: given(c.Action), RequestId: given(c.RequestID), After: given(c.After), Before: given(c.Before), Order: &order}
-	for printed, more := 0, true; more; {
-		size := auditPage
-		if c.Limit > 0 {
-			size = min(size, c.Limit-printed)
-		}
-		ask.Limit = &size
-		page, err := api.ListAuditWithResponse(ctx, &ask)
-		if err != nil {
-			return err
-		}
-		if page.JSON200 == nil {
-			return problemOf(page.HTTPResponse, page.Body)
-		}
-		for _, event := range page.JSON200.Events {
-			if err := out.print(event); err != nil {
-				return err
-			}
-		}
-		printed += len(page.JSON200.Events)
-		ask.Cursor = page.JSON200.NextCursor
-		more = ask.Cursor != nil && (c.Limit == 0 || printed < c.Limit)
-	}
-	if err := out.end(); err != nil {
-		return err
-	}
-	if ask.Cursor != nil {
-		_, _ = fmt.Fprintf(e.stderr, "there are more: --limit 0 prints all\n")
-	}
-	return nil
+	heads := []string{"ID", "AT", "ACTOR", "ACTION", "TENANT", "APP", "REQUEST", "DETAIL"}
+	return printList(e, c.outputFlags, c.Limit, "events", heads, func(size int, cursor *string) (*http.Response, error) {
+		ask.Limit, ask.Cursor = &size, cursor
+		return api.ListAudit(ctx, &ask)
+	}, func(w *table, e auditEvent) {
+		w.row(e.Id, shownTime(e.At, "-"), e.Actor, e.Action, textOr(e.TenantId, ""), textOr(e.AppId, ""), textOr(e.RequestId, ""), string(e.Detail))
+	})
 }
 
-// given returns nil for a flag that was not.
-func given[T comparable](v T) *T {
-	var zero T
-	if v == zero {
-		return nil
-	}
-	return &v
-}
-
-// An eventPrinter prints events as they come: a page of a table at a time, or one
-// JSON array.
-type eventPrinter struct {
-	w     io.Writer
-	table *tabwriter.Writer // nil for JSON
-	n     int
-}
-
-func newEventPrinter(w io.Writer, output string) *eventPrinter {
-	p := &eventPrinter{w: w}
-	if output == "table" {
-		p.table = tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	}
-	return p
-}
-
-func (p *eventPrinter) print(e client.AuditEvent) error {
-	p.n++
-	if p.table == nil {
-		text, err := json.Marshal(e)
-		if err != nil {
-			return err
-		}
-		before := ",\n"
-		if p.n == 1 {
-			before = "[\n"
-		}
-		_, err = fmt.Fprintf(p.w, "%s  %s", before, text)
-		return err
-	}
-	if p.n == 1 {
-		_, _ = fmt.Fprintln(p.table, "ID\tAT\tACTOR\tACTION\tTENANT\tAPP\tREQUEST\tDETAIL")
-	}
-	detail, err := json.Marshal(e.Detail)
-	if err != nil {
-		return err
-	}
-	_, _ = fmt.Fprintf(p.table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", e.Id, shownTime(e.At, "-"), e.Actor, e.Action, textOr(e.TenantId, "-"),
-		textOr(e.AppId, "-"), textOr(e.RequestId, "-"), detail)
-	if p.n%auditPage == 0 {
-		return p.table.Flush()
-	}
-	return nil
-}
-
-func (p *eventPrinter) end() error {
-	switch {
-	case p.table != nil:
-		return p.table.Flush()
-	case p.n == 0:
-		_, err := fmt.Fprintln(p.w, "[]")
-		return err
-	}
-	_, err := fmt.Fprintln(p.w, "\n]")
-	return err
+// An auditEvent has its detail as the API wrote it.
+type auditEvent struct {
+	client.AuditEvent
+	Detail json.RawMessage `json:"detail"`
 }
 
 // An anchor is a seal as it is kept outside of the database.
@@ -184,9 +94,7 @@ func (c auditAnchorCmd) Run(ctx context.Context, e env) error {
 	if err != nil && !errors.Is(err, tenant.NotFound) {
 		return err
 	}
-	enc := json.NewEncoder(e.stdout)
-	enc.SetIndent("", "  ")
-	return enc.Encode(anchor{Deployment: deployment.ID, Seal: seal.Number, UpToEvent: seal.LastID, Hash: hex.EncodeToString(seal.Hash),
+	return printJSON(e.stdout, anchor{Deployment: deployment.ID, Seal: seal.Number, UpToEvent: seal.LastID, Hash: hex.EncodeToString(seal.Hash),
 		SealedAt: seal.SealedAt.UTC()})
 }
 
@@ -198,7 +106,7 @@ type auditVerifyCmd struct {
 
 func (c auditVerifyCmd) Run(ctx context.Context, e env) error {
 	if c.FromSeal < 1 {
-		return errors.New("--from-seal must be 1 or more")
+		return usagef("--from-seal must be 1 or more")
 	}
 	db, err := c.open(ctx, e)
 	if err != nil {

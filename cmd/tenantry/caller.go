@@ -2,11 +2,9 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
-	"text/tabwriter"
+	"net/http"
 	"time"
 
 	"github.com/tenantry/tenantry/api/client"
@@ -24,7 +22,7 @@ type callerCmd struct {
 // callerFlags are those of every command about callers.
 type callerFlags struct {
 	apiFlags
-	Output string `default:"table" enum:"table,json" help:"How to print: table or json."`
+	outputFlags
 }
 
 // callerArg names a caller.
@@ -47,25 +45,10 @@ func (c callerListCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	all := []client.Caller{}
-	limit := 1000
-	for cursor := (*string)(nil); ; {
-		page, err := api.ListCallersWithResponse(ctx, &client.ListCallersParams{Limit: &limit, Cursor: cursor})
-		if err != nil {
-			return err
-		}
-		if page.JSON200 == nil {
-			return problemOf(page.HTTPResponse, page.Body)
-		}
-		all = append(all, page.JSON200.Callers...)
-		if cursor = page.JSON200.NextCursor; cursor == nil {
-			break
-		}
-	}
-	if c.Output == "json" {
-		return printJSON(e.stdout, all)
-	}
-	return printCallers(e.stdout, all)
+	now := time.Now()
+	return printList(e, c.outputFlags, 0, "callers", callerHeads(), func(size int, cursor *string) (*http.Response, error) {
+		return api.ListCallers(ctx, &client.ListCallersParams{Limit: &size, Cursor: cursor})
+	}, func(w *table, c client.Caller) { callerRow(w, callerOf(c), now) })
 }
 
 type callerShowCmd struct {
@@ -78,22 +61,22 @@ func (c callerShowCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	got, err := api.GetCallerWithResponse(ctx, c.id())
-	if err != nil {
-		return err
-	}
-	return c.print(e, got.JSON200, func() error { return problemOf(got.HTTPResponse, got.Body) })
+	return c.print(e)(answer[client.Caller](api.GetCaller(ctx, c.id())))
 }
 
-// print prints one caller, or returns why there is none.
-func (f callerFlags) print(e env, c *client.Caller, problem func() error) error {
-	switch {
-	case c == nil:
-		return problem()
-	case f.Output == "json":
-		return printJSON(e.stdout, c)
+// print prints the caller that was answered, or passes on why there is none.
+func (f callerFlags) print(e env) func(answered[client.Caller], error) error {
+	return func(got answered[client.Caller], err error) error {
+		switch {
+		case err != nil:
+			return err
+		case f.json():
+			return printBody(e.stdout, got.body)
+		}
+		w := newTable(e.stdout, callerHeads()...)
+		callerRow(w, callerOf(got.value), time.Now())
+		return w.flush()
 	}
-	return printCallers(e.stdout, []client.Caller{*c})
 }
 
 type callerCreateCmd struct {
@@ -121,27 +104,26 @@ func (c callerCreateCmd) Run(ctx context.Context, e env) error {
 	if n.RateLimit > 0 {
 		body.RateLimit = &n.RateLimit
 	}
-	made, err := api.CreateCallerWithResponse(ctx, body)
-	if err != nil {
-		return err
-	}
-	return c.printToken(e, made.JSON201, func() error { return problemOf(made.HTTPResponse, made.Body) })
+	return c.printToken(e)(answer[client.Caller](api.CreateCaller(ctx, body)))
 }
 
 // printToken prints a caller that was made: of a table only the token, so that a
 // script has it alone.
-func (f callerFlags) printToken(e env, c *client.Caller, problem func() error) error {
-	switch {
-	case c == nil:
-		return problem()
-	case c.Token == nil:
-		return errors.New("the API answers without a token")
-	case f.Output == "json":
-		return printJSON(e.stdout, c)
+func (f callerFlags) printToken(e env) func(answered[client.Caller], error) error {
+	return func(made answered[client.Caller], err error) error {
+		c := made.value
+		switch {
+		case err != nil:
+			return err
+		case c.Token == nil:
+			return errors.New("the API answers without a token")
+		case f.json():
+			return printBody(e.stdout, made.body)
+		}
+		_, _ = fmt.Fprintf(e.stderr, "token %s of %s, role %s: keep it, it is not shown again\n", c.Id, c.Name, c.Role)
+		_, err = fmt.Fprintln(e.stdout, *c.Token)
+		return err
 	}
-	_, _ = fmt.Fprintf(e.stderr, "token %s of %s, role %s: keep it, it is not shown again\n", c.Id, c.Name, c.Role)
-	_, err := fmt.Fprintln(e.stdout, *c.Token)
-	return err
 }
 
 type callerRotateCmd struct {
@@ -165,11 +147,7 @@ func (c callerRotateCmd) Run(ctx context.Context, e env) error {
 	if !expires.IsZero() {
 		body.ExpiresAt = &expires
 	}
-	made, err := api.RotateCallerWithResponse(ctx, c.id(), body)
-	if err != nil {
-		return err
-	}
-	return c.printToken(e, made.JSON201, func() error { return problemOf(made.HTTPResponse, made.Body) })
+	return c.printToken(e)(answer[client.Caller](api.RotateCaller(ctx, c.id(), body)))
 }
 
 type callerRevokeCmd struct {
@@ -182,35 +160,20 @@ func (c callerRevokeCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	got, err := api.RevokeCallerWithResponse(ctx, c.id())
-	if err != nil {
-		return err
-	}
-	return c.print(e, got.JSON200, func() error { return problemOf(got.HTTPResponse, got.Body) })
+	return c.print(e)(answer[client.Caller](api.RevokeCaller(ctx, c.id())))
 }
 
-func printJSON(w io.Writer, v any) error {
-	enc := json.NewEncoder(w)
-	enc.SetIndent("", "  ")
-	return enc.Encode(v)
-}
-
-func printCallers(to io.Writer, callers []client.Caller) error {
-	w := tabwriter.NewWriter(to, 0, 8, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, callerHeads)
+func callerOf(c client.Caller) tenant.Caller {
 	at := func(t *time.Time) time.Time {
 		if t == nil {
 			return time.Time{}
 		}
 		return *t
 	}
-	for _, c := range callers {
-		row := tenant.Caller{TokenID: c.Id, Name: c.Name, Role: tenant.Role(c.Role), Scope: tenant.Scope(c.Labels), CreatedAt: c.CreatedAt,
-			ExpiresAt: at(c.ExpiresAt), RevokedAt: at(c.RevokedAt), LastUsedAt: at(c.LastUsedAt), ReplacedBy: textOr(c.ReplacedBy, "")}
-		if c.RateLimit != nil {
-			row.RateLimit = *c.RateLimit
-		}
-		printCaller(w, row)
+	is := tenant.Caller{TokenID: c.Id, Name: c.Name, Role: tenant.Role(c.Role), Scope: tenant.Scope(c.Labels), CreatedAt: c.CreatedAt,
+		ExpiresAt: at(c.ExpiresAt), RevokedAt: at(c.RevokedAt), LastUsedAt: at(c.LastUsedAt), ReplacedBy: textOr(c.ReplacedBy, "")}
+	if c.RateLimit != nil {
+		is.RateLimit = *c.RateLimit
 	}
-	return w.Flush()
+	return is
 }

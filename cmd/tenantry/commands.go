@@ -8,7 +8,6 @@ import (
 	"os"
 	"runtime/debug"
 	"strings"
-	"text/tabwriter"
 	"time"
 
 	"github.com/tenantry/tenantry/internal/postgres"
@@ -49,10 +48,10 @@ func (c migrateDownCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	if c.Steps < 1 {
-		return errors.New("--steps must be 1 or more")
+		return usagef("--steps must be 1 or more")
 	}
 	if !c.Yes {
-		return errors.New("this loses the data that the migrations hold: say --yes if you mean it")
+		return usagef("this loses the data that the migrations hold: say --yes if you mean it")
 	}
 	return postgres.MigrateDown(ctx, direct, c.Steps)
 }
@@ -131,19 +130,12 @@ func (c tokenListCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, callerHeads)
+	now := time.Now()
+	w := newTable(e.stdout, callerHeads()...)
 	for _, t := range callers {
-		printCaller(w, t)
+		callerRow(w, t, now)
 	}
-	return w.Flush()
-}
-
-func shownTime(t time.Time, zero string) string {
-	if t.IsZero() {
-		return zero
-	}
-	return t.UTC().Format(time.RFC3339)
+	return w.flush()
 }
 
 type tokenRevokeCmd struct {

@@ -9,6 +9,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"syscall"
 	"time"
@@ -20,27 +21,34 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	// With the first signal the handling ends: a second one ends the process.
 	context.AfterFunc(ctx, stop)
-	os.Exit(run(ctx, env{args: os.Args[1:], get: os.Getenv, stdout: os.Stdout, stderr: os.Stderr}))
+	os.Exit(run(ctx, env{args: os.Args[1:], get: os.Getenv, stdin: os.Stdin, stdout: os.Stdout, stderr: os.Stderr, terminal: isTerminal}))
 }
 
 // env is what the process gets from outside. Nothing else reads it.
 type env struct {
 	args           []string
 	get            func(string) string
+	stdin          io.Reader // nil where there is none
 	stdout, stderr io.Writer
+	terminal       func(stream any) bool // nil where no stream is one
 }
 
 // cli is the command line.
 type cli struct {
 	Serve       serveCmd       `cmd:"" help:"Run the service: the API, the workers, and an internal listener for probes and metrics."`
 	Migrate     migrateCmd     `cmd:"" help:"Bring the database's schema up to date, take it back, or show how it stands."`
+	Tenant      tenantCmd      `cmd:"" help:"Sign tenants up, look them up, change, suspend and delete them."`
+	Key         keyCmd         `cmd:"" help:"List, show, add, rotate and revoke the keys of tenants; find out whose a key is."`
+	App         appCmd         `cmd:"" help:"Say which tenant an app was given to. Roles: all."`
+	Upstream    upstreamCmd    `cmd:"" help:"Show how Clarifai and the work for it stand. Roles: all."`
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
-	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Takes the token of an admin."`
+	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Role: admin."`
 	Profile     profileCmd     `cmd:"" help:"Check a profiles file; list the profiles of a running service."`
-	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs."`
+	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs. Role: admin."`
 	Audit       auditCmd       `cmd:"" help:"List the events of the audit log, and check that none was altered, removed or inserted."`
 	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants, and replace its keys."`
 	Healthcheck healthcheckCmd `cmd:"" help:"Ask a running service whether it lives; for container health checks."`
+	Completion  completionCmd  `cmd:"" help:"Print a script that completes the command line in a shell."`
 	Version     versionCmd     `cmd:"" help:"Print the version."`
 }
 
@@ -54,10 +62,11 @@ Every setting is a flag and an environment variable; an empty variable counts as
   TENANTRY_KEYSET  or ..._FILE           from "tenantry keyset create"; lose it, and the sealed keys are lost
   TENANTRY_KEYSET_KMS  or ..._FILE       URL of the key of a KMS that wraps the keyset, if one does
 
-To begin: tenantry keyset create, tenantry migrate up, tenantry token create, tenantry serve.`
+To begin: tenantry keyset create, tenantry migrate up, tenantry token create, tenantry serve. The commands about tenants, keys and callers work through a running service: TENANTRY_URL, and TENANTRY_TOKEN or TENANTRY_TOKEN_FILE.
 
-// run runs one command and returns the exit code: 0 done, 1 failed, 2 called
-// wrongly, 3 done and differences found.
+` + exitCodes
+
+// run runs one command and returns the exit code.
 func run(ctx context.Context, e env) int {
 	var c cli
 	settings := newConverter()
@@ -81,12 +90,16 @@ func run(ctx context.Context, e env) int {
 	}()
 	if len(e.args) == 0 {
 		printUsage(e.stderr, parser.Model)
-		return 2
+		return exitUsage
+	}
+	if e.args[0] == completeWord {
+		_ = complete(e.stdout, parser.Model, e.args[1:]) // the shell went away
+		return exitDone
 	}
 	k, err := parser.Parse(e.args)
 	if err != nil {
-		_, _ = fmt.Fprintf(e.stderr, "tenantry: %v\nrun `tenantry --help`\n", err)
-		return 2
+		_, _ = fmt.Fprintf(e.stderr, "tenantry: %s\nrun `tenantry --help`\n", secretText.ReplaceAllString(err.Error(), "[redacted]"))
+		return exitUsage
 	}
 	if exit >= 0 {
 		return exit
@@ -102,20 +115,17 @@ func run(ctx context.Context, e env) int {
 			}
 		}
 		printFault(e.stderr, errors.Join(faults...))
-		return 2
+		return exitUsage
 	}
-	if err := k.Run(); err != nil {
-		switch {
-		case errors.Is(err, errDiffers):
-			return 3
-		case errors.Is(err, errReported):
-			return 1
-		}
+	err = k.Run()
+	if err != nil && !errors.Is(err, errDiffers) && !errors.Is(err, errReported) { // whose output has said it
 		printFault(e.stderr, err)
-		return 1
 	}
-	return 0
+	return exitOf(err)
 }
+
+// secretText is what a key or a token looks like, which somebody gave as an argument.
+var secretText = regexp.MustCompile(`[0-9a-fA-F]{32,}|tnty_\w+`)
 
 // errExit unwinds from kong's --help, which would end the process.
 var errExit = errors.New("exit")

@@ -2,8 +2,6 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"io"
 	"maps"
 	"slices"
 	"strconv"
@@ -15,7 +13,7 @@ import (
 
 // newCallerFlags describe a caller that is to be made, here or on the database.
 type newCallerFlags struct {
-	Name      string        `required:"" help:"Who will hold the token."`
+	Name      string        `required:"" placeholder:"NAME" help:"Who will hold the token."`
 	Role      tenant.Role   `required:"" enum:"viewer,provisioner,admin" help:"What it may do: ${enum}."`
 	ExpiresIn time.Duration `placeholder:"DURATION" help:"How long it is valid, such as 2160h. Without it: until it is revoked."`
 	Label     []string      `sep:"none" placeholder:"KEY=VALUE" help:"Limit it to tenants that have this label; may be given several times: all of them."`
@@ -29,26 +27,18 @@ func (f newCallerFlags) caller(now time.Time) (tenant.NewCaller, error) {
 	if c.ExpiresAt, err = expiry(now, f.ExpiresIn); err != nil {
 		return c, err
 	}
-	for _, text := range f.Label {
-		key, value, ok := strings.Cut(text, "=")
-		if !ok || key == "" {
-			return c, fmt.Errorf("--label %q must read key=value", text)
-		}
-		if _, twice := c.Scope[key]; twice {
-			return c, fmt.Errorf("--label %s is given twice", key)
-		}
-		if c.Scope == nil {
-			c.Scope = tenant.Scope{}
-		}
-		c.Scope[key] = value
+	labels, err := parseLabels(f.Label)
+	if err != nil {
+		return c, err
 	}
+	c.Scope = tenant.Scope(labels)
 	if fault, ok := errors.AsType[*tenant.Error](c.Validate(now)); ok {
 		name, _, _ := strings.Cut(fault.Field, ".")
 		flag := map[string]string{"labels": "label", "rate_limit": "rate-limit", "expires_at": "expires-in"}[name]
 		if flag == "" {
 			flag = name
 		}
-		return c, errors.New("--" + flag + " " + fault.Detail)
+		return c, usagef("--%s %s", flag, fault.Detail)
 	}
 	return c, nil
 }
@@ -56,31 +46,29 @@ func (f newCallerFlags) caller(now time.Time) (tenant.NewCaller, error) {
 func expiry(now time.Time, in time.Duration) (time.Time, error) {
 	switch {
 	case in < 0:
-		return time.Time{}, errors.New("--expires-in must not be negative")
+		return time.Time{}, usagef("--expires-in must not be negative")
 	case in == 0:
 		return time.Time{}, nil
 	}
 	return now.Add(in), nil
 }
 
-// callerHeads is the first row of a table of callers.
-const callerHeads = "ID\tNAME\tROLE\tLABELS\tRATE\tCREATED\tEXPIRES\tLAST USED\tREVOKED\tREPLACED BY"
+func callerHeads() []string {
+	return []string{"ID", "NAME", "ROLE", "LABELS", "RATE", "CREATED", "EXPIRES", "LAST USED", "REVOKED", "REPLACED BY"}
+}
 
-// printCaller prints a row under callerHeads.
-func printCaller(w io.Writer, c tenant.Caller) {
-	limit := "-"
+// callerRow prints a row under callerHeads.
+func callerRow(w *table, c tenant.Caller, now time.Time) {
+	limit := ""
 	if c.RateLimit > 0 {
 		limit = strconv.Itoa(c.RateLimit) + "/s"
 	}
-	_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", c.TokenID, c.Name, c.Role, shownLabels(c.Scope), limit,
-		shownTime(c.CreatedAt, "-"), shownTime(c.ExpiresAt, "never"), shownTime(c.LastUsedAt, "never"), shownTime(c.RevokedAt, "-"),
-		textOr(&c.ReplacedBy, "-"))
+	w.row(c.TokenID, c.Name, c.Role, shownLabels(c.Scope), limit, ago(&c.CreatedAt, now), orNever(ago(&c.ExpiresAt, now)),
+		orNever(ago(&c.LastUsedAt, now)), ago(&c.RevokedAt, now), c.ReplacedBy)
 }
 
+// shownLabels writes labels as flags take them.
 func shownLabels(labels tenant.Scope) string {
-	if len(labels) == 0 {
-		return "-"
-	}
 	var pairs []string
 	for _, k := range slices.Sorted(maps.Keys(labels)) {
 		pairs = append(pairs, k+"="+labels[k])

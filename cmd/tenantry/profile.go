@@ -2,14 +2,12 @@ package main
 
 import (
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"os"
 	"strings"
-	"text/tabwriter"
 	"time"
 
+	"github.com/tenantry/tenantry/api/client"
 	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -17,16 +15,13 @@ import (
 
 type profileCmd struct {
 	Check profileCheckCmd `cmd:"" help:"Check a profiles file and print each fault with its line; exit code 1 if it cannot be used."`
-	List  profileListCmd  `cmd:"" help:"List the profiles of a running service, and how many tenants are on which revision."`
+	List  profileListCmd  `cmd:"" help:"List the profiles of a running service, and how many tenants are on which revision. Roles: all."`
 }
 
 type profileCheckCmd struct {
 	databaseFlags
 	File string `arg:"" help:"The file. If DATABASE_URL or --database-url-file is given too: whether it has every profile that tenants are on."`
 }
-
-// errReported makes a command exit with 1 whose output has said why.
-var errReported = errors.New("faults were found")
 
 func (c profileCheckCmd) Run(ctx context.Context, e env) error {
 	file, err := readProfiles(c.File)
@@ -103,7 +98,7 @@ func missingProfiles(ctx context.Context, db *postgres.DB, profiles []tenant.Pro
 
 type profileListCmd struct {
 	apiFlags
-	Output string `enum:"table,json" default:"table" help:"How to print them: ${enum}."`
+	outputFlags
 }
 
 func (c profileListCmd) Run(ctx context.Context, e env) error {
@@ -111,21 +106,15 @@ func (c profileListCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	got, err := api.ListProfilesWithResponse(ctx)
+	got, err := answer[client.ProfileList](api.ListProfiles(ctx))
 	if err != nil {
 		return err
 	}
-	if got.JSON200 == nil {
-		return problemOf(got.HTTPResponse, got.Body)
+	if c.json() {
+		return printBody(e.stdout, got.body)
 	}
-	if c.Output == "json" {
-		enc := json.NewEncoder(e.stdout)
-		enc.SetIndent("", "  ")
-		return enc.Encode(got.JSON200)
-	}
-	w := tabwriter.NewWriter(e.stdout, 0, 8, 2, ' ', 0)
-	_, _ = fmt.Fprintln(w, "NAME\tREVISION\tTENANTS\tWAITING\tON OLDER REVISIONS\tWORKFLOW\tKEYS\tRETENTION\tKEY AGE\tPOOL")
-	for _, p := range got.JSON200.Profiles {
+	w := newTable(e.stdout, "NAME", "REVISION", "TENANTS", "WAITING", "ON OLDER REVISIONS", "WORKFLOW", "KEYS", "RETENTION", "KEY AGE", "POOL")
+	for _, p := range got.value.Profiles {
 		older := []string{}
 		for _, o := range p.Tenants.Older {
 			older = append(older, fmt.Sprintf("%d (%s)", o.Tenants, o.Revision))
@@ -134,17 +123,15 @@ func (c profileListCmd) Run(ctx context.Context, e env) error {
 		for _, k := range p.ExtraKeys {
 			keys = append(keys, k.Name)
 		}
-		age := "-"
+		age := ""
 		if p.MaxKeyAgeSeconds != nil {
 			age = shownAge(*p.MaxKeyAgeSeconds)
 		}
-		_, _ = fmt.Fprintf(w, "%s\t%s\t%d\t%d\t%s\t%s\t%s\t%s\t%s\t%d-%d\n", p.Name, p.Revision, p.Tenants.Total, p.Tenants.Waiting,
-			orDash(strings.Join(older, ", ")), p.BaseWorkflow, strings.Join(keys, ", "), shownAge(p.RetentionSeconds), age, p.Pool.Min, p.Pool.Max)
+		w.row(p.Name, p.Revision, p.Tenants.Total, p.Tenants.Waiting, strings.Join(older, ", "), p.BaseWorkflow, strings.Join(keys, ", "),
+			shownAge(p.RetentionSeconds), age, fmt.Sprintf("%d-%d", p.Pool.Min, p.Pool.Max))
 	}
-	return w.Flush()
+	return w.flush()
 }
-
-func orDash(text string) string { return textOr(&text, "-") }
 
 // shownAge writes a time as a profiles file has it.
 func shownAge(seconds int) string {

@@ -3,12 +3,8 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
-	"errors"
 	"fmt"
-	"net/http"
 	"slices"
-	"text/tabwriter"
 	"time"
 
 	"github.com/google/uuid"
@@ -18,14 +14,11 @@ import (
 
 type reconcileCmd struct {
 	apiFlags
+	outputFlags
 	Repair string `placeholder:"TOKEN" xor:"do" help:"Carry out the report of this token, each item after a fresh look."`
 	Adopt  bool   `xor:"do" help:"Take in what Clarifai holds and the database does not know, as after a restore: a report, its adoptions and no more, and a report that shows that it is complete."`
-	JSON   bool   `name:"json" help:"Print the reconciliation with all its items as JSON."`
+	JSON   bool   `name:"json" hidden:"" help:"The same as --output json."`
 }
-
-// errDiffers makes a command exit with 3: it did what it should, and found that
-// Clarifai and the database differ.
-var errDiffers = errors.New("differences were found")
 
 func (c reconcileCmd) Run(ctx context.Context, e env) error {
 	api, err := c.client(e)
@@ -49,11 +42,9 @@ func (c reconcileCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	if c.JSON {
-		done.Items = &items
-		enc := json.NewEncoder(e.stdout)
-		enc.SetIndent("", "  ")
-		err = enc.Encode(done)
+	if c.JSON || c.json() {
+		done.Items, done.NextCursor = &items, nil
+		err = printJSON(e.stdout, done)
 	} else {
 		err = r.print(done, items)
 	}
@@ -115,27 +106,44 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 		return nil, problemOf(began.HTTPResponse, began.Body)
 	}
 	shown := ""
+	bar := r.e.progress()
+	defer bar.end()
 	for rec.State != client.ReconciliationStateDone {
 		select {
 		case <-ctx.Done():
 			return nil, fmt.Errorf("%s %s goes on without this command", rec.Kind, rec.Id)
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(pollPause):
 		}
 		// The service may be restarting, and the work goes on elsewhere.
 		next, err := r.get(ctx, rec.Id, nil)
-		if p, ok := errors.AsType[*apiProblem](err); ok && p.status < 500 && p.status != http.StatusTooManyRequests {
+		if err != nil && !passing(err) && ctx.Err() == nil {
 			return nil, err
 		}
 		line := "the service does not answer; waiting"
 		if err == nil {
 			rec, line = next, progressOf(next)
 		}
-		if line != shown {
+		switch done, total := repaired(rec); {
+		case bar.visible():
+			bar.show(done, total, line)
+		case line != shown:
 			r.say("  %s", line)
 			shown = line
 		}
 	}
 	return rec, nil
+}
+
+// repaired is how many items of a repair have an outcome, and how many there are; a
+// report does not know how many it will see.
+func repaired(rec *client.Reconciliation) (done, total int) {
+	if rec.Kind != client.ReconciliationKindRepair {
+		return 0, 0
+	}
+	for _, n := range rec.Outcomes {
+		total += n
+	}
+	return total - rec.Outcomes["open"], total
 }
 
 // running returns the report that runs already, or nil.
@@ -198,13 +206,10 @@ func (r reconciler) items(ctx context.Context, rec *client.Reconciliation) ([]cl
 }
 
 func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) error {
-	w := tabwriter.NewWriter(r.e.stdout, 0, 8, 2, ' ', 0)
-	if len(items) > 0 {
-		_, _ = fmt.Fprintln(w, "FOUND\tREPAIR\tSTATE\tAPP\tKEY\tTENANT\tDETAIL")
-	}
+	w := newTable(r.e.stdout, "FOUND", "REPAIR", "STATE", "APP", "KEY", "TENANT", "DETAIL")
 	actions := 0
 	for _, f := range items {
-		action, key := "by hand", "-"
+		action, key := "by hand", ""
 		if f.Action != nil {
 			action = string(*f.Action)
 			if f.State == client.FindingStateOpen {
@@ -214,10 +219,9 @@ func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) er
 		if f.KeyId != nil {
 			key = f.KeyId.String()
 		}
-		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", f.Kind, action, f.State, textOr(f.AppId, "-"), key,
-			textOr(f.TenantId, "-"), cmp.Or(textOr(f.Note, ""), textOr(f.Detail, "")))
+		w.row(f.Kind, action, f.State, textOr(f.AppId, ""), key, textOr(f.TenantId, ""), cmp.Or(textOr(f.Note, ""), textOr(f.Detail, "")))
 	}
-	if err := w.Flush(); err != nil {
+	if err := w.flush(); err != nil {
 		return err
 	}
 	if rec.Kind != client.ReconciliationKindReport {
@@ -229,11 +233,4 @@ func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) er
 		r.say("to repair %d of them: tenantry reconcile --repair %s", actions, *rec.Token)
 	}
 	return nil
-}
-
-func textOr(text *string, otherwise string) string {
-	if text == nil || *text == "" {
-		return otherwise
-	}
-	return *text
 }
