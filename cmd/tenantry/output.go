@@ -198,8 +198,9 @@ func ago(t *time.Time, now time.Time) string {
 	if t == nil || t.IsZero() {
 		return ""
 	}
-	if d := now.Sub(*t); d >= 0 {
-		return span(d) + " ago"
+	// What happened a moment ago may lie ahead of this machine's clock.
+	if d := now.Sub(*t); d > -time.Second {
+		return span(max(d, 0)) + " ago"
 	}
 	return "in " + span(t.Sub(now))
 }

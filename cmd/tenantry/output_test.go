@@ -27,7 +27,7 @@ func TestTable(t *testing.T) {
 func TestAgo(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2026, 11, 25, 12, 0, 0, 0, time.UTC)
-	for d, want := range map[time.Duration]string{0: "0s ago", 59 * time.Second: "59s ago", 61 * time.Second: "1m ago", 47 * time.Hour: "47h ago",
+	for d, want := range map[time.Duration]string{0: "0s ago", -time.Millisecond: "0s ago", 59 * time.Second: "59s ago", 61 * time.Second: "1m ago", 47 * time.Hour: "47h ago",
 		49 * time.Hour: "2d ago", -90 * time.Minute: "in 1h", -400 * 24 * time.Hour: "in 400d"} {
 		at := now.Add(-d)
 		if got := ago(&at, now); got != want {
