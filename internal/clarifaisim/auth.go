@@ -63,6 +63,11 @@ func (s *Sim) authorisePAT(c *call) (answer, bool) {
 	case !hasUser && c.auth == keyAuth:
 		// With a PAT the path has to say which app is meant.
 		return refuse(codeKeyInvalid, "Must provide app external ID in API authorizer"), true
+	case hasUser && s.collaborates(c, named):
+		if c.auth == patAuth {
+			return refuse(s.settings.CollaboratorCode, "only the owner of the app may do this"), true
+		}
+		c.user = named
 	case hasUser && named != "me" && named != c.pat.UserID:
 		return refuse(codeDoesNotExist, "user_id '%s' not found. Check the url of your request.", named), true
 	}
@@ -77,6 +82,12 @@ func (s *Sim) authorisePAT(c *call) (answer, bool) {
 		return s.findApp(c, id)
 	}
 	return answer{}, false
+}
+
+// collaborates reports whether a call is about an app that its owner has shared with who
+// is calling.
+func (s *Sim) collaborates(c *call, owner string) bool {
+	return owner != c.pat.UserID && slices.Contains(s.settings.Shares, Share{UserID: owner, AppID: c.params["app"], With: c.pat.UserID})
 }
 
 // authoriseKey lets an app-specific key at its own app only.

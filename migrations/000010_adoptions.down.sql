@@ -1,0 +1,2 @@
+ALTER TABLE apps DROP COLUMN user_id;
+DROP TABLE adoptions;
