@@ -30,21 +30,32 @@ func adoptionFields(a *tenant.Adoption) []any {
 
 // BeginAdoption writes down that an app is to be taken over, or finds the same adoption
 // under way, or ended and told to nobody yet. Another adoption of the tenant that is
-// under way is replaced. A tenant that is there is returned as it stands. It reports
-// tenant.Conflict for an app that the database knows.
-func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, actor tenant.Actor) (tenant.BegunAdoption, error) {
+// under way is replaced. A tenant that is there is returned as it stands, with no
+// adoption, unless agrees refuses it or a key is given that takes the place of its own. It
+// reports tenant.Conflict for an app that the database knows.
+func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
 	var b tenant.BegunAdoption
 	began := false
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		fields, done := tenantFields(&b.Tenant)
+		var first []byte
 		err := tx.QueryRow(ctx, `SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1 AND t.state <> 'deleted'`, n.TenantID).
-			Scan(append(fields, &b.FirstHash)...)
+			Scan(append(fields, &first)...)
 		done()
-		if !errors.Is(err, pgx.ErrNoRows) {
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			if err := unclaimed(ctx, tx, n.AppID, n.TenantID); err != nil {
+				return err
+			}
+		case err != nil:
 			return err
-		}
-		if err := unclaimed(ctx, tx, n.AppID, n.TenantID); err != nil {
-			return err
+		default:
+			if err := agrees(b.Tenant, first); err != nil {
+				return err
+			}
+			if replaces, err := replacesKey(ctx, tx, n, b.Tenant); err != nil || !replaces {
+				return err
+			}
 		}
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO adoptions AS a (id, tenant_id, dry_run, app_id, app_user_id, profile, display_name, labels, attributes_hash,
@@ -80,6 +91,24 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, actor ten
 		err = db.enqueue(ctx, []river.InsertManyParams{adoptionJob(b.Adoption.ID)})
 	}
 	return b, err
+}
+
+// replacesKey reports whether an adoption that is asked for again gives a tenant another
+// key. Only that of an app that is shared with the operator is replaced so; Tenantry
+// replaces others itself. One that the tenant had is never taken again.
+func replacesKey(ctx context.Context, tx pgx.Tx, n tenant.NewAdoption, t tenant.Tenant) (bool, error) {
+	if t.AppUserID == "" || n.Key.Ciphertext == nil || !takesKey(t.State) {
+		return false, nil
+	}
+	var known bool
+	err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM keys WHERE fingerprint = $1)`, n.Key.Fingerprint).Scan(&known)
+	return !known, err
+}
+
+// takesKey reports whether a tenant of a shared app can be given another key. One whose
+// keys are dead, or dying, is active again with it.
+func takesKey(s tenant.State) bool {
+	return s == tenant.Active || s == tenant.Suspending || s == tenant.Suspended
 }
 
 func adoptionJob(id uuid.UUID) river.InsertManyParams {
@@ -141,13 +170,18 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 }
 
 // HoldAdopted carries a leased adoption out: the tenant has the app from here on, and
-// the key, which is made if key has no secret. All or nothing. It reports
+// the key, which is made if key has no secret. A tenant that has the app already gets the
+// key in the place of its own. All or nothing. It reports
 // tenant.Conflict if the app, the tenant's id or the key were taken meanwhile.
 func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
 	var making []keyInLane
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		generation, err := lockAdopter(ctx, tx, a)
+		generation, there, err := lockAdopter(ctx, tx, a)
 		if err != nil {
+			return err
+		}
+		if there.ID != "" {
+			making, err = giveKey(ctx, tx, a, there, key, scopes, actor)
 			return err
 		}
 		tag, err := tx.Exec(ctx, `
@@ -181,10 +215,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 		if making, err = adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
 			return err
 		}
-		if _, err := tx.Exec(ctx, `DELETE FROM adoptions WHERE tenant_id = $1`, a.TenantID); err != nil {
-			return err
-		}
-		return wakeTenant(ctx, tx, a.TenantID)
+		return adoptionDone(ctx, tx, a)
 	})
 	if err != nil {
 		return translate("hold adopted app", err)
@@ -192,27 +223,56 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 	return db.enqueue(ctx, keyJobs(making))
 }
 
-// lockAdopter locks the adoption and the tenant that is deleted, if there is one, and
-// returns the generation that begins.
-func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (generation int, err error) {
-	var state tenant.State
-	var app tenant.AppID
-	err = tx.QueryRow(ctx, `SELECT state, generation, coalesce(app_id, '') FROM tenants WHERE id = $1 FOR UPDATE`, a.TenantID).
-		Scan(&state, &generation, &app)
-	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
-		return 0, err
+// adoptionDone forgets an adoption that was carried out, and dry runs of it, and wakes who
+// waits for it.
+func adoptionDone(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) error {
+	if _, err := tx.Exec(ctx, `DELETE FROM adoptions WHERE tenant_id = $1`, a.TenantID); err != nil {
+		return err
 	}
-	if err == nil && state != tenant.Deleted {
-		return 0, tenant.ErrTenantTaken(a.TenantID, app, state)
+	return wakeTenant(ctx, tx, a.TenantID)
+}
+
+// giveKey puts the key of an adoption in the place of that which a tenant of a shared app
+// has.
+func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.Tenant, key tenant.SealedKey, scopes []string, actor tenant.Actor) ([]keyInLane, error) {
+	ended, err := endKeys(ctx, tx, actor, tenant.EndRotated, nil, false, `k.app_id = $6 AND k.name = $7`, a.AppID, tenant.DefaultKey)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+		return nil, err
+	}
+	if t.State != tenant.Active {
+		if err := move(ctx, tx, t, tenant.Active, actor, nil); err != nil {
+			return nil, err
+		}
+	}
+	return ended, adoptionDone(ctx, tx, a)
+}
+
+// lockAdopter locks the adoption and its tenant, if there is one, and returns the
+// generation that begins, or the tenant that has the app and gets another key.
+func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (generation int, there tenant.Tenant, err error) {
+	rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, a.TenantID)
+	t, err := oneTenant(rows)
+	if err != nil && !errors.Is(err, tenant.NotFound) {
+		return 0, there, err
+	}
+	switch {
+	case err != nil || t.State == tenant.Deleted:
+	case t.AppID == a.AppID && t.AppUserID == a.AppUserID && a.AppUserID != "" && takesKey(t.State):
+		there = t
+	default:
+		return 0, there, tenant.ErrTenantTaken(a.TenantID, t.AppID, t.State)
 	}
 	var up bool
 	err = tx.QueryRow(ctx, `
 		SELECT `+fenced+` FROM adoptions WHERE id = $1 AND leased_until = $2 AND state = 'checking' AND NOT dry_run FOR UPDATE`,
 		a.ID, a.LeasedUntil).Scan(&up)
 	if errors.Is(err, pgx.ErrNoRows) || err == nil && up { // behind the fence it is not due
-		return 0, tenant.ErrLeaseLost
+		return 0, there, tenant.ErrLeaseLost
 	}
-	return generation + 1, err
+	return t.Generation + 1, there, err
 }
 
 // holdTenant makes the tenant of an adoption. Without a key that works it resumes: it is

@@ -24,8 +24,8 @@ type Adopted struct {
 
 // Adopt takes over an app that was made by hand, for a tenant that is made with it, and
 // waits for wait until the tenant is active. There is no tenant until a worker has looked
-// at the app; one that has the app already is found. An adoption that was refused is
-// tried again.
+// at the app; one that has the app already is found, and gets the key if the app is
+// another's and the key a new one. An adoption that was refused is tried again.
 //
 // It reports tenant.Invalid for what cannot be, and tenant.Conflict, with the reason for
 // its code, for what is refused. Of a dry run it returns that as an adoption that is
@@ -40,6 +40,7 @@ func (s *Service) Adopt(ctx context.Context, id tenant.ID, what tenant.AdoptRequ
 	defer stop()
 	a, err := s.adoptNow(ctx, n, up, wait, changed, actor)
 	if e, ok := errors.AsType[*tenant.Error](err); ok && e.Kind == tenant.Conflict && n.DryRun {
+		a.Done = false
 		a.Adoption = tenant.Adoption{TenantID: id, AppID: n.AppID, AppUserID: n.AppUserID, DryRun: true, State: tenant.AdoptionRefused,
 			CreatedAt: time.Now(), Problem: &tenant.Problem{Code: e.Code, Detail: e.Detail, Since: time.Now().UTC()}}
 		return a, nil
@@ -76,19 +77,18 @@ func (s *Service) newAdoption(id tenant.ID, what tenant.AdoptRequest, up tenant.
 
 func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.SignUp, wait time.Duration, changed <-chan struct{}, actor tenant.Actor) (Adopted, error) {
 	var a Adopted
-	b, err := s.Store.BeginAdoption(ctx, n, actor)
+	b, err := s.Store.BeginAdoption(ctx, n, func(t tenant.Tenant, first []byte) error { return adoptionAgrees(n, up, t, first) }, actor)
 	if err != nil {
 		return a, err
 	}
-	a.Adoption, a.Tenant, a.Done = b.Adoption, b.Tenant, b.Adoption.ID == uuid.Nil
-	first := b.FirstHash
+	a.Adoption, a.Done = b.Adoption, b.Adoption.ID == uuid.Nil
 	err = s.awaitThat(ctx, max(wait, 1), changed, func() (bool, error) { // looks at least once
 		if !a.Done {
 			a.Adoption, err = s.Store.Adoption(ctx, b.Adoption.ID)
 			if !errors.Is(err, tenant.NotFound) {
 				return a.Adoption.State != tenant.AdoptionChecking, err
 			}
-			a.Done, a.Created, first = true, true, nil // or it was replaced by another
+			a.Done, a.Created = true, b.Tenant.ID == "" // or it was replaced by another
 		}
 		a.Tenant, err = s.Store.Tenant(ctx, n.TenantID)
 		return err == nil && (n.DryRun || a.Tenant.Settled()), err
@@ -98,8 +98,10 @@ func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.
 		return a, tenant.Errorf(tenant.Conflict, "adoption_replaced", "another adoption by this tenant was asked for meanwhile: say which is meant")
 	case err != nil:
 		return a, err
+	case a.Done && (a.Tenant.AppID != n.AppID || a.Tenant.AppUserID != n.AppUserID):
+		return a, tenant.ErrTenantTaken(n.TenantID, a.Tenant.AppID, a.Tenant.State)
 	case a.Done:
-		return a, adoptionAgrees(n, up, a.Tenant, first)
+		return a, nil
 	case a.Adoption.State == tenant.AdoptionRefused && !n.DryRun:
 		return a, tenant.Errorf(tenant.Conflict, a.Adoption.Problem.Code, "%s", a.Adoption.Problem.Detail)
 	}
@@ -107,14 +109,10 @@ func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.
 }
 
 // adoptionAgrees reports tenant.Conflict if the tenant that is there has another app
-// than the one to be adopted, or other attributes. First is nil for one that was just
-// made.
+// than the one to be adopted, or other attributes.
 func adoptionAgrees(n tenant.NewAdoption, up tenant.SignUp, t tenant.Tenant, first []byte) error {
 	if t.AppID != n.AppID || t.AppUserID != n.AppUserID {
 		return tenant.ErrTenantTaken(n.TenantID, t.AppID, t.State)
-	}
-	if first == nil {
-		return nil
 	}
 	return agrees(up, t, first)
 }

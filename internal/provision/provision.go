@@ -74,7 +74,7 @@ type Store interface {
 	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 
-	BeginAdoption(ctx context.Context, n tenant.NewAdoption, actor tenant.Actor) (tenant.BegunAdoption, error)
+	BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error)
 	Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error)
 	LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error)
 	HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error

@@ -578,9 +578,9 @@ func (s watchedStore) CountByRevision(ctx context.Context) ([]tenant.RevisionCou
 	return s.Store.CountByRevision(ctx)
 }
 
-func (s watchedStore) BeginAdoption(ctx context.Context, n tenant.NewAdoption, actor tenant.Actor) (tenant.BegunAdoption, error) {
+func (s watchedStore) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
 	defer s.returned()
-	return s.Store.BeginAdoption(ctx, n, actor)
+	return s.Store.BeginAdoption(ctx, n, agrees, actor)
 }
 
 func (s watchedStore) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error) {

@@ -117,11 +117,10 @@ type LeasedAdoption struct {
 }
 
 // A BegunAdoption is what came of asking for an adoption: it is under way or ended, or
-// the tenant is there already.
+// there is nothing to do.
 type BegunAdoption struct {
-	Adoption  Adoption // its ID is zero where the tenant is there
-	Tenant    Tenant
-	FirstHash []byte // of the tenant's first attributes
+	Adoption Adoption // its ID is zero where the tenant has what is asked for
+	Tenant   Tenant   // that is there already; its ID is empty for none
 }
 
 // ErrTenantTaken is answered for the adoption of an app by a tenant that has another, or
@@ -152,5 +151,6 @@ type OpenedApp struct {
 // deleted.
 func ErrNotOurs(owner UserID) *Error {
 	return Errorf(Conflict, "key_not_ours",
-		"the app belongs to the Clarifai user %s and is shared with the operator: Clarifai lets only %s make and delete keys of it", owner, owner)
+		"the app belongs to the Clarifai user %s and is shared with the operator: Clarifai lets only %s make and delete keys of it; "+
+			"to replace its key, adopt the app again with another that %s has made", owner, owner, owner)
 }
