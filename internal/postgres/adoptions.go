@@ -37,6 +37,11 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 	var b tenant.BegunAdoption
 	began := false
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		// The app before the tenant: who gets the app has it in one commit with its tenant.
+		claimed := unclaimed(ctx, tx, n.AppID, n.TenantID)
+		if claimed != nil && !errors.Is(claimed, tenant.Conflict) {
+			return claimed
+		}
 		fields, done := tenantFields(&b.Tenant)
 		var first []byte
 		err := tx.QueryRow(ctx, `SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1 AND t.state <> 'deleted'`, n.TenantID).
@@ -44,8 +49,8 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		done()
 		switch {
 		case errors.Is(err, pgx.ErrNoRows):
-			if err := unclaimed(ctx, tx, n.AppID, n.TenantID); err != nil {
-				return err
+			if claimed != nil {
+				return claimed
 			}
 		case err != nil:
 			return err
@@ -53,7 +58,7 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 			if err := agrees(b.Tenant, first); err != nil {
 				return err
 			}
-			if replaces, err := replacesKey(ctx, tx, n, b.Tenant); err != nil || !replaces {
+			if replaces, err := replacesKey(ctx, tx, n.Key, b.Tenant); err != nil || !replaces {
 				return err
 			}
 		}
@@ -93,15 +98,14 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 	return b, err
 }
 
-// replacesKey reports whether an adoption that is asked for again gives a tenant another
-// key. Only that of an app that is shared with the operator is replaced so; Tenantry
+// replacesKey reports whether key takes the place of the one that a tenant has. Only that of an app that is shared with the operator is replaced so; Tenantry
 // replaces others itself. One that the tenant had is never taken again.
-func replacesKey(ctx context.Context, tx pgx.Tx, n tenant.NewAdoption, t tenant.Tenant) (bool, error) {
-	if t.AppUserID == "" || n.Key.Ciphertext == nil || !takesKey(t.State) {
+func replacesKey(ctx context.Context, tx pgx.Tx, key tenant.SealedKey, t tenant.Tenant) (bool, error) {
+	if t.AppUserID == "" || key.Ciphertext == nil || !takesKey(t.State) {
 		return false, nil
 	}
 	var known bool
-	err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM keys WHERE fingerprint = $1)`, n.Key.Fingerprint).Scan(&known)
+	err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM keys WHERE fingerprint = $1)`, key.Fingerprint).Scan(&known)
 	return !known, err
 }
 
@@ -181,6 +185,13 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 			return err
 		}
 		if there.ID != "" {
+			replaces, err := replacesKey(ctx, tx, key, there)
+			if err != nil {
+				return err
+			}
+			if !replaces { // it was carried out between the look for the tenant and the writing of this
+				return adoptionDone(ctx, tx, a)
+			}
 			making, err = giveKey(ctx, tx, a, there, key, scopes, actor)
 			return err
 		}
@@ -251,7 +262,7 @@ func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.T
 }
 
 // lockAdopter locks the adoption and its tenant, if there is one, and returns the
-// generation that begins, or the tenant that has the app and gets another key.
+// generation that begins, or the tenant that has the app.
 func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (generation int, there tenant.Tenant, err error) {
 	rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, a.TenantID)
 	t, err := oneTenant(rows)
@@ -260,7 +271,7 @@ func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (gener
 	}
 	switch {
 	case err != nil || t.State == tenant.Deleted:
-	case t.AppID == a.AppID && t.AppUserID == a.AppUserID && a.AppUserID != "" && takesKey(t.State):
+	case t.AppID == a.AppID && t.AppUserID == a.AppUserID:
 		there = t
 	default:
 		return 0, there, tenant.ErrTenantTaken(a.TenantID, t.AppID, t.State)

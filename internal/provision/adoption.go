@@ -286,10 +286,32 @@ func (s *Service) opens(ctx context.Context, l lane, key tenant.Secret) (opened 
 	return opened, err
 }
 
+// letGo ends the purge of an app that is shared with the operator.
+func (s *Service) letGo(ctx context.Context, a tenant.App) error {
+	return s.Store.AppDeleted(ctx, a, workerOf(ctx))
+}
+
+// leaveUnmarked ends the tending of an app that is shared with the operator.
+func (s *Service) leaveUnmarked(ctx context.Context, a tenant.App) error {
+	return s.Store.AppMarked(ctx, a)
+}
+
 // A standing is a problem that only somebody else can remove.
 type standing struct{ problem tenant.Problem }
 
 func (e *standing) Error() string { return e.problem.Detail }
+
+// stand writes down a problem of a key that stays until somebody else acts.
+func (s *Service) stand(ctx context.Context, k tenant.LeasedKey, problem tenant.Problem) outcome {
+	if k.Problem != nil && k.Problem.Code == problem.Code {
+		problem.Since = k.Problem.Since
+	}
+	set := tenant.Setback{Problem: problem, Delay: backoff(4*s.BackoffBase, 4*s.BackoffCap, k.Attempts), Counts: true}
+	if err := s.Store.KeySetback(ctx, k, set); err != nil {
+		return s.failed("record setback", err, zap.Stringer("key", k.ID))
+	}
+	return outcomeSetback
+}
 
 // deleteTheirKey tries to delete a key of an app that is shared with the operator, and
 // believes nothing but a key that works no longer.

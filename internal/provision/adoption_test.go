@@ -63,7 +63,7 @@ func byHand(t testing.TB, w *provisiontest.World, pat string, id tenant.AppID, m
 func keyByHand(t testing.TB, w *provisiontest.World, pat string, id tenant.AppID) tenant.Secret {
 	t.Helper()
 	return tenant.NewSecret(askAs(t, w, pat, "POST", "/keys", map[string]any{"keys": []any{
-		map[string]any{"description": "by hand", "scopes": []string{"Predict", "Apps_Get", "Workflows_Get"}, "apps": []any{map[string]any{"id": id}}}}}))
+		map[string]any{"description": "by hand", "scopes": []string{"All"}, "apps": []any{map[string]any{"id": id}}}}}))
 }
 
 // shared has bob share an app with the operator, and returns a key of it.
@@ -459,6 +459,12 @@ func TestAdoptedIsRebuilt(t *testing.T) {
 		COMMIT`)
 	_, err := adopt(t, r, "user_2", tenant.AdoptRequest{AppID: "one"})
 	refusedAs(t, err, "adopt_app_marked", "reconcile --adopt")
+	mend(&scene{t: t, w: w, r: r}, true)
+	a, err := adopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one"})
+	stateOf(t, a.Tenant, err, tenant.Active)
+	if a.Created || !keyWorks(t, w, r, a.Tenant) {
+		t.Errorf("rebuilt: %+v", a)
+	}
 }
 
 // A key that an adoption holds keeps the key of the keyset that sealed it.

@@ -329,7 +329,7 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 // never marked, and is only let go.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	if a.UserID != "" {
-		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
+		return s.letGo(ctx, a)
 	}
 	ours, err := s.look(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {

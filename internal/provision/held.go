@@ -16,7 +16,7 @@ import (
 // shared with the operator gets neither: its owner alone may make keys of it, and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if a.UserID != "" {
-		return s.Store.AppMarked(ctx, *a)
+		return s.leaveUnmarked(ctx, *a)
 	}
 	if _, ok := s.profiles[a.Profile]; !ok { // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}

@@ -40,13 +40,7 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())
 	case isStanding:
-		if k.Problem != nil && k.Problem.Code == stands.problem.Code {
-			stands.problem.Since = k.Problem.Since
-		}
-		err = s.Store.KeySetback(ctx, k, tenant.Setback{Problem: stands.problem, Delay: backoff(4*s.BackoffBase, 4*s.BackoffCap, k.Attempts), Counts: true})
-		if err == nil {
-			return outcomeSetback
-		}
+		return s.stand(ctx, k, stands.problem)
 	case up == nil:
 		return s.fault("work on key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
 	case interrupted:
