@@ -67,7 +67,7 @@ func (s *Service) newAdoption(id tenant.ID, what tenant.AdoptRequest, up tenant.
 	}
 	if n.AppUserID != "" && !what.Key.IsSet() {
 		return n, &tenant.Error{Kind: tenant.Invalid, Code: "adopt_key_required", Field: "adopt.key",
-			Detail: fmt.Sprintf("is missing: the app belongs to the Clarifai user %s, and Clarifai lets only the owner of an app make keys of it; give one", n.AppUserID)}
+			Detail: "is missing: the app belongs to another Clarifai user than the operator, and Clarifai lets only the owner of an app make keys of it; give one that the owner has made"}
 	}
 	if what.Key.IsSet() {
 		n.Key, err = s.sealed(n.ID, what.Key)

@@ -1,10 +1,8 @@
 package provision_test
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
-	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -16,64 +14,6 @@ import (
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
-
-// theirPAT is of bob, who shares apps with the operator.
-const theirPAT = "b0bb0bb0bb0bb0bb0bb0bb0bb0bb0bb0"
-
-// askAs calls Clarifai by hand with a PAT, and returns the id of the first key that it
-// answers, if any.
-func askAs(t testing.TB, w *provisiontest.World, pat, method, path string, body any) (key string) {
-	t.Helper()
-	raw, err := json.Marshal(body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	req, err := http.NewRequestWithContext(t.Context(), method, w.Clarifai+"/v2/users/me"+path, strings.NewReader(string(raw)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req.Header.Set("Authorization", "Key "+pat)
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer func() { _ = resp.Body.Close() }()
-	var got struct {
-		Keys []struct {
-			ID string `json:"id"`
-		} `json:"keys"`
-	}
-	if err := json.NewDecoder(resp.Body).Decode(&got); err != nil || resp.StatusCode != http.StatusOK {
-		t.Fatalf("%s %s by hand answers %s, %v", method, path, resp.Status, err)
-	}
-	if len(got.Keys) > 0 {
-		key = got.Keys[0].ID
-	}
-	return key
-}
-
-// byHand makes an app as the SaaS did before it had Tenantry, with metadata of its own,
-// and a key of it.
-func byHand(t testing.TB, w *provisiontest.World, pat string, id tenant.AppID, metadata map[string]any) tenant.Secret {
-	t.Helper()
-	askAs(t, w, pat, "POST", "/apps", map[string]any{"apps": []any{map[string]any{"id": id, "description": "by hand", "metadata": metadata}}})
-	return keyByHand(t, w, pat, id)
-}
-
-func keyByHand(t testing.TB, w *provisiontest.World, pat string, id tenant.AppID) tenant.Secret {
-	t.Helper()
-	return tenant.NewSecret(askAs(t, w, pat, "POST", "/keys", map[string]any{"keys": []any{
-		map[string]any{"description": "by hand", "scopes": []string{"All"}, "apps": []any{map[string]any{"id": id}}}}}))
-}
-
-// shared has bob share an app with the operator, and returns a key of it.
-func shared(t testing.TB, w *provisiontest.World, id tenant.AppID) tenant.Secret {
-	t.Helper()
-	w.AddPAT(theirPAT, "bob")
-	key := byHand(t, w, theirPAT, id, nil)
-	w.Settings(map[string]any{"shares": []any{map[string]any{"user_id": "bob", "app_id": id, "with": provisiontest.Operator}}})
-	return key
-}
 
 func adopt(t testing.TB, r *provisiontest.Replica, id tenant.ID, what tenant.AdoptRequest) (provision.Adopted, error) {
 	t.Helper()
@@ -103,7 +43,7 @@ func TestAdoptWithKey(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	key := byHand(t, w, provisiontest.PAT, "hand-made", map[string]any{"mine": map[string]any{"n": 1}})
+	key := w.AppByHand(provisiontest.PAT, "hand-made", map[string]any{"mine": map[string]any{"n": 1}})
 	before := w.State().Calls
 	name := "Ada"
 	up := tenant.SignUp{DisplayName: &name, Labels: map[string]string{"plan": "pro"}}
@@ -161,10 +101,10 @@ func TestAdoptWithKey(t *testing.T) {
 	if w.State().Apps != 0 {
 		t.Error("the purged app is there")
 	}
-	byHand(t, w, provisiontest.PAT, "hand-made", nil)
+	w.AppByHand(provisiontest.PAT, "hand-made", nil)
 	_, err = adopt(t, r, "user_1", tenant.AdoptRequest{AppID: "hand-made"})
 	refusedAs(t, err, "adopt_app_claimed", "another generation")
-	byHand(t, w, provisiontest.PAT, "another", nil)
+	w.AppByHand(provisiontest.PAT, "another", nil)
 	if a := mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "another"}); a.Tenant.Generation != 2 {
 		t.Errorf("the tenant that was deleted adopts in generation %d", a.Tenant.Generation)
 	}
@@ -175,8 +115,8 @@ func TestAdoptWithoutKey(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	key := byHand(t, w, provisiontest.PAT, "hand-made", nil)
-	askAs(t, w, provisiontest.PAT, "DELETE", "/keys/"+key.Reveal(), nil)
+	key := w.AppByHand(provisiontest.PAT, "hand-made", nil)
+	w.Ask(provisiontest.PAT, "DELETE", "/keys/"+key.Reveal(), nil)
 	w.Faults(map[string]any{"call": "PostKeys", "status": 11006})
 	narrow := "narrow"
 	up := tenant.SignUp{Profile: &narrow}
@@ -208,13 +148,13 @@ func TestAdoptRefused(t *testing.T) {
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
 	marked := func(id tenant.AppID, deployment string) {
-		byHand(t, w, provisiontest.PAT, id, map[string]any{"tenantry": tenant.Marker{Deployment: deployment, App: id}})
+		w.AppByHand(provisiontest.PAT, id, map[string]any{"tenantry": tenant.Marker{Deployment: deployment, App: id}})
 	}
-	key := byHand(t, w, provisiontest.PAT, "one", nil)
-	two := byHand(t, w, provisiontest.PAT, "two", nil)
+	key := w.AppByHand(provisiontest.PAT, "one", nil)
+	two := w.AppByHand(provisiontest.PAT, "two", nil)
 	marked("foreign", "fedcba9876543210")
 	dead := tenant.NewSecret(strings.Repeat("d", 32))
-	theirs := shared(t, w, "theirs")
+	theirs := w.Shared("theirs")
 	built := signUp(t, r, "builder")
 	for _, c := range []struct {
 		what       tenant.AdoptRequest
@@ -229,7 +169,7 @@ func TestAdoptRefused(t *testing.T) {
 		{tenant.AdoptRequest{AppID: "theirs", UserID: "bob", Key: key}, "adopt_key_wrong_app", "opens the app one"},
 		{tenant.AdoptRequest{AppID: "one", Key: dead}, "adopt_key_refused", ""},
 		{tenant.AdoptRequest{AppID: "one", Key: tenant.NewSecret(provisiontest.PAT)}, "adopt_key_refused", ""},
-		{tenant.AdoptRequest{AppID: "theirs", UserID: "bob"}, "adopt_key_required", "bob"},
+		{tenant.AdoptRequest{AppID: "theirs", UserID: "bob"}, "adopt_key_required", "only the owner"},
 		{tenant.AdoptRequest{AppID: ""}, "invalid_adopt", "missing"},
 		{tenant.AdoptRequest{AppID: "a/b"}, "invalid_adopt", "slash"},
 		{tenant.AdoptRequest{AppID: "one", UserID: "me"}, "invalid_adopt", "alias"},
@@ -266,8 +206,8 @@ func TestAdoptDryRun(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	key := byHand(t, w, provisiontest.PAT, "one", nil)
-	two := byHand(t, w, provisiontest.PAT, "two", nil)
+	key := w.AppByHand(provisiontest.PAT, "one", nil)
+	two := w.AppByHand(provisiontest.PAT, "two", nil)
 	try := func(id tenant.ID, what tenant.AdoptRequest, state tenant.AdoptionState, code string) {
 		t.Helper()
 		what.DryRun = true
@@ -301,8 +241,8 @@ func TestAdoptAtOnce(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	byHand(t, w, provisiontest.PAT, "one", nil)
-	byHand(t, w, provisiontest.PAT, "two", nil)
+	w.AppByHand(provisiontest.PAT, "one", nil)
+	w.AppByHand(provisiontest.PAT, "two", nil)
 	ends := make(chan error)
 	for i := range 8 {
 		go func() {
@@ -348,7 +288,7 @@ func TestAdoptShared(t *testing.T) {
 			w := provisiontest.New(t)
 			w.Settings(map[string]any{"collaborator_code": code})
 			r := w.Start(provisiontest.Options{})
-			key := shared(t, w, "theirs")
+			key := w.Shared("theirs")
 			a := mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "theirs", UserID: "bob", Key: key})
 			if a.Tenant.AppUserID != "bob" || secretOf(t, r, "user_1", "default").Reveal() != key.Reveal() {
 				t.Errorf("adopted: %+v", a)
@@ -371,7 +311,7 @@ func TestAdoptShared(t *testing.T) {
 				is, err := r.DB.Tenant(t.Context(), "user_1")
 				return err == nil && is.State == tenant.Suspending && is.Problem != nil && is.Problem.Code == "key_not_ours"
 			})
-			askAs(t, w, theirPAT, "DELETE", "/keys/"+key.Reveal(), nil)
+			w.Ask(provisiontest.TheirPAT, "DELETE", "/keys/"+key.Reveal(), nil)
 			is, err := r.Suspend(t.Context(), "user_1", wait, caller)
 			stateOf(t, is, err, tenant.Suspended)
 			_, err = r.Resume(t.Context(), "user_1", wait, caller)
@@ -382,7 +322,7 @@ func TestAdoptShared(t *testing.T) {
 			stateOf(t, again.Tenant, err, tenant.Suspended)
 			for range 2 {
 				was, old := key, a
-				key = keyByHand(t, w, theirPAT, "theirs")
+				key = w.KeyByHand(provisiontest.TheirPAT, "theirs")
 				a = mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "theirs", UserID: "bob", Key: key})
 				if a.Created || a.Tenant.Generation != 1 || secretOf(t, r, "user_1", "default").Reveal() != key.Reveal() {
 					t.Errorf("with another key: %+v", a)
@@ -416,7 +356,7 @@ func TestPurgeShared(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	key := shared(t, w, "theirs")
+	key := w.Shared("theirs")
 	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "theirs", UserID: "bob", Key: key})
 	is, err := r.Delete(t.Context(), "user_1", true, wait, admin)
 	stateOf(t, is, err, tenant.Deleted)
@@ -431,7 +371,7 @@ func TestAdoptBehindFence(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	byHand(t, w, provisiontest.PAT, "one", nil)
+	w.AppByHand(provisiontest.PAT, "one", nil)
 	exec(t, w, `UPDATE deployment SET fence_since = now() + interval '1 hour', fence_reason = 'test'`)
 	a, err := r.Adopt(t.Context(), "user_1", tenant.AdoptRequest{AppID: "one"}, tenant.SignUp{}, 0, caller)
 	if err != nil || a.Done || a.Adoption.Problem == nil || a.Adoption.Problem.Code != "restore_fence" {
@@ -446,7 +386,7 @@ func TestAdoptedIsRebuilt(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.ReportEvery = time.Hour }})
-	byHand(t, w, provisiontest.PAT, "one", nil)
+	w.AppByHand(provisiontest.PAT, "one", nil)
 	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one"})
 	rest(t, w)
 	if app := w.Sim.Apps()[0]; ownerAt(w, app) != "user_1" {
@@ -472,7 +412,7 @@ func TestAdoptionNeedsItsSealKey(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{Idle: true})
-	key := byHand(t, w, provisiontest.PAT, "one", nil)
+	key := w.AppByHand(provisiontest.PAT, "one", nil)
 	if _, err := r.Adopt(t.Context(), "user_1", tenant.AdoptRequest{AppID: "one", Key: key}, tenant.SignUp{}, 0, caller); err != nil {
 		t.Fatal(err)
 	}

@@ -330,7 +330,7 @@ var crashScenarios = map[string]crashScenario{
 		points: []string{"carryOut HoldAdopted", "leaveUnmarked AppMarked"},
 		prepare: func(s *scene) {
 			first(s)
-			shared(s.t, s.w, "theirs")
+			s.w.Shared("theirs")
 		},
 		act: func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", sharedWithKey(s)) },
 		settle: func(s *scene) {
@@ -837,9 +837,9 @@ const handMade = tenant.AppID("hand-made")
 func adoptable(withKey bool) func(*scene) {
 	return func(s *scene) {
 		first(s)
-		key := byHand(s.t, s.w, provisiontest.PAT, handMade, nil)
+		key := s.w.AppByHand(provisiontest.PAT, handMade, nil)
 		if !withKey {
-			askAs(s.t, s.w, provisiontest.PAT, "DELETE", "/keys/"+key.Reveal(), nil)
+			s.w.Ask(provisiontest.PAT, "DELETE", "/keys/"+key.Reveal(), nil)
 		}
 	}
 }
@@ -873,20 +873,20 @@ func sharedWithKey(s *scene) tenant.AdoptRequest {
 
 func adoptedShared(s *scene) {
 	first(s)
-	shared(s.t, s.w, "theirs")
+	s.w.Shared("theirs")
 	mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
 	s.holds["user_2"] = "theirs"
 }
 
 func deleteTheirs(s *scene) {
-	askAs(s.t, s.w, theirPAT, "DELETE", "/keys/"+sharedWithKey(s).Key.Reveal(), nil)
+	s.w.Ask(provisiontest.TheirPAT, "DELETE", "/keys/"+sharedWithKey(s).Key.Reveal(), nil)
 }
 
 // sharedKeyAgain waits until the suspension has taken effect, and gives another key.
 func sharedKeyAgain(s *scene) {
 	is, err := s.r.Suspend(s.t.Context(), "user_2", wait, caller)
 	stateOf(s.t, is, err, tenant.Suspended)
-	keyByHand(s.t, s.w, theirPAT, "theirs")
+	s.w.KeyByHand(provisiontest.TheirPAT, "theirs")
 	mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
 }
 
