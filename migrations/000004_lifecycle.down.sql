@@ -1,3 +1,5 @@
+ALTER TABLE apps DROP COLUMN user_id;
+DROP TABLE adoptions;
 DROP INDEX tenants_by_profile;
 DROP INDEX callers_created;
 ALTER TABLE callers

@@ -18,6 +18,30 @@ import (
 	openapi_types "github.com/oapi-codegen/runtime/types"
 )
 
+// Defines values for AdoptionState.
+const (
+	AdoptionStateChecking AdoptionState = "checking"
+	AdoptionStateDone     AdoptionState = "done"
+	AdoptionStatePossible AdoptionState = "possible"
+	AdoptionStateRefused  AdoptionState = "refused"
+)
+
+// Valid indicates whether the value is a known member of the AdoptionState enum.
+func (e AdoptionState) Valid() bool {
+	switch e {
+	case AdoptionStateChecking:
+		return true
+	case AdoptionStateDone:
+		return true
+	case AdoptionStatePossible:
+		return true
+	case AdoptionStateRefused:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for AppState.
 const (
 	AppStateBuilding AppState = "building"
@@ -83,37 +107,37 @@ func (e EndReason) Valid() bool {
 
 // Defines values for FindingAction.
 const (
-	Adopt   FindingAction = "adopt"
-	Forget  FindingAction = "forget"
-	Mark    FindingAction = "mark"
-	Rebuild FindingAction = "rebuild"
-	Release FindingAction = "release"
-	Remake  FindingAction = "remake"
-	Remove  FindingAction = "remove"
-	Rescope FindingAction = "rescope"
-	Revoke  FindingAction = "revoke"
+	FindingActionAdopt   FindingAction = "adopt"
+	FindingActionForget  FindingAction = "forget"
+	FindingActionMark    FindingAction = "mark"
+	FindingActionRebuild FindingAction = "rebuild"
+	FindingActionRelease FindingAction = "release"
+	FindingActionRemake  FindingAction = "remake"
+	FindingActionRemove  FindingAction = "remove"
+	FindingActionRescope FindingAction = "rescope"
+	FindingActionRevoke  FindingAction = "revoke"
 )
 
 // Valid indicates whether the value is a known member of the FindingAction enum.
 func (e FindingAction) Valid() bool {
 	switch e {
-	case Adopt:
+	case FindingActionAdopt:
 		return true
-	case Forget:
+	case FindingActionForget:
 		return true
-	case Mark:
+	case FindingActionMark:
 		return true
-	case Rebuild:
+	case FindingActionRebuild:
 		return true
-	case Release:
+	case FindingActionRelease:
 		return true
-	case Remake:
+	case FindingActionRemake:
 		return true
-	case Remove:
+	case FindingActionRemove:
 		return true
-	case Rescope:
+	case FindingActionRescope:
 		return true
-	case Revoke:
+	case FindingActionRevoke:
 		return true
 	default:
 		return false
@@ -455,22 +479,22 @@ func (e UpstreamBreakerState) Valid() bool {
 
 // Defines values for UpstreamPatState.
 const (
-	Ok            UpstreamPatState = "ok"
-	OtherOperator UpstreamPatState = "other_operator"
-	Refused       UpstreamPatState = "refused"
-	Unknown       UpstreamPatState = "unknown"
+	UpstreamPatStateOk            UpstreamPatState = "ok"
+	UpstreamPatStateOtherOperator UpstreamPatState = "other_operator"
+	UpstreamPatStateRefused       UpstreamPatState = "refused"
+	UpstreamPatStateUnknown       UpstreamPatState = "unknown"
 )
 
 // Valid indicates whether the value is a known member of the UpstreamPatState enum.
 func (e UpstreamPatState) Valid() bool {
 	switch e {
-	case Ok:
+	case UpstreamPatStateOk:
 		return true
-	case OtherOperator:
+	case UpstreamPatStateOtherOperator:
 		return true
-	case Refused:
+	case UpstreamPatStateRefused:
 		return true
-	case Unknown:
+	case UpstreamPatStateUnknown:
 		return true
 	default:
 		return false
@@ -524,6 +548,42 @@ func (e PutTenantParamsOnDeleting) Valid() bool {
 		return false
 	}
 }
+
+// Adopt Takes over an app that was made by hand, instead of building one.
+type Adopt struct {
+	// AppId The app's id at Clarifai.
+	AppId string `json:"app_id"`
+
+	// DryRun Make all checks and change nothing.
+	DryRun *bool `json:"dry_run,omitempty"`
+
+	// Key An app-specific key that opens the app. Left out, one is made.
+	Key *string `json:"key,omitempty"`
+
+	// UserId The Clarifai user that owns the app. Left out, the operator. Of an app of somebody else that is shared with the
+	// operator, Clarifai lets only the owner make and delete keys: `key` must be given, and Tenantry never changes,
+	// marks or removes the app.
+	UserId *string `json:"user_id,omitempty"`
+}
+
+// Adoption defines model for Adoption.
+type Adoption struct {
+	App    App  `json:"app"`
+	DryRun bool `json:"dry_run"`
+
+	// Problem What holds something up, and when it is tried again.
+	Problem  *Problem      `json:"problem,omitempty"`
+	State    AdoptionState `json:"state"`
+	TenantId string        `json:"tenant_id"`
+}
+
+// AdoptionAnswer What is answered while there is no tenant.
+type AdoptionAnswer struct {
+	Adoption Adoption `json:"adoption"`
+}
+
+// AdoptionState defines model for AdoptionState.
+type AdoptionState string
 
 // AgedKey defines model for AgedKey.
 type AgedKey struct {
@@ -941,6 +1001,9 @@ type ProfileList struct {
 	Profiles  []Profile `json:"profiles"`
 }
 
+// PutTenantAnswer defines model for PutTenantAnswer.
+type PutTenantAnswer = Tenant
+
 // Quarantine defines model for Quarantine.
 type Quarantine struct {
 	AppId     string `json:"app_id"`
@@ -1061,6 +1124,8 @@ type RotationState string
 
 // SignUp defines model for SignUp.
 type SignUp struct {
+	// Adopt Takes over an app that was made by hand, instead of building one.
+	Adopt       *Adopt  `json:"adopt,omitempty"`
 	DisplayName *string `json:"display_name,omitempty"`
 
 	// Labels Keys of 1 to 63 characters, values of at most 256.
@@ -1072,6 +1137,7 @@ type SignUp struct {
 
 // Tenant defines model for Tenant.
 type Tenant struct {
+	Adoption    *Adoption    `json:"adoption,omitempty"`
 	App         *App         `json:"app,omitempty"`
 	CreatedAt   time.Time    `json:"created_at"`
 	Credentials *Credentials `json:"credentials,omitempty"`
@@ -7939,11 +8005,11 @@ type PutTenantResponse struct {
 	Body         []byte
 	HTTPResponse *http.Response
 	// JSON200 the response for an HTTP 200 `application/json` response
-	JSON200 *Tenant
+	JSON200 *PutTenantAnswer
 	// JSON201 the response for an HTTP 201 `application/json` response
 	JSON201 *Tenant
 	// JSON202 the response for an HTTP 202 `application/json` response
-	JSON202 *Tenant
+	JSON202 *PutTenantAnswer
 	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
 	ApplicationproblemJSON400 *Invalid
 	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
@@ -7993,7 +8059,7 @@ type PutTenantResponse struct {
 }
 
 // GetJSON200 returns the response for an HTTP 200 `application/json` response
-func (r PutTenantResponse) GetJSON200() *Tenant {
+func (r PutTenantResponse) GetJSON200() *PutTenantAnswer {
 	return r.JSON200
 }
 
@@ -8003,7 +8069,7 @@ func (r PutTenantResponse) GetJSON201() *Tenant {
 }
 
 // GetJSON202 returns the response for an HTTP 202 `application/json` response
-func (r PutTenantResponse) GetJSON202() *Tenant {
+func (r PutTenantResponse) GetJSON202() *PutTenantAnswer {
 	return r.JSON202
 }
 
@@ -14926,7 +14992,7 @@ func ParsePutTenantResponse(rsp *http.Response) (*PutTenantResponse, error) {
 
 	switch {
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
-		var dest Tenant
+		var dest PutTenantAnswer
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
 			return nil, err
 		}
@@ -14940,7 +15006,7 @@ func ParsePutTenantResponse(rsp *http.Response) (*PutTenantResponse, error) {
 		response.JSON201 = &dest
 
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 202:
-		var dest Tenant
+		var dest PutTenantAnswer
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
 			return nil, err
 		}

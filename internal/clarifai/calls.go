@@ -1,12 +1,15 @@
 package clarifai
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -101,8 +104,15 @@ func (c *Client) CreateApp(ctx context.Context, app tenant.NewApp) error {
 // App looks an app up. It reports tenant.UpstreamNotFound if there is none of
 // that id; not for one that was given another id, which is tenant.UpstreamRefused.
 func (c *Client) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error) {
+	return c.AppOf(ctx, c.operator, id)
+}
+
+// AppOf is App for an app of another user, that is shared with the operator; an empty
+// owner is the operator.
+func (c *Client) AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error) {
 	var app tenant.UpstreamApp
-	err := c.do(ctx, request{call: "GetApp", method: http.MethodGet, path: c.path("apps", string(id)), limit: maxAnswer},
+	err := c.do(ctx, request{call: "GetApp", method: http.MethodGet, limit: maxAnswer,
+		path: []string{"users", string(cmp.Or(owner, c.operator)), "apps", string(id)}},
 		func(a answer) string {
 			var got struct {
 				App appJSON `json:"app"`
@@ -265,6 +275,36 @@ func (c *Client) KeyExists(ctx context.Context, key tenant.Secret) error {
 		return &tenant.UpstreamError{Call: "GetKey", Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
 	}
 	return c.do(ctx, request{call: "GetKey", method: http.MethodGet, path: c.path("keys", key.Reveal()), limit: maxAnswer, key: key}, nothing)
+}
+
+// Opens asks with an app-specific key which app it opens and what it may do there; the
+// operator's PAT takes no part. It reports tenant.UpstreamNotFound for a key that Clarifai
+// does not know, or no longer.
+func (c *Client) Opens(ctx context.Context, key tenant.Secret) (tenant.OpenedApp, error) {
+	var opened tenant.OpenedApp
+	if !key.IsSet() {
+		return opened, &tenant.UpstreamError{Call: "MyScopes", Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
+	}
+	err := c.do(ctx, request{call: "MyScopes", method: http.MethodGet, path: []string{"myscopes"}, limit: maxAnswer, pat: key, key: key},
+		func(a answer) string {
+			var got struct {
+				Scopes []string `json:"scopes"`
+				App    appJSON  `json:"app"`
+			}
+			if !a.decode(&got) {
+				return "it does not say what the key may do"
+			}
+			opened = tenant.OpenedApp{AppID: tenant.AppID(got.App.ID), UserID: tenant.UserID(got.App.UserID), Scopes: append([]string{}, got.Scopes...)}
+			return ""
+		})
+	// What Clarifai says of the credential here it says of the key, and nothing of the PAT.
+	if up, ok := errors.AsType[*tenant.UpstreamError](err); ok && up.Class == tenant.UpstreamPAT {
+		up.Class = tenant.UpstreamForbidden
+		if slices.Contains(deadKeyCodes, up.Code) {
+			up.Class = tenant.UpstreamNotFound
+		}
+	}
+	return opened, err
 }
 
 // SetKeyScopes replaces the scopes of a key. It reports tenant.UpstreamNotFound if

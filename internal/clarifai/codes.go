@@ -14,6 +14,9 @@ const (
 	codeInvalidRequest = 11102
 )
 
+// deadKeyCodes say of an app-specific key that it opens nothing.
+var deadKeyCodes = []int{11001, 11002, 11008, 11009}
+
 // A meaning is what a status code says about a call that failed.
 type meaning struct {
 	class tenant.UpstreamClass

@@ -352,3 +352,61 @@ func TestManyAtOnce(t *testing.T) {
 		t.Errorf("%d requests, %d keys learnt, %d upstream; want %d", n, len(seen), len(sim.Keys()), many)
 	}
 }
+
+// A key says which app it opens. That it is dead is never taken for a fault of the PAT.
+func TestOpens(t *testing.T) {
+	t.Parallel()
+	ctx, sim := t.Context(), simulate(t)
+	c := sim.client(t)
+	must(t, c.CreateApp(ctx, newApp))
+	secret, err := c.CreateKey(ctx, newKey(keyID))
+	must(t, err)
+	opened, err := c.Opens(ctx, secret)
+	must(t, err)
+	if opened.AppID != appID || opened.UserID != operator || strings.Join(opened.Scopes, ",") != "All" {
+		t.Errorf("the key opens %+v", opened)
+	}
+	class := func(key tenant.Secret, want tenant.UpstreamClass) {
+		t.Helper()
+		_, err := c.Opens(ctx, key)
+		up := asUpstream(t, testCall{name: "MyScopes"}, err)
+		if up.Class != want || key.IsSet() && strings.Contains(up.Error(), key.Reveal()) {
+			t.Errorf("Opens gave %#v, want %s and not the key", up, want)
+		}
+	}
+	for _, unknown := range []int{11008, 11009} { // the second repeats the key
+		sim.set(t, func(s *clarifaisim.Settings) { s.UnknownKeyCode = unknown })
+		class(tenant.NewSecret(strings.Repeat("d", 32)), tenant.UpstreamNotFound)
+		class(tenant.NewSecret("of another form"+strings.Repeat("d", 32)), tenant.UpstreamForbidden)
+	}
+	class(tenant.NewSecret(patText), tenant.UpstreamNotFound)
+	class(tenant.Secret{}, tenant.UpstreamRefused)
+	for code, want := range map[int]tenant.UpstreamClass{11200: tenant.UpstreamForbidden, 11005: tenant.UpstreamThrottled, 98004: tenant.UpstreamDown} {
+		sim.fault(t, map[string]any{"call": "MyScopes", "count": 1, "status": code})
+		class(secret, want)
+	}
+	must(t, c.DeleteKey(ctx, secret))
+	class(secret, tenant.UpstreamNotFound)
+}
+
+func TestAppOfAnother(t *testing.T) {
+	t.Parallel()
+	ctx, sim := t.Context(), simulate(t)
+	c := sim.client(t)
+	const theirPAT = "b0bb0bb0bb0bb0bb0bb0bb0bb0bb0bb0"
+	must(t, sim.AddPAT(clarifaisim.PAT{Token: theirPAT, UserID: "bob"}))
+	theirs := newClient(t, clarifai.Config{BaseURL: sim.url, PAT: func() tenant.Secret { return tenant.NewSecret(theirPAT) }}).As("bob")
+	must(t, theirs.CreateApp(ctx, newApp))
+	_, err := c.AppOf(ctx, "bob", appID)
+	wantClass(t, "GetApp", err, tenant.UpstreamNotFound, false)
+	sim.set(t, func(s *clarifaisim.Settings) {
+		s.Shares = []clarifaisim.Share{{UserID: "bob", AppID: string(appID), With: string(operator)}}
+	})
+	app, err := c.AppOf(ctx, "bob", appID)
+	must(t, err)
+	if app.ID != appID || app.UserID != "bob" {
+		t.Errorf("AppOf is %+v", app)
+	}
+	_, err = c.AppOf(ctx, "", appID) // the operator's own
+	wantClass(t, "GetApp", err, tenant.UpstreamNotFound, false)
+}

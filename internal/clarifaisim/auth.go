@@ -63,6 +63,11 @@ func (s *Sim) authorisePAT(c *call) (answer, bool) {
 	case !hasUser && c.auth == keyAuth:
 		// With a PAT the path has to say which app is meant.
 		return refuse(codeKeyInvalid, "Must provide app external ID in API authorizer"), true
+	case hasUser && s.collaborates(c, appRef{named, c.params["app"]}):
+		if c.auth == patAuth {
+			return s.ownerOnly(), true
+		}
+		c.user = named
 	case hasUser && named != "me" && named != c.pat.UserID:
 		return refuse(codeDoesNotExist, "user_id '%s' not found. Check the url of your request.", named), true
 	}
@@ -77,6 +82,16 @@ func (s *Sim) authorisePAT(c *call) (answer, bool) {
 		return s.findApp(c, id)
 	}
 	return answer{}, false
+}
+
+// collaborates reports whether an app is another's, who has shared it with who is calling.
+func (s *Sim) collaborates(c *call, a appRef) bool {
+	return a.UserID != c.pat.UserID && slices.Contains(s.settings.Shares, Share{UserID: a.UserID, AppID: a.ID, With: c.pat.UserID})
+}
+
+// ownerOnly answers a collaborator at a call that is the owner's.
+func (s *Sim) ownerOnly() answer {
+	return refuse(s.settings.CollaboratorCode, "only the owner of the app may do this")
 }
 
 // authoriseKey lets an app-specific key at its own app only.

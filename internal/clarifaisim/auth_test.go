@@ -223,3 +223,43 @@ func TestDeletedAppsAndKeysOpenNothing(t *testing.T) {
 		t.Errorf("keys of a new app: got %d, want 0", n)
 	}
 }
+
+// A collaborator may look at an app that is shared with it, and what it holds; its keys
+// and its fields are the owner's.
+func TestCollaborator(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{11101, 11007} {
+		f := newFixture(t)
+		f.makeApp("app-a")
+		f.makeApp("app-b")
+		key := f.makeKey("app-a")
+		f.update(func(s *clarifaisim.Settings) {
+			s.Shares = []clarifaisim.Share{{UserID: "acme", AppID: "app-a", With: "other"}}
+			s.CollaboratorCode = code
+		})
+		for _, tt := range []struct {
+			method, path, body string
+			code               int
+		}{
+			{"GET", "/v2/users/acme/apps/app-a", "", 10000},
+			{"GET", "/v2/users/acme/apps/app-a/inputs", "", 10000},
+			{"GET", "/v2/users/acme/apps/app-b", "", 11101},
+			{"GET", "/v2/users/other/apps/app-a", "", 11101},
+			{"GET", "/v2/users/acme/apps/app-a/keys", "", code},
+			{"PATCH", "/v2/users/acme/apps/app-a", `{"app":{"notes":"n"},"action":"overwrite"}`, code},
+			{"DELETE", "/v2/users/acme/apps/app-a", "", code},
+			{"POST", "/v2/users/other/keys", `{"keys":[{"scopes":["All"],"apps":[{"id":"app-a","user_id":"acme"}]}]}`, code},
+			{"GET", "/v2/users/other/keys/" + key, "", code},
+			{"DELETE", "/v2/users/other/keys/" + key, "", code},
+			{"GET", "/v2/users/acme/apps", "", 11101},
+		} {
+			if got := f.do(otherPAT, tt.method, tt.path, tt.body).Status.Code; got != tt.code {
+				t.Errorf("%s %.40s as a collaborator: got %d, want %d", tt.method, tt.path, got, tt.code)
+			}
+		}
+		f.wantAs(key, 10000, "GET", "/v2/myscopes", "")
+	}
+	if err := newFixture(t).Update(func(s *clarifaisim.Settings) { s.CollaboratorCode = 10000 }); err == nil {
+		t.Error("a collaborator_code that is none is taken")
+	}
+}

@@ -80,6 +80,9 @@ func (s *Sim) appOfNewKey(c *call, f *keyFields) (_ *app, refusal answer, refuse
 		return nil, refuse(codeInvalidRequest, "%v", err), true
 	}
 	if named.UserID != "" && named.UserID != "me" && named.UserID != c.user {
+		if s.collaborates(c, named) {
+			return nil, s.ownerOnly(), true
+		}
 		return nil, noApp(named.ID), true
 	}
 	a, ok := s.world.apps[appRef{c.user, named.ID}]
@@ -161,6 +164,9 @@ func hasAll(have, want []string) bool {
 // keyOf finds a key of the caller. No answer repeats the id: it is a secret.
 func (s *Sim) keyOf(c *call, id string) (_ *key, refusal answer, refused bool) {
 	k, ok := s.world.keys[id]
+	if ok && k.UserID != c.user && s.collaborates(c, k.ref()) {
+		return nil, s.ownerOnly(), true
+	}
 	if !ok || k.UserID != c.user {
 		return nil, refuse(codeDoesNotExist, "key not found. Check the url of your request."), true
 	}

@@ -3,6 +3,7 @@ package clarifaisim
 import (
 	"fmt"
 	"maps"
+	"slices"
 )
 
 // Settings are how the simulator behaves. Most of them are a switch for something
@@ -41,6 +42,12 @@ type Settings struct {
 	// AsyncDeleteMS makes DeleteApp answer 10070 and the app go only so much later;
 	// its keys die at once. 0 means 10000, and gone.
 	AsyncDeleteMS int `json:"async_delete_ms"`
+	// Shares are apps that their owners have shared with other users as collaborators. A
+	// collaborator's PAT may do at such an app what an app-specific key may do, too.
+	Shares []Share `json:"shares"`
+	// CollaboratorCode answers a collaborator at a call that wants the PAT of the owner:
+	// 11101 or 11007.
+	CollaboratorCode int `json:"collaborator_code"`
 	// ConsistencyDelayMS hides a new app or key from all GET calls for so long. Its
 	// id is taken and a new key works from the start.
 	ConsistencyDelayMS int `json:"consistency_delay_ms"`
@@ -57,13 +64,24 @@ func DefaultSettings() Settings {
 		UnknownKeyCode:  codeKeyInvalid,
 		HonourExpiresAt: true,
 		MaxIDLength:     32,
+		Shares:          []Share{},
+
+		CollaboratorCode: codeDoesNotExist,
 	}
+}
+
+// A Share is one app that is shared with one user.
+type Share struct {
+	UserID string `json:"user_id"` // of the owner
+	AppID  string `json:"app_id"`
+	With   string `json:"with"` // the collaborator
 }
 
 func (s Settings) clone() Settings {
 	codes := make(map[int]int, len(s.HTTPCodes))
 	maps.Copy(codes, s.HTTPCodes)
 	s.HTTPCodes = codes
+	s.Shares = slices.Clone(s.Shares)
 	return s
 }
 
@@ -86,6 +104,8 @@ func (s Settings) check() error {
 		return fmt.Errorf("duplicate_code is %d: it has to be %d or %d", s.DuplicateCode, codeDuplicate, codeInvalidRequest)
 	case s.UnknownKeyCode != codeKeyInvalid && s.UnknownKeyCode != codeKeyNotFound:
 		return fmt.Errorf("unknown_key_code is %d: it has to be %d or %d", s.UnknownKeyCode, codeKeyInvalid, codeKeyNotFound)
+	case s.CollaboratorCode != codeDoesNotExist && s.CollaboratorCode != codeScopes:
+		return fmt.Errorf("collaborator_code is %d: it has to be %d or %d", s.CollaboratorCode, codeDoesNotExist, codeScopes)
 	case !isFailure(s.PATOnlyCode):
 		return fmt.Errorf("pat_only_code is %d: it has to be the code of a failure", s.PATOnlyCode)
 	case s.MaxIDLength < 1:

@@ -118,6 +118,36 @@ func TestNothingLeaks(t *testing.T) {
 		}
 	}
 
+	// Apps that are taken over, with keys that are and are not taken.
+	for i, c := range []struct{ body, call string }{
+		{`"app_id":"hand-made","key":"%s"`, "GetApp"}, {`"app_id":"hand-made","key":"%s"`, "MyScopes"}, {`"app_id":"hand-made","key":"%s"`, "GetKey"},
+		{`"app_id":"other","key":"%s"`, ""}, {`"app_id":"hand-made","%s":1`, ""}, {`"app_id":"hand-made","key":["%s"]`, ""},
+		{`"app_id":"hand-made","user_id":"%s"`, ""}, {`"app_id":"hand-made","key":"%s","dry_run":true`, ""},
+	} {
+		for j, f := range faults {
+			if i > 2 && j > 0 {
+				break
+			}
+			user, id := fmt.Sprintf("/v1/tenants/adopter_%d_%d", i, j), fmt.Sprintf("hand-made-%d-%d", i, j)
+			w.Faults()
+			given := w.AppByHand(provisiontest.PAT, tenant.AppID(id), nil).Reveal()
+			secrets.add("key that was given", given)
+			if c.call != "" {
+				rule := map[string]any{"call": c.call, "count": 1}
+				for k, v := range f {
+					rule[k] = v
+				}
+				w.Faults(rule)
+			}
+			body := fmt.Sprintf(strings.Replace(c.body, "hand-made", id, 1), given)
+			a := s.call(tenant.Provisioner, "PUT", user, `{"adopt":{`+body+`}}`, "Prefer", "wait=30")
+			if a.status >= 400 || a.at(t, "credentials") == nil {
+				answers = append(answers, string(a.body), fmt.Sprint(a.header))
+			}
+		}
+	}
+	w.Faults()
+
 	for _, a := range answers {
 		secrets.search(t, "an answer", a)
 	}

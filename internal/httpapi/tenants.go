@@ -1,7 +1,7 @@
 package httpapi
 
 import (
-	"cmp"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/fnv"
@@ -30,6 +30,7 @@ type tenantBody struct {
 	UpdatedAt          time.Time        `json:"updated_at"`
 	Problem            *tenant.Problem  `json:"problem,omitempty"`
 	Credentials        *credentialsBody `json:"credentials,omitempty"`
+	Adoption           *adoptionBody    `json:"adoption,omitempty"` // of a sign-up that took an app over
 }
 
 // deletionBody says of a tenant that is deleting how far that is.
@@ -57,7 +58,8 @@ func (s *server) tenantBody(t tenant.Tenant) tenantBody {
 		b.Labels = map[string]string{}
 	}
 	if t.AppID != "" {
-		b.App = &appBody{ID: t.AppID, UserID: cmp.Or(t.AppUserID, s.Service.Deployment.Operator)}
+		app := s.appBody(t.AppID, t.AppUserID)
+		b.App = &app
 	}
 	if t.State == tenant.Deleting {
 		b.Deletion = &deletionBody{PurgeAfter: t.PurgeAfter.UTC(), KeysRevoked: t.KeysDead}
@@ -86,6 +88,7 @@ type signUpBody struct {
 	Profile     *string           `json:"profile"`
 	DisplayName *string           `json:"display_name"`
 	Labels      map[string]string `json:"labels"`
+	Adopt       json.RawMessage   `json:"adopt"`
 }
 
 // retryProvisioning is when to ask again for a tenant that is under way.
@@ -105,13 +108,19 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		return invalid("on_deleting", "must be replace, or left out")
 	}
 	var body signUpBody
-	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels"); err != nil {
+	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels", "adopt"); err != nil {
 		return err
+	}
+	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != "", Within: scopeOf(r)}
+	if body.Adopt != nil {
+		if replace != "" {
+			return invalid("on_deleting", "cannot be combined with adopt: purge the tenant first")
+		}
+		return s.adoptTenant(w, r, id, body.Adopt, up)
 	}
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
-	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != "", Within: scopeOf(r)}
 	t, created, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
@@ -119,11 +128,18 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	if !up.Within.Covers(t.Labels) { // somebody else signed it up, after confine had found nobody
 		return errNotCovered
 	}
+	w.Header().Set("Cache-Control", "no-store")
+	applied(w, prefer)
+	return s.respondSignedUp(w, r.WithContext(ctx), t, s.tenantBody(t), created)
+}
 
-	status, b := http.StatusOK, s.tenantBody(t)
+// respondSignedUp answers a sign-up with b, the body of t, and the credentials of a tenant
+// that is active.
+func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenant.Tenant, b tenantBody, created bool) error {
+	status := http.StatusOK
 	switch {
 	case t.State == tenant.Active:
-		key, secret, err := s.Service.Reveal(ctx, id, tenant.DefaultKey, actorOf(r))
+		key, secret, err := s.Service.Reveal(r.Context(), t.ID, tenant.DefaultKey, actorOf(r))
 		switch {
 		case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
 		case err != nil:
@@ -138,13 +154,9 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		status = http.StatusAccepted
 		setRetryAfter(w, retryProvisioning)
 	}
-	w.Header().Set("Cache-Control", "no-store")
 	w.Header().Set("ETag", etagOf(t))
 	if status != http.StatusOK {
-		w.Header().Set("Location", pathOf(id))
-	}
-	if prefer.applied != "" {
-		w.Header().Set("Preference-Applied", prefer.applied)
+		w.Header().Set("Location", pathOf(t.ID))
 	}
 	return respond(w, status, b)
 }

@@ -40,11 +40,11 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 		)
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
-			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
+			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
-		&a.Tenant, &a.Generation, &a.Marked, &a.HasExtraKeys,
+		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("app")
@@ -211,14 +211,15 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 }
 
 // AppDeleted records that a leased app that was purging is gone upstream, and
-// its keys with it.
+// its keys with it. One that is shared with the operator is let go instead, and of its
+// keys those that are not known to be dead may live on.
 func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error {
 	tag, err := db.pool.Exec(ctx, `
 		WITH gone AS (
 			UPDATE apps
 			SET state = 'deleted', attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'purging'
-			RETURNING id, tenant_id
+			RETURNING id, tenant_id, user_id
 		), tenant_gone AS (
 			UPDATE tenants t
 			SET state = 'deleted', state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, version = version + 1, updated_at = now()
@@ -226,14 +227,15 @@ func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) 
 			RETURNING t.id, gone.id AS app_id
 		), keys_gone AS (
 			UPDATE keys k
-			SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, problem = NULL,
-				updated_at = now()
+			SET state = CASE WHEN gone.user_id IS NULL THEN 'revoked' ELSE 'lost' END,
+				revoked_at = CASE WHEN gone.user_id IS NULL THEN now() END, ciphertext = NULL, in_doubt_since = NULL,
+				problem = CASE WHEN gone.user_id IS NOT NULL THEN k.problem END, updated_at = now()
 			FROM gone WHERE k.app_id = gone.id AND k.state <> 'revoked'
-			RETURNING k.id, k.app_id, gone.tenant_id
+			RETURNING k.id, k.app_id, k.state, gone.tenant_id
 		), audited AS (
 			INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id)
-			SELECT $3, nullif($4, ''), 'app.deleted', tenant_id, id, NULL::uuid FROM gone
-			UNION ALL SELECT $3, nullif($4, ''), 'key.revoked', tenant_id, app_id, id FROM keys_gone
+			SELECT $3, nullif($4, ''), CASE WHEN user_id IS NULL THEN 'app.deleted' ELSE 'app.let_go' END, tenant_id, id, NULL::uuid FROM gone
+			UNION ALL SELECT $3, nullif($4, ''), 'key.' || state, tenant_id, app_id, id FROM keys_gone
 			UNION ALL SELECT $3, nullif($4, ''), 'tenant.deleted', id, app_id, NULL FROM tenant_gone
 		), woken AS (
 			SELECT pg_notify('`+tenantChannel+`', id) FROM tenant_gone

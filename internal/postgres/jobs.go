@@ -59,7 +59,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
 	var building, later []tenant.AppID
-	var reconciliations []uuid.UUID
+	var reconciliations, adoptions []uuid.UUID
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
@@ -82,6 +82,13 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		UPDATE reconciliations SET enqueued_at = now()
 		WHERE state = 'running' AND next_attempt_at <= now() AND leased_until < now() AND `+notQueued+`
 		RETURNING id`, requeueAfter)
+	collect(batch, &adoptions, `
+		UPDATE adoptions SET enqueued_at = now()
+		WHERE id IN (
+			SELECT id FROM adoptions WHERE `+dueAdoption+` AND `+notQueued+`
+			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+		RETURNING id`, requeueAfter, most)
+	forgetAdoptions(batch)
 	for _, state := range []string{"purging", "held"} {
 		pending := ""
 		if state == "held" {
@@ -104,6 +111,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		add(tenant.QueueInteractive, 1, tenant.AppJob{AppID: id})
 	}
 	jobs = append(jobs, keyJobs(keys)...)
+	for _, id := range adoptions {
+		jobs = append(jobs, adoptionJob(id))
+	}
 	for _, id := range reconciliations {
 		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
 	}

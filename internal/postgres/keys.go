@@ -123,12 +123,12 @@ const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
 	k.state = 'revoking' AND NOT ` + fenced + `
 	OR k.state = 'creating' AND EXISTS (SELECT FROM apps a WHERE a.id = k.app_id AND a.state = 'held'))`
 
-const leasedKeyColumns = `k.id, k.app_id, k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
+const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
 	coalesce(now() - k.in_doubt_since, '0'), k.attempts, k.problem, k.leased_until`
 
 func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 	var k tenant.LeasedKey
-	err := row.Scan(&k.ID, &k.AppID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.InDoubtFor,
+	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.InDoubtFor,
 		&k.Attempts, &k.Problem, &k.LeasedUntil)
 	return k, err
 }

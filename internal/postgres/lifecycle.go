@@ -202,6 +202,9 @@ func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor t
 }
 
 func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, actor tenant.Actor) ([]keyInLane, error) {
+	if err := notOurs(t); err != nil {
+		return nil, err
+	}
 	rows, _ := tx.Query(ctx, `
 		WITH wanted AS (
 			SELECT DISTINCT ON (name) name, scopes, expires_at FROM keys

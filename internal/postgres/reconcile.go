@@ -319,12 +319,14 @@ var compareSQL = []string{
 		OR a.state = 'deleted' AND a.updated_at < $2
 		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
 			AND a.state <> 'deleted')`,
-	// Apps that are not listed, or not as ours.
+	// Apps that are not listed, or not as ours. Those of other accounts are never listed, and
+	// one that was made by hand gets its marker once it is held.
 	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
 		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
 		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
 	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
 	WHERE a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
+		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.pending AND a.profile_revision = 'adopted')
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
 	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
 		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
@@ -342,7 +344,7 @@ var compareSQL = []string{
 			ELSE 'revoke' END,
 		s.app_id, s.key_id, a.tenant_id, '', 'open'
 	FROM reconciliation_keys s
-	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained')
+	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
 	LEFT JOIN keys k ON k.id = s.key_id
 	WHERE s.reconciliation_id = $1
 		AND (k.id IS NULL OR k.state IN ('revoked', 'lost') AND k.updated_at < $2)
@@ -350,7 +352,7 @@ var compareSQL = []string{
 	// Keys that are not listed though their app is.
 	`SELECT 'key_gone', CASE a.state WHEN 'held' THEN 'remake' WHEN 'ready' THEN 'forget' ELSE '' END,
 		a.id, k.id, a.tenant_id, '', 'doubted'
-	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state IN ('ready', 'held', 'retained')
+	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
 	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
 	WHERE k.state IN ('active', 'retiring') AND k.activated_at < $2
 		AND NOT EXISTS (SELECT FROM reconciliation_keys l WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint))`,

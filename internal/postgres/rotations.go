@@ -59,6 +59,9 @@ func (db *DB) AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, sp
 		if !errors.Is(err, tenant.NotFound) {
 			return nil, err
 		}
+		if err := notOurs(t); err != nil {
+			return nil, err
+		}
 		var names int
 		if err := tx.QueryRow(ctx, `
 			SELECT count(DISTINCT name) FROM keys WHERE app_id = $1 AND state IN ('creating', 'active', 'retiring')`, t.AppID).Scan(&names); err != nil {
@@ -161,6 +164,9 @@ func (db *DB) StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotat
 }
 
 func insertRotation(ctx context.Context, tx pgx.Tx, t tenant.Tenant, old tenant.Key, n tenant.NewRotation, actor tenant.Actor) error {
+	if err := notOurs(t); err != nil {
+		return err
+	}
 	overlap := tenant.DefaultOverlap
 	if n.Overlap != nil {
 		overlap = *n.Overlap
@@ -351,7 +357,7 @@ func successor(ctx context.Context, tx pgx.Tx, k tenant.Key, owner tenant.ID, ne
 		INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, request_id)
 		SELECT $2, k.app_id, k.name, k.scopes, k.expires_at, 0, nullif($4, '')
 		FROM keys k JOIN tenants t ON t.app_id = k.app_id
-		WHERE k.id = $1 AND t.id = $3 AND t.state IN ('active', 'resuming')`, k.ID, next, owner, actor.RequestID)
+		WHERE k.id = $1 AND t.id = $3 AND t.state IN ('active', 'resuming') AND t.app_user_id IS NULL`, k.ID, next, owner, actor.RequestID)
 	if err != nil || tag.RowsAffected() == 0 {
 		return tenant.Key{}, err
 	}

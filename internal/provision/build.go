@@ -330,8 +330,12 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 }
 
 // purge removes an app upstream. Removal needs proof: a row that says so, which
-// the caller leased, and our marker at a fresh look.
+// the caller leased, and our marker at a fresh look. What is shared with the operator was
+// never marked, and is only let go.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
+	if a.UserID != "" {
+		return s.letGo(ctx, a)
+	}
 	ours, err := s.look(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
 		return s.Store.AppDeleted(ctx, a, workerOf(ctx))

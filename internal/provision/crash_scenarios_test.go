@@ -261,6 +261,118 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 
+	"adopt with a key": {
+		points: []string{"Adopt Watch", "adoptNow BeginAdoption", "adoptNow Adoption", "adoptNow Tenant", "workAdoption LeaseAdoption",
+			"checkAdoptable AppOf", "opens Opens", "checkGivenKey KeyExists", "carryOut HoldAdopted", "tend MarkApp"},
+		prepare: adoptable(true), act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adopt without a key": {
+		points: []string{"carryOut HoldAdopted", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey",
+			"tend AddExtraKeys"},
+		prepare: adoptable(false), act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adopt an app that is not there": {
+		points:  []string{"refuseAdoption EndAdoption"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", tenant.AdoptRequest{AppID: "none"}) },
+		settle: func(s *scene) {
+			_, err := adopt(s.t, s.r, "user_2", tenant.AdoptRequest{AppID: "none"})
+			refusedAs(s.t, err, "adopt_app_unknown", "")
+		},
+	},
+	"adopt: dry run": {
+		points:  []string{"carryOut EndAdoption"},
+		prepare: adoptable(true),
+		act:     func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", tenant.AdoptRequest{AppID: handMade, DryRun: true}) },
+		settle:  adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adoption that fails": {
+		points: []string{"workAdoption AdoptionSetback 2"},
+		prepare: func(s *scene) {
+			adoptable(true)(s)
+			s.w.Faults(map[string]any{"call": "GetApp", "count": 1, "status": 98004})
+		},
+		act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adoption that Postgres refuses": {
+		points: []string{"workAdoption AdoptionSetback"},
+		prepare: func(s *scene) {
+			adoptable(true)(s)
+			exec(s.t, s.w, `ALTER TABLE apps ADD CONSTRAINT none_by_hand CHECK (id <> 'hand-made') NOT VALID`)
+		},
+		act:     adoptSecond,
+		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE apps DROP CONSTRAINT none_by_hand`) },
+		settle:  adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adoption while the PAT is refused": {
+		points:  []string{"workAdoption DeferAdoption"},
+		prepare: adoptable(true),
+		act: func(s *scene) {
+			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+			adoptSecond(s)
+		},
+		recover: knowPAT, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adoption when the replica shuts down": {
+		points: []string{"workAdoption DeferAdoption 2"},
+		prepare: func(s *scene) {
+			adoptable(true)(s)
+			s.w.Faults(map[string]any{"call": "GetApp", "hang": true})
+		},
+		act: func(s *scene) {
+			before := s.w.State().Calls["GetApp"]
+			_, _ = s.r.Adopt(s.t.Context(), "user_2", tenant.AdoptRequest{AppID: handMade}, tenant.SignUp{}, 0, caller)
+			stopDuring(s, "GetApp", before)
+		},
+		settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adopt a shared app": {
+		points: []string{"carryOut HoldAdopted", "leaveUnmarked AppMarked"},
+		prepare: func(s *scene) {
+			first(s)
+			s.w.Shared("theirs")
+		},
+		act: func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", sharedWithKey(s)) },
+		settle: func(s *scene) {
+			mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
+			rest(s.t, s.w)
+		},
+		newcomers: []tenant.ID{"user_2"}, unmarked: true,
+	},
+	"suspend the tenant of a shared app": {
+		points:  []string{"deleteTheirKey DeleteKey", "stand KeySetback"},
+		prepare: adoptedShared,
+		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_2", wait, caller) },
+		settle: func(s *scene) {
+			deleteTheirs(s)
+			sharedKeyAgain(s)
+		},
+		unmarked: true,
+	},
+	"suspend the tenant of a shared app whose key is gone": {
+		points: []string{"deleteTheirKey KeyEnded"},
+		prepare: func(s *scene) {
+			adoptedShared(s)
+			deleteTheirs(s)
+		},
+		act:      func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_2", wait, caller) },
+		settle:   sharedKeyAgain,
+		unmarked: true,
+	},
+	"purge the tenant of a shared app": {
+		points: []string{"letGo AppDeleted"},
+		prepare: func(s *scene) {
+			adoptedShared(s)
+			delete(s.holds, "user_2")
+		},
+		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, wait, admin) },
+		settle: func(s *scene) {
+			is, err := s.r.Delete(s.t.Context(), "user_2", true, wait, admin)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+		foreign: 1, lost: 1, unmarked: true,
+	},
+
 	"build that is refused": {
 		points:  []string{"endApp AppSetback 2"},
 		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "status": 11006}),
@@ -717,6 +829,65 @@ func rotate(s *scene) {
 		s.t.Fatalf("confirm the rotation: %v", err)
 	}
 	rest(s.t, s.w)
+}
+
+const handMade = tenant.AppID("hand-made")
+
+// adoptable has an app that was made by hand, with a key or without.
+func adoptable(withKey bool) func(*scene) {
+	return func(s *scene) {
+		first(s)
+		key := s.w.AppByHand(provisiontest.PAT, handMade, nil)
+		if !withKey {
+			s.w.Ask(provisiontest.PAT, "DELETE", "/keys/"+key.Reveal(), nil)
+		}
+	}
+}
+
+// handMadeWithKey asks for the app, with the key that was made by hand if there is one.
+func handMadeWithKey(s *scene, id tenant.AppID) tenant.AdoptRequest {
+	what := tenant.AdoptRequest{AppID: id}
+	for _, k := range s.w.AppKeys() {
+		if k.AppID == string(id) && k.Description == "by hand" {
+			what.Key = tenant.NewSecret(k.ID)
+		}
+	}
+	return what
+}
+
+func adoptSecond(s *scene) { _, _ = adopt(s.t, s.r, "user_2", handMadeWithKey(s, handMade)) }
+
+func adoptedSecond(s *scene) {
+	mustAdopt(s.t, s.r, "user_2", handMadeWithKey(s, handMade))
+	var left int
+	if err := pgtest.Conn(s.t, s.w.URL).QueryRow(s.t.Context(), `SELECT count(*) FROM adoptions`).Scan(&left); err != nil || left > 0 {
+		s.t.Errorf("%d adoptions are left, %v", left, err)
+	}
+}
+
+func sharedWithKey(s *scene) tenant.AdoptRequest {
+	what := handMadeWithKey(s, "theirs")
+	what.UserID = "bob"
+	return what
+}
+
+func adoptedShared(s *scene) {
+	first(s)
+	s.w.Shared("theirs")
+	mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
+	s.holds["user_2"] = "theirs"
+}
+
+func deleteTheirs(s *scene) {
+	s.w.Ask(provisiontest.TheirPAT, "DELETE", "/keys/"+sharedWithKey(s).Key.Reveal(), nil)
+}
+
+// sharedKeyAgain waits until the suspension has taken effect, and gives another key.
+func sharedKeyAgain(s *scene) {
+	is, err := s.r.Suspend(s.t.Context(), "user_2", wait, caller)
+	stateOf(s.t, is, err, tenant.Suspended)
+	s.w.KeyByHand(provisiontest.TheirPAT, "theirs")
+	mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
 }
 
 func signUpSecond(s *scene) { signUp(s.t, s.r, "user_2") }

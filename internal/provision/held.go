@@ -12,8 +12,12 @@ import (
 )
 
 // tend does what a held app lacks: the further keys of its profile, and its tenant in
-// its marker, from which the mapping can be rebuilt if the database is lost.
+// its marker, from which the mapping can be rebuilt if the database is lost. One that is
+// shared with the operator gets neither: its owner alone may make keys of it, and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
+	if a.UserID != "" {
+		return s.leaveUnmarked(ctx, *a)
+	}
 	if _, ok := s.profiles[a.Profile]; !ok { // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}
 	}
@@ -22,8 +26,11 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 			return err
 		}
 	}
-	description := s.descriptionOf(*a)
-	if a.Marked || s.SkipMarks && description == "" {
+	description, adopted := s.descriptionOf(*a), a.Revision == tenant.AdoptedRevision
+	if adopted { // it has the one that its maker gave it, and no marker yet
+		description = ""
+	}
+	if a.Marked || s.SkipMarks && description == "" && !adopted {
 		return s.Store.AppMarked(ctx, *a)
 	}
 	marker := s.markerOf(*a)

@@ -38,9 +38,12 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 	}
 	up := asUpstream(err)
 	d, isDeferred := errors.AsType[*deferred](err)
+	stands, isStanding := errors.AsType[*standing](err)
 	switch {
 	case isDeferred:
 		err = s.Store.DeferKey(ctx, k, d.bounded())
+	case isStanding:
+		return s.stand(ctx, k, stands.problem)
 	case up == nil:
 		return s.fault("work on key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
 	case interrupted:
@@ -135,6 +138,9 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
 	if err := s.mayRemove(ctx); err != nil {
 		return err
+	}
+	if k.AppUserID != "" {
+		return s.deleteTheirKey(ctx, k, secret)
 	}
 	err := s.call(ctx, k.Lane, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {

@@ -74,6 +74,14 @@ type Store interface {
 	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 
+	BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error)
+	Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error)
+	LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error)
+	HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error
+	EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error
+	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
+	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
+
 	Fence(ctx context.Context) (tenant.Fence, error)
 	RaiseFence(ctx context.Context, reason string) error
 	CheckRestored(ctx context.Context) (tenant.Fence, error)
@@ -144,6 +152,7 @@ type Upstream interface {
 	Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error)
 	CreateApp(ctx context.Context, app tenant.NewApp) error
 	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
+	AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error)
 	Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error)
 	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
@@ -151,6 +160,7 @@ type Upstream interface {
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
 	Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error)
 	KeyExists(ctx context.Context, key tenant.Secret) error
+	Opens(ctx context.Context, key tenant.Secret) (tenant.OpenedApp, error)
 	SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error
 	DeleteKey(ctx context.Context, key tenant.Secret) error
 }
@@ -304,10 +314,9 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 	if err := up.Validate(); err != nil {
 		return t, false, err
 	}
-	profile, ok := s.profiles[up.ProfileName()]
-	if !ok {
-		return t, false, &tenant.Error{Kind: tenant.Invalid, Code: "profile_unknown", Field: "profile",
-			Detail: "there is no such profile; there are: " + strings.Join(s.profileNames(), ", ")}
+	profile, err := s.profileOf(up)
+	if err != nil {
+		return t, false, err
 	}
 
 	// Watch before writing, so that no wake-up falls between.
@@ -338,6 +347,15 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		t, err = s.await(ctx, t, wait, changed)
 	}
 	return t, signedUp.Created, err
+}
+
+func (s *Service) profileOf(up tenant.SignUp) (tenant.Profile, error) {
+	profile, ok := s.profiles[up.ProfileName()]
+	if !ok {
+		return profile, &tenant.Error{Kind: tenant.Invalid, Code: "profile_unknown", Field: "profile",
+			Detail: "there is no such profile; there are: " + strings.Join(s.profileNames(), ", ")}
+	}
+	return profile, nil
 }
 
 // agrees reports tenant.Conflict if up asks for something other than the tenant

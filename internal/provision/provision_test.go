@@ -56,7 +56,7 @@ func keyWorks(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, go
 
 func keyOpens(t *testing.T, w *provisiontest.World, secret tenant.Secret, app tenant.AppID) bool {
 	t.Helper()
-	url := fmt.Sprintf("%s/v2/users/%s/apps/%s/inputs", w.Clarifai, provisiontest.Operator, app)
+	url := fmt.Sprintf("%s/v2/users/me/apps/%s/inputs", w.Clarifai, app) // its owner may be another
 	req, err := http.NewRequestWithContext(t.Context(), http.MethodPost, url,
 		bytes.NewReader([]byte(`{"inputs":[{"data":{"text":{"raw":"hello"}}}]}`)))
 	if err != nil {

@@ -577,3 +577,48 @@ func (s watchedStore) CountByRevision(ctx context.Context) ([]tenant.RevisionCou
 	defer s.returned()
 	return s.Store.CountByRevision(ctx)
 }
+
+func (s watchedStore) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
+	defer s.returned()
+	return s.Store.BeginAdoption(ctx, n, agrees, actor)
+}
+
+func (s watchedStore) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error) {
+	defer s.returned()
+	return s.Store.Adoption(ctx, id)
+}
+
+func (s watchedStore) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
+	defer s.returned()
+	return s.Store.LeaseAdoption(ctx, id, lease)
+}
+
+func (s watchedStore) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.HoldAdopted(ctx, a, key, scopes, actor)
+}
+
+func (s watchedStore) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.EndAdoption(ctx, a, state, problem, actor)
+}
+
+func (s watchedStore) AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.AdoptionSetback(ctx, a, set)
+}
+
+func (s watchedStore) DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferAdoption(ctx, a, delay)
+}
+
+func (u watchedUpstream) AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error) {
+	defer u.returned()
+	return u.Upstream.AppOf(ctx, owner, id)
+}
+
+func (u watchedUpstream) Opens(ctx context.Context, key tenant.Secret) (tenant.OpenedApp, error) {
+	defer u.returned()
+	return u.Upstream.Opens(ctx, key)
+}

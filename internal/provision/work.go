@@ -28,6 +28,7 @@ func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers i
 	w := river.NewWorkers()
 	river.AddWorker(w, &appWorker{s: s})
 	river.AddWorker(w, &keyWorker{s: s})
+	river.AddWorker(w, &adoptionWorker{s: s})
 	river.AddWorker(w, &reconciliationWorker{s: s})
 	// The queue's own news are of no use to operators.
 	quiet, err := zapcore.NewIncreaseLevelCore(s.Log.Named("river").Core(), zapcore.WarnLevel)
@@ -76,6 +77,18 @@ func (w *keyWorker) Timeout(*river.Job[tenant.KeyJob]) time.Duration { return w.
 
 func (w *keyWorker) Work(ctx context.Context, job *river.Job[tenant.KeyJob]) error {
 	w.s.Metrics.job(job.Kind, w.s.workKey(ctx, job.Args.KeyID))
+	return nil
+}
+
+type adoptionWorker struct {
+	river.WorkerDefaults[tenant.AdoptionJob]
+	s *Service
+}
+
+func (w *adoptionWorker) Timeout(*river.Job[tenant.AdoptionJob]) time.Duration { return w.s.JobTimeout }
+
+func (w *adoptionWorker) Work(ctx context.Context, job *river.Job[tenant.AdoptionJob]) error {
+	w.s.Metrics.job(job.Kind, w.s.workAdoption(ctx, job.Args.AdoptionID))
 	return nil
 }
 

@@ -33,6 +33,14 @@ type ReconciliationJob struct {
 // Kind names the job in the queue.
 func (ReconciliationJob) Kind() string { return "reconciliation" }
 
+// AdoptionJob asks a worker to look at an adoption: see LeasedAdoption.
+type AdoptionJob struct {
+	AdoptionID uuid.UUID `json:"adoption_id"`
+}
+
+// Kind names the job in the queue.
+func (AdoptionJob) Kind() string { return "adoption" }
+
 // The queues of jobs, and how soon after one another the first two are looked into.
 // Each has workers of its own: a key that shall die waits for no sign-up.
 const (

@@ -138,6 +138,8 @@ type App struct {
 	// Tenant and Generation are whose the app is; zero for one that nobody holds.
 	Tenant     ID
 	Generation int
+	// UserID is whose the app is upstream; empty for the operator's own.
+	UserID UserID
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
 	// MarkerKey is which key of the keyset sealed the tenant in the marker that was
@@ -162,6 +164,7 @@ type CreatingKey struct {
 type LeasedKey struct {
 	ID         uuid.UUID
 	AppID      AppID
+	AppUserID  UserID // whose the app is upstream; empty for the operator's own
 	Name       string
 	State      KeyState
 	Scopes     []string

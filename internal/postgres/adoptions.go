@@ -1,0 +1,396 @@
+package postgres
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/riverqueue/river"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// dueAdoption selects the adoptions that there is work on. Behind the fence an app may be
+// a tenant's that the database has forgotten.
+const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + fenced
+
+const adoptionColumns = `a.id, a.tenant_id, a.app_id, coalesce(a.app_user_id, ''), a.dry_run, a.state, a.created_at,
+	coalesce(a.problem, CASE WHEN a.state = 'checking' THEN coalesce(
+		(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
+			'the database may be behind Clarifai, and no app is given to a tenant until a reconciliation has shown that it is not: '
+			|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL),
+		` + upstreamHalted + `) END)`
+
+func adoptionFields(a *tenant.Adoption) []any {
+	return []any{&a.ID, &a.TenantID, &a.AppID, &a.AppUserID, &a.DryRun, &a.State, &a.CreatedAt, &a.Problem}
+}
+
+// BeginAdoption writes down that an app is to be taken over, or finds the same adoption
+// under way, or ended and told to nobody yet. Another adoption of the tenant that is
+// under way is replaced. A tenant that is there is returned as it stands, with no
+// adoption, unless agrees refuses it or a key is given that takes the place of its own. It
+// reports tenant.Conflict for an app that the database knows.
+func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
+	var b tenant.BegunAdoption
+	began := false
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		// The app before the tenant: who gets the app has it in one commit with its tenant.
+		claimed := unclaimed(ctx, tx, n.AppID, n.TenantID)
+		if claimed != nil && !errors.Is(claimed, tenant.Conflict) {
+			return claimed
+		}
+		fields, done := tenantFields(&b.Tenant)
+		var first []byte
+		err := tx.QueryRow(ctx, `SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1 AND t.state <> 'deleted'`, n.TenantID).
+			Scan(append(fields, &first)...)
+		done()
+		switch {
+		case errors.Is(err, pgx.ErrNoRows):
+			if claimed != nil {
+				return claimed
+			}
+		case err != nil:
+			return err
+		default:
+			if err := agrees(b.Tenant, first); err != nil {
+				return err
+			}
+			if replaces, err := replacesKey(ctx, tx, n.Key, b.Tenant); err != nil || !replaces {
+				return err
+			}
+		}
+		tag, err := tx.Exec(ctx, `
+			INSERT INTO adoptions AS a (id, tenant_id, dry_run, app_id, app_user_id, profile, display_name, labels, attributes_hash,
+				ciphertext, fingerprint, requested_by, request_id, enqueued_at)
+			VALUES ($1, $2, $3, $4, nullif($5, ''), $6, $7, $8, $9, $10, $11, $12, nullif($13, ''), now())
+			ON CONFLICT (tenant_id, dry_run) DO UPDATE
+			SET id = excluded.id, app_id = excluded.app_id, app_user_id = excluded.app_user_id, profile = excluded.profile,
+				display_name = excluded.display_name, labels = excluded.labels, attributes_hash = excluded.attributes_hash,
+				ciphertext = excluded.ciphertext, fingerprint = excluded.fingerprint, state = 'checking', told = false,
+				requested_by = excluded.requested_by, request_id = excluded.request_id, leased_until = '-infinity', enqueued_at = now(),
+				next_attempt_at = now(), attempts = 0, problem = NULL, created_at = now(), updated_at = now()
+			WHERE a.state <> 'checking' AND a.told
+				OR (a.app_id, a.app_user_id, a.profile, a.attributes_hash, a.fingerprint) IS DISTINCT FROM
+					(excluded.app_id, excluded.app_user_id, excluded.profile, excluded.attributes_hash, excluded.fingerprint)`,
+			n.ID, n.TenantID, n.DryRun, n.AppID, n.AppUserID, n.Profile, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(),
+			n.Key.Ciphertext, n.Key.Fingerprint, actor.Name, actor.RequestID)
+		if err != nil {
+			return err
+		}
+		if began = tag.RowsAffected() == 1; began {
+			if err := audit(ctx, tx, actor, event{action: "app.adopting", tenant: n.TenantID, app: n.AppID,
+				detail: map[string]any{"dry_run": n.DryRun, "with_key": n.Key.Ciphertext != nil}}); err != nil {
+				return err
+			}
+		}
+		return tx.QueryRow(ctx, `SELECT `+adoptionColumns+` FROM adoptions a WHERE tenant_id = $1 AND dry_run = $2`, n.TenantID, n.DryRun).
+			Scan(adoptionFields(&b.Adoption)...)
+	})
+	if err != nil {
+		return b, translate("begin adoption", err)
+	}
+	if began {
+		err = db.enqueue(ctx, []river.InsertManyParams{adoptionJob(b.Adoption.ID)})
+	}
+	return b, err
+}
+
+// replacesKey reports whether key takes the place of the one that a tenant has. Only that of an app that is shared with the operator is replaced so; Tenantry
+// replaces others itself. One that the tenant had is never taken again.
+func replacesKey(ctx context.Context, tx pgx.Tx, key tenant.SealedKey, t tenant.Tenant) (bool, error) {
+	if t.AppUserID == "" || key.Ciphertext == nil || !takesKey(t.State) {
+		return false, nil
+	}
+	var known bool
+	err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM keys WHERE fingerprint = $1)`, key.Fingerprint).Scan(&known)
+	return !known, err
+}
+
+// takesKey reports whether a tenant of a shared app can be given another key. One whose
+// keys are dead, or dying, is active again with it.
+func takesKey(s tenant.State) bool {
+	return s == tenant.Active || s == tenant.Suspending || s == tenant.Suspended
+}
+
+func adoptionJob(id uuid.UUID) river.InsertManyParams {
+	return river.InsertManyParams{Args: tenant.AdoptionJob{AdoptionID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}}
+}
+
+// unclaimed reports tenant.Conflict for an app that the database knows: R1 never gives
+// it to a second tenant.
+func unclaimed(ctx context.Context, tx pgx.Tx, id tenant.AppID, by tenant.ID) error {
+	var state tenant.AppState
+	var owner tenant.ID
+	err := tx.QueryRow(ctx, `SELECT state, coalesce(tenant_id, '') FROM apps WHERE id = $1`, id).Scan(&state, &owner)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return claimedBy(state, owner, by)
+}
+
+func claimedBy(state tenant.AppState, owner, by tenant.ID) error {
+	const again = "an app is never given to a second tenant, nor to another generation of the same"
+	switch {
+	case owner == "":
+		return tenant.Errorf(tenant.Conflict, "adopt_app_claimed", "Tenantry made an app of this id itself, which is %s: it cannot be adopted", state)
+	case state == tenant.AppHeld && owner != by:
+		return tenant.Errorf(tenant.Conflict, "adopt_app_claimed", "the tenant %s holds the app", owner)
+	}
+	return tenant.Errorf(tenant.Conflict, "adopt_app_claimed", "the app was the tenant %s's, and is %s: %s", owner, state, again)
+}
+
+// Adoption reads an adoption; one that has ended counts as told from then on. It reports
+// tenant.NotFound for one that was carried out or replaced.
+func (db *DB) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error) {
+	var a tenant.Adoption
+	err := db.pool.QueryRow(ctx, `
+		WITH told AS (UPDATE adoptions SET told = true WHERE id = $1 AND state <> 'checking' AND NOT told)
+		SELECT `+adoptionColumns+` FROM adoptions a WHERE a.id = $1`, id).Scan(adoptionFields(&a)...)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return a, errNotFound("adoption")
+	}
+	return a, translate("read adoption", err)
+}
+
+// LeaseAdoption takes an adoption that there is work on, for at most lease. It reports
+// tenant.NotFound if there is nothing to do or another worker does it.
+func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
+	var a tenant.LeasedAdoption
+	err := db.pool.QueryRow(ctx, `
+		UPDATE adoptions a SET leased_until = now() + $2
+		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.attempts, a.leased_until`, id, lease).
+		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.Attempts, &a.LeasedUntil)...)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return a, errNotFound("adoption")
+	}
+	return a, translate("lease adoption", err)
+}
+
+// HoldAdopted carries a leased adoption out: the tenant has the app from here on, and
+// the key, which is made if key has no secret. A tenant that has the app already gets the
+// key in the place of its own. All or nothing. It reports
+// tenant.Conflict if the app, the tenant's id or the key were taken meanwhile.
+func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
+	var making []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		generation, there, err := lockAdopter(ctx, tx, a)
+		if err != nil {
+			return err
+		}
+		if there.ID != "" {
+			replaces, err := replacesKey(ctx, tx, key, there)
+			if err != nil {
+				return err
+			}
+			if !replaces { // it was carried out between the look for the tenant and the writing of this
+				return adoptionDone(ctx, tx, a)
+			}
+			making, err = giveKey(ctx, tx, a, there, key, scopes, actor)
+			return err
+		}
+		tag, err := tx.Exec(ctx, `
+			INSERT INTO apps (id, user_id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, pending)
+			VALUES ($1, nullif($2, ''), $3, $4, 'held', $5, $6, now(), now(), true) ON CONFLICT (id) DO NOTHING`,
+			a.AppID, a.AppUserID, a.Profile, tenant.AdoptedRevision, a.TenantID, generation)
+		if err != nil {
+			return err
+		}
+		if tag.RowsAffected() == 0 {
+			return cmp.Or(unclaimed(ctx, tx, a.AppID, a.TenantID), tenant.ErrLeaseLost)
+		}
+		if err := holdTenant(ctx, tx, a, generation, key.Ciphertext != nil); err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, actor, event{action: "tenant.created", tenant: a.TenantID,
+			detail: map[string]any{"generation": generation, "profile": a.Profile, "adopted": true}}); err != nil {
+			return err
+		}
+		detail := map[string]any{}
+		if a.AppUserID != "" {
+			detail["user_id"] = a.AppUserID
+		}
+		if err := audit(ctx, tx, actor, event{action: "app.adopted", tenant: a.TenantID, app: a.AppID, detail: detail}); err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, actor, event{action: "tenant.activated", tenant: a.TenantID, app: a.AppID,
+			detail: map[string]any{"generation": generation}}); err != nil {
+			return err
+		}
+		if making, err = adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+			return err
+		}
+		return adoptionDone(ctx, tx, a)
+	})
+	if err != nil {
+		return translate("hold adopted app", err)
+	}
+	return db.enqueue(ctx, keyJobs(making))
+}
+
+// adoptionDone forgets an adoption that was carried out, and dry runs of it, and wakes who
+// waits for it.
+func adoptionDone(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) error {
+	if _, err := tx.Exec(ctx, `DELETE FROM adoptions WHERE tenant_id = $1`, a.TenantID); err != nil {
+		return err
+	}
+	return wakeTenant(ctx, tx, a.TenantID)
+}
+
+// giveKey puts the key of an adoption in the place of that which a tenant of a shared app
+// has.
+func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.Tenant, key tenant.SealedKey, scopes []string, actor tenant.Actor) ([]keyInLane, error) {
+	ended, err := endKeys(ctx, tx, actor, tenant.EndRotated, nil, false, `k.app_id = $6 AND k.name = $7`, a.AppID, tenant.DefaultKey)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+		return nil, err
+	}
+	if t.State != tenant.Active {
+		if err := move(ctx, tx, t, tenant.Active, actor, nil); err != nil {
+			return nil, err
+		}
+	}
+	return ended, adoptionDone(ctx, tx, a)
+}
+
+// lockAdopter locks the adoption and its tenant, if there is one, and returns the
+// generation that begins, or the tenant that has the app.
+func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (generation int, there tenant.Tenant, err error) {
+	rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, a.TenantID)
+	t, err := oneTenant(rows)
+	if err != nil && !errors.Is(err, tenant.NotFound) {
+		return 0, there, err
+	}
+	switch {
+	case err != nil || t.State == tenant.Deleted:
+	case t.AppID == a.AppID && t.AppUserID == a.AppUserID:
+		there = t
+	default:
+		return 0, there, tenant.ErrTenantTaken(a.TenantID, t.AppID, t.State)
+	}
+	var up bool
+	err = tx.QueryRow(ctx, `
+		SELECT `+fenced+` FROM adoptions WHERE id = $1 AND leased_until = $2 AND state = 'checking' AND NOT dry_run FOR UPDATE`,
+		a.ID, a.LeasedUntil).Scan(&up)
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && up { // behind the fence it is not due
+		return 0, there, tenant.ErrLeaseLost
+	}
+	return t.Generation + 1, there, err
+}
+
+// holdTenant makes the tenant of an adoption. Without a key that works it resumes: it is
+// active with the first that does.
+func holdTenant(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, generation int, works bool) error {
+	state := tenant.Resuming
+	if works {
+		state = tenant.Active
+	}
+	tag, err := tx.Exec(ctx, `
+		INSERT INTO tenants AS t (id, generation, profile, state, app_id, app_user_id, display_name, labels, attributes_hash)
+		SELECT tenant_id, $3, profile, $4, app_id, app_user_id, display_name, labels, attributes_hash
+		FROM adoptions WHERE id = $1 AND leased_until = $2
+		ON CONFLICT (id) DO UPDATE
+		SET generation = excluded.generation, profile = excluded.profile, state = excluded.state, state_since = now(), app_id = excluded.app_id,
+			app_user_id = excluded.app_user_id, display_name = excluded.display_name, labels = excluded.labels,
+			attributes_hash = excluded.attributes_hash, problem = NULL, deletion_protection = false, version = t.version + 1, updated_at = now()
+		WHERE t.state = 'deleted' AND t.generation = excluded.generation - 1`,
+		a.ID, a.LeasedUntil, generation, state)
+	if err == nil && tag.RowsAffected() == 0 { // it signed up since it was looked for
+		return tenant.ErrTenantTaken(a.TenantID, "", tenant.Provisioning)
+	}
+	return err
+}
+
+// adoptKey writes down the key that was given, or that one is to be made.
+func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) ([]keyInLane, error) {
+	e := event{action: "key.adopted", tenant: a.TenantID, app: a.AppID, key: a.ID, detail: map[string]any{"name": tenant.DefaultKey, "scopes": scopes}}
+	if key.Ciphertext == nil {
+		e.action = "key.creating"
+		_, err := tx.Exec(ctx, `
+			INSERT INTO keys (id, app_id, name, scopes, lane, request_id, enqueued_at) VALUES ($1, $2, $3, $4, 1, nullif($5, ''), now())`,
+			a.ID, a.AppID, tenant.DefaultKey, scopes, actor.RequestID)
+		if err != nil {
+			return nil, err
+		}
+		return []keyInLane{{a.ID, tenant.Normal}}, audit(ctx, tx, actor, e)
+	}
+	tag, err := tx.Exec(ctx, `
+		INSERT INTO keys (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
+		VALUES ($1, $2, $3, $4, 'active', $5, $6, $7, now()) ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO NOTHING`,
+		a.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
+	if err != nil {
+		return nil, err
+	}
+	if tag.RowsAffected() == 0 {
+		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry holds this key already, for another app")
+	}
+	return nil, audit(ctx, tx, actor, e)
+}
+
+// EndAdoption ends a leased adoption without carrying it out. Of what was given it keeps
+// what tells the same adoption, and nothing that is a secret or says who somebody is.
+func (db *DB) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error {
+	return translate("end adoption", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			UPDATE adoptions
+			SET state = $3, problem = $4, ciphertext = NULL, display_name = '', labels = '{}', leased_until = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'checking'`, a.ID, a.LeasedUntil, state, problem)
+		if err := oneRow("end adoption", tag, err); err != nil {
+			return err
+		}
+		detail := map[string]any{"dry_run": a.DryRun, "state": state}
+		if problem != nil {
+			detail["code"] = problem.Code
+		}
+		if err := audit(ctx, tx, actor, event{action: "app.adoption_ended", tenant: a.TenantID, app: a.AppID, detail: detail}); err != nil {
+			return err
+		}
+		return wakeTenant(ctx, tx, a.TenantID)
+	}))
+}
+
+// AdoptionSetback records a failed try on a leased adoption, and lets the lease go.
+func (db *DB) AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE adoptions
+		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
+			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
+			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'checking'`,
+		a.ID, a.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
+	return oneRow("record setback of adoption", tag, err)
+}
+
+// DeferAdoption lets the lease of an adoption go, to be looked at again after delay.
+func (db *DB) DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE adoptions SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
+		WHERE id = $1 AND leased_until = $2`, a.ID, a.LeasedUntil, delay)
+	return oneRow("defer adoption", tag, err)
+}
+
+// adoptionMemory is how long it is known how an adoption ended that was not carried out.
+const adoptionMemory = 24 * time.Hour
+
+// forgetAdoptions queues what forgets adoptions that ended long ago.
+func forgetAdoptions(batch *pgx.Batch) {
+	batch.Queue(`
+		DELETE FROM adoptions WHERE id IN (
+			SELECT id FROM adoptions WHERE state <> 'checking' AND updated_at < now() - $1::interval LIMIT 100)`, adoptionMemory)
+}
+
+// notOurs reports tenant.Conflict for a tenant whose app is shared with the operator.
+func notOurs(t tenant.Tenant) error {
+	if t.AppUserID == "" {
+		return nil
+	}
+	return tenant.ErrNotOurs(t.AppUserID)
+}

@@ -1,0 +1,337 @@
+package provision
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// An Adopted is what came of an adoption. Once it is carried out, or if it was before,
+// Tenant is the tenant that has the app; until then only Adoption says how it stands.
+type Adopted struct {
+	Adoption tenant.Adoption
+	Done     bool
+	Tenant   tenant.Tenant
+	// Created says that the tenant was not there before.
+	Created bool
+}
+
+// Adopt takes over an app that was made by hand, for a tenant that is made with it, and
+// waits for wait until the tenant is active. There is no tenant until a worker has looked
+// at the app; one that has the app already is found, and gets the key if the app is
+// another's and the key a new one. An adoption that was refused is tried again.
+//
+// It reports tenant.Invalid for what cannot be, and tenant.Conflict, with the reason for
+// its code, for what is refused. Of a dry run it returns that as an adoption that is
+// refused.
+func (s *Service) Adopt(ctx context.Context, id tenant.ID, what tenant.AdoptRequest, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (Adopted, error) {
+	n, err := s.newAdoption(id, what, up)
+	if err != nil {
+		return Adopted{}, err
+	}
+	// Watch before writing, so that no wake-up falls between.
+	changed, stop := s.Store.Watch(id)
+	defer stop()
+	a, err := s.adoptNow(ctx, n, up, wait, changed, actor)
+	if e, ok := errors.AsType[*tenant.Error](err); ok && e.Kind == tenant.Conflict && n.DryRun {
+		a.Done = false
+		a.Adoption = tenant.Adoption{TenantID: id, AppID: n.AppID, AppUserID: n.AppUserID, DryRun: true, State: tenant.AdoptionRefused,
+			CreatedAt: time.Now(), Problem: &tenant.Problem{Code: e.Code, Detail: e.Detail, Since: time.Now().UTC()}}
+		return a, nil
+	}
+	return a, err
+}
+
+// newAdoption checks what is asked for and seals the key.
+func (s *Service) newAdoption(id tenant.ID, what tenant.AdoptRequest, up tenant.SignUp) (tenant.NewAdoption, error) {
+	n := tenant.NewAdoption{ID: newRowID(), TenantID: id, AppID: what.AppID, AppUserID: what.UserID, Attributes: up.Attributes(), DryRun: what.DryRun}
+	if err := what.Validate(); err != nil {
+		return n, err
+	}
+	if err := up.Validate(); err != nil {
+		return n, err
+	}
+	profile, err := s.profileOf(up)
+	if err != nil {
+		return n, err
+	}
+	n.Profile = profile.Name
+	if n.AppUserID == s.Deployment.Operator {
+		n.AppUserID = ""
+	}
+	if n.AppUserID != "" && !what.Key.IsSet() {
+		return n, &tenant.Error{Kind: tenant.Invalid, Code: "adopt_key_required", Field: "adopt.key",
+			Detail: "is missing: the app belongs to another Clarifai user than the operator, and Clarifai lets only the owner of an app make keys of it; give one that the owner has made"}
+	}
+	if what.Key.IsSet() {
+		n.Key, err = s.sealed(n.ID, what.Key)
+	}
+	return n, err
+}
+
+func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.SignUp, wait time.Duration, changed <-chan struct{}, actor tenant.Actor) (Adopted, error) {
+	var a Adopted
+	b, err := s.Store.BeginAdoption(ctx, n, func(t tenant.Tenant, first []byte) error { return adoptionAgrees(n, up, t, first) }, actor)
+	if err != nil {
+		return a, err
+	}
+	a.Adoption, a.Done = b.Adoption, b.Adoption.ID == uuid.Nil
+	err = s.awaitThat(ctx, max(wait, 1), changed, func() (bool, error) { // looks at least once
+		if !a.Done {
+			a.Adoption, err = s.Store.Adoption(ctx, b.Adoption.ID)
+			if !errors.Is(err, tenant.NotFound) {
+				return a.Adoption.State != tenant.AdoptionChecking, err
+			}
+			a.Done, a.Created = true, b.Tenant.ID == "" // or it was replaced by another
+		}
+		a.Tenant, err = s.Store.Tenant(ctx, n.TenantID)
+		return err == nil && (n.DryRun || a.Tenant.Settled()), err
+	})
+	switch {
+	case errors.Is(err, tenant.NotFound):
+		return a, tenant.Errorf(tenant.Conflict, "adoption_replaced", "another adoption by this tenant was asked for meanwhile: say which is meant")
+	case err != nil:
+		return a, err
+	case a.Done && (a.Tenant.AppID != n.AppID || a.Tenant.AppUserID != n.AppUserID):
+		return a, tenant.ErrTenantTaken(n.TenantID, a.Tenant.AppID, a.Tenant.State)
+	case a.Done:
+		return a, nil
+	case a.Adoption.State == tenant.AdoptionRefused && !n.DryRun:
+		return a, tenant.Errorf(tenant.Conflict, a.Adoption.Problem.Code, "%s", a.Adoption.Problem.Detail)
+	}
+	return a, nil
+}
+
+// adoptionAgrees reports tenant.Conflict if the tenant that is there has another app
+// than the one to be adopted, or other attributes.
+func adoptionAgrees(n tenant.NewAdoption, up tenant.SignUp, t tenant.Tenant, first []byte) error {
+	if t.AppID != n.AppID || t.AppUserID != n.AppUserID {
+		return tenant.ErrTenantTaken(n.TenantID, t.AppID, t.State)
+	}
+	return agrees(up, t, first)
+}
+
+// workAdoption looks at an app that is to be taken over, and carries it out if nothing
+// speaks against it.
+func (s *Service) workAdoption(ctx context.Context, id uuid.UUID) outcome {
+	field := zap.Stringer("adoption", id)
+	ctx = tenant.WithUpstreamTrace(ctx)
+	a, err := s.Store.LeaseAdoption(ctx, id, s.Lease)
+	if errors.Is(err, tenant.NotFound) {
+		return outcomeNothing
+	}
+	if err != nil {
+		return s.failed("lease adoption", err, field)
+	}
+	err = s.carryOut(ctx, a)
+	if err == nil {
+		return outcomeDone
+	}
+	interrupted := ctx.Err() != nil
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	up := asUpstream(err)
+	d, isDeferred := errors.AsType[*deferred](err)
+	refusal, isRefusal := errors.AsType[*tenant.Error](err)
+	switch {
+	case isDeferred:
+		err = s.Store.DeferAdoption(ctx, a, d.bounded())
+	case isRefusal && refusal.Kind == tenant.Conflict:
+		return s.refuseAdoption(ctx, a, refusal)
+	case up == nil:
+		return s.fault("adopt", err, interrupted, a.Attempts, a.Problem, func(set tenant.Setback) error { return s.Store.AdoptionSetback(ctx, a, set) }, field)
+	case interrupted:
+		err = s.Store.DeferAdoption(ctx, a, 0)
+	default:
+		set := s.setback(up, a.Attempts, a.Problem)
+		s.Log.Warn("adoption set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
+		if err := s.Store.AdoptionSetback(ctx, a, set); err != nil {
+			return s.failed("record setback", err, field)
+		}
+		return outcomeSetback
+	}
+	if err != nil {
+		return s.failed("defer adoption", err, field)
+	}
+	return outcomeDeferred
+}
+
+func (s *Service) refuseAdoption(ctx context.Context, a tenant.LeasedAdoption, why *tenant.Error) outcome {
+	problem := &tenant.Problem{Code: why.Code, Detail: why.Detail, Since: time.Now().UTC()}
+	if up := asUpstream(why.Err); up != nil {
+		problem.UpstreamCode, problem.UpstreamRequestID = up.Code, up.RequestID
+	}
+	if err := s.Store.EndAdoption(ctx, a, tenant.AdoptionRefused, problem, workerOf(ctx)); err != nil {
+		return s.failed("refuse adoption", err, zap.Stringer("adoption", a.ID))
+	}
+	return outcomeGivenUp
+}
+
+// refuse is why an adoption is not carried out; up is the answer that says so, or nil.
+func refuse(up error, code, format string, args ...any) error {
+	e := tenant.Errorf(tenant.Conflict, code, format, args...)
+	e.Err = up
+	return e
+}
+
+// carryOut checks a leased adoption and, unless it is a dry run, gives the app to the
+// tenant. It asks Clarifai and changes nothing there: the marker and the key follow once
+// the rows say whose the app is. A refusal is a tenant.Conflict.
+func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
+	profile, ok := s.profiles[a.Profile]
+	if !ok { // it is known to replicas that were started with another file
+		return &deferred{wait: s.BackoffBase}
+	}
+	if err := s.checkAdoptable(ctx, a); err != nil {
+		return err
+	}
+	key, scopes := tenant.SealedKey{}, profile.KeyScopes
+	if a.Ciphertext != nil {
+		var err error
+		if key, scopes, err = s.checkGivenKey(ctx, a); err != nil {
+			return err
+		}
+	}
+	if a.DryRun {
+		return s.Store.EndAdoption(ctx, a, tenant.AdoptionPossible, nil, workerOf(ctx))
+	}
+	return s.Store.HoldAdopted(ctx, a, key, scopes, workerOf(ctx))
+}
+
+// checkAdoptable looks whether the app is there and nobody's.
+func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) error {
+	var app tenant.UpstreamApp
+	err := s.call(ctx, normal, func(ctx context.Context) (err error) {
+		app, err = s.Upstream.AppOf(ctx, a.AppUserID, a.AppID)
+		return err
+	})
+	up, marker := asUpstream(err), app.Marker
+	switch {
+	case err == nil && marker == nil:
+		return nil
+	case err == nil && marker.Deployment != s.Deployment.ID:
+		return refuse(nil, "adopt_foreign_marker",
+			"the app has the marker of another Tenantry deployment (%.32q): it is one of its tenants', or was", marker.Deployment)
+	case err == nil:
+		return refuse(nil, "adopt_app_marked",
+			"the app has the marker of this deployment, and the database does not know it: `tenantry reconcile --adopt` takes it in as the marker says")
+	case up == nil:
+		return err
+	case up.Class == tenant.UpstreamNotFound && a.AppUserID != "":
+		return refuse(err, "adopt_app_unknown", "Clarifai has no app %s of the user %s, or it is not shared with the operator: %s", a.AppID, a.AppUserID, up.Detail)
+	case up.Class == tenant.UpstreamNotFound:
+		return refuse(err, "adopt_app_unknown", "Clarifai has no app %s in the operator's account: %s", a.AppID, up.Detail)
+	case up.Moved || up.Class == tenant.UpstreamRefused:
+		return refuse(err, "adopt_app_unknown", "Clarifai does not show the app %s: %s", a.AppID, up.Detail)
+	case up.Class == tenant.UpstreamForbidden && a.AppUserID != "":
+		return refuse(err, "adopt_app_forbidden", "the app %s is not shared with the operator so that its PAT may look at it: %s", a.AppID, up.Detail)
+	}
+	return err
+}
+
+// checkGivenKey asks Clarifai which app the key of an adoption opens, and seals it anew:
+// the keyset may have changed since.
+func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption) (key tenant.SealedKey, scopes []string, err error) {
+	secret, err := s.Keyring.Open(a.ID, a.Ciphertext)
+	if err != nil {
+		return key, nil, err
+	}
+	opened, err := s.opens(ctx, normal, secret)
+	up := asUpstream(err)
+	owner := a.AppUserID
+	if owner == "" {
+		owner = s.Deployment.Operator
+	}
+	switch {
+	case up != nil && up.Class == tenant.UpstreamNotFound:
+		return key, nil, refuse(err, "adopt_key_refused", "Clarifai does not take the key: %s", up.Detail)
+	case up != nil && (up.Class == tenant.UpstreamRefused || up.Class == tenant.UpstreamForbidden):
+		return key, nil, refuse(err, "adopt_key_refused", "Clarifai does not say what the key opens: %s", up.Detail)
+	case err != nil:
+		return key, nil, err
+	case opened.AppID == "":
+		return key, nil, refuse(nil, "adopt_key_wrong_app", "what was given for a key opens no single app: it is no app-specific key")
+	case opened.AppID != a.AppID || opened.UserID != "" && opened.UserID != owner:
+		return key, nil, refuse(nil, "adopt_key_wrong_app", "the key opens the app %s of %s, not %s of %s", opened.AppID, opened.UserID, a.AppID, owner)
+	}
+	if a.AppUserID == "" {
+		// A key that somebody else's account made of the operator's app can be neither
+		// listed nor deleted with the operator's PAT.
+		err = s.call(ctx, normal, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
+		if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+			return key, nil, refuse(err, "adopt_key_not_ours",
+				"the key works, and is not among the operator's: Tenantry could never revoke it; leave it out, and one is made")
+		}
+		if err != nil {
+			return key, nil, err
+		}
+	}
+	key, err = s.sealed(a.ID, secret)
+	return key, opened.Scopes, err
+}
+
+// opens asks Clarifai which app a key opens. The error is tenant.UpstreamNotFound for a
+// key that is dead.
+func (s *Service) opens(ctx context.Context, l lane, key tenant.Secret) (opened tenant.OpenedApp, err error) {
+	err = s.call(ctx, l, func(ctx context.Context) (err error) {
+		opened, err = s.Upstream.Opens(ctx, key)
+		return err
+	})
+	return opened, err
+}
+
+// letGo ends the purge of an app that is shared with the operator.
+func (s *Service) letGo(ctx context.Context, a tenant.App) error {
+	return s.Store.AppDeleted(ctx, a, workerOf(ctx))
+}
+
+// leaveUnmarked ends the tending of an app that is shared with the operator.
+func (s *Service) leaveUnmarked(ctx context.Context, a tenant.App) error {
+	return s.Store.AppMarked(ctx, a)
+}
+
+// A standing is a problem that only somebody else can remove.
+type standing struct{ problem tenant.Problem }
+
+func (e *standing) Error() string { return e.problem.Detail }
+
+// stand writes down a problem of a key that stays until somebody else acts.
+func (s *Service) stand(ctx context.Context, k tenant.LeasedKey, problem tenant.Problem) outcome {
+	if k.Problem != nil && k.Problem.Code == problem.Code {
+		problem.Since = k.Problem.Since
+	}
+	set := tenant.Setback{Problem: problem, Delay: backoff(4*s.BackoffBase, 4*s.BackoffCap, k.Attempts), Counts: true}
+	if err := s.Store.KeySetback(ctx, k, set); err != nil {
+		return s.failed("record setback", err, zap.Stringer("key", k.ID))
+	}
+	return outcomeSetback
+}
+
+// deleteTheirKey tries to delete a key of an app that is shared with the operator, and
+// believes nothing but a key that works no longer.
+func (s *Service) deleteTheirKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
+	err := s.call(ctx, k.Lane, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
+	switch tenant.ClassOf(err) {
+	case tenant.UpstreamNotFound, tenant.UpstreamForbidden, tenant.UpstreamRefused:
+	default:
+		if err != nil {
+			return err
+		}
+	}
+	_, err = s.opens(ctx, k.Lane, secret)
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
+	}
+	if err != nil {
+		return err
+	}
+	return &standing{tenant.Problem{Code: "key_not_ours", Since: time.Now().UTC(), Detail: fmt.Sprintf(
+		"the key works on: the app belongs to the Clarifai user %s, and Clarifai lets only %s delete its keys; ask for it, Tenantry looks now and then whether it is done",
+		k.AppUserID, k.AppUserID)}}
+}
