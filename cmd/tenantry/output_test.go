@@ -82,6 +82,7 @@ func TestFollow(t *testing.T) {
 		{"suspend", "404", 4, "404"},
 		{"resume", "resuming suspended", 5, "changed by another command"},
 		{"delete", "deleting deleted", 0, "deleted"},
+		{"delete", "deleting revoked", 0, "keys_revoked"},
 		{"delete --purge --yes", "deleting purging active", 5, "changed by another command"},
 		{"suspend --no-wait", "", 0, "suspending"},
 	} {
@@ -104,9 +105,13 @@ func TestFollow(t *testing.T) {
 				w.WriteHeader(status)
 				return
 			}
+			deletion := ""
+			if state == "revoked" {
+				state, deletion = "deleting", `,"deletion":{"keys_revoked":true,"purge_after":"2999-01-01T00:00:00Z"}`
+			}
 			w.Header().Set("Content-Type", "application/json")
 			w.WriteHeader(status)
-			_, _ = fmt.Fprintf(w, `{"id":"user_1","state":%q,"new_field":1}`, state)
+			_, _ = fmt.Fprintf(w, `{"id":"user_1","state":%q,"new_field":1%s}`, state, deletion)
 		}))
 		o := operatorAt{t: t, url: s.URL, vars: map[string]string{"TENANTRY_TOKEN": "tnty_x"}}
 		command, flags, _ := strings.Cut(c.command, " ")
