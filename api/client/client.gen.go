@@ -561,8 +561,9 @@ type Adopt struct {
 	Key *string `json:"key,omitempty"`
 
 	// UserId The Clarifai user that owns the app. Left out, the operator. Of an app of somebody else that is shared with the
-	// operator, Clarifai lets only the owner make and delete keys: `key` must be given, and Tenantry never changes,
-	// marks or removes the app.
+	// operator, Clarifai lets only the owner make and delete keys: `key` must be given, to rotate it and to make others
+	// is answered 409 `key_not_ours`, and Tenantry never changes, marks or removes the app. To give it another key, which
+	// also ends a suspension, adopt the app again with it.
 	UserId *string `json:"user_id,omitempty"`
 }
 

@@ -28,6 +28,9 @@ func adoptionFields(a *tenant.Adoption) []any {
 	return []any{&a.ID, &a.TenantID, &a.AppID, &a.AppUserID, &a.DryRun, &a.State, &a.CreatedAt, &a.Problem}
 }
 
+// errAppeared undoes a transaction that a tenant came in between.
+var errAppeared = errors.New("the tenant is there by now")
+
 // BeginAdoption writes down that an app is to be taken over, or finds the same adoption
 // under way, or ended and told to nobody yet. Another adoption of the tenant that is
 // under way is replaced. A tenant that is there is returned as it stands, with no
@@ -35,8 +38,9 @@ func adoptionFields(a *tenant.Adoption) []any {
 // reports tenant.Conflict for an app that the database knows.
 func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
 	var b tenant.BegunAdoption
-	began := false
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	var began bool
+	begin := func(tx pgx.Tx) error {
+		b, began = tenant.BegunAdoption{}, false
 		// The app before the tenant: who gets the app has it in one commit with its tenant.
 		claimed := unclaimed(ctx, tx, n.AppID, n.TenantID)
 		if claimed != nil && !errors.Is(claimed, tenant.Conflict) {
@@ -80,7 +84,19 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		if err != nil {
 			return err
 		}
-		if began = tag.RowsAffected() == 1; began {
+		if began = tag.RowsAffected() == 1; began && b.Tenant.ID == "" {
+			// Where the same adoption was carried out since the look for the tenant, its row
+			// was gone by now, and this one began it anew.
+			var appeared bool
+			if err := tx.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenants WHERE id = $1 AND state <> 'deleted')`, n.TenantID).
+				Scan(&appeared); err != nil {
+				return err
+			}
+			if appeared {
+				return errAppeared
+			}
+		}
+		if began {
 			if err := audit(ctx, tx, actor, event{action: "app.adopting", tenant: n.TenantID, app: n.AppID,
 				detail: map[string]any{"dry_run": n.DryRun, "with_key": n.Key.Ciphertext != nil}}); err != nil {
 				return err
@@ -88,7 +104,11 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		}
 		return tx.QueryRow(ctx, `SELECT `+adoptionColumns+` FROM adoptions a WHERE tenant_id = $1 AND dry_run = $2`, n.TenantID, n.DryRun).
 			Scan(adoptionFields(&b.Adoption)...)
-	})
+	}
+	err := pgx.BeginFunc(ctx, db.pool, begin)
+	if errors.Is(err, errAppeared) {
+		err = pgx.BeginFunc(ctx, db.pool, begin)
+	}
 	if err != nil {
 		return b, translate("begin adoption", err)
 	}
@@ -165,8 +185,8 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 	err := db.pool.QueryRow(ctx, `
 		UPDATE adoptions a SET leased_until = now() + $2
 		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.attempts, a.leased_until`, id, lease).
-		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.Attempts, &a.LeasedUntil)...)
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.attempts, a.leased_until`, id, lease).
+		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.Attempts, &a.LeasedUntil)...)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("adoption")
 	}

@@ -279,8 +279,8 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 }
 
 // Restore takes a deletion back while the app is there: the tenant resumes, with keys
-// made anew as the rows ids. It reports tenant.Conflict once the app is being
-// removed.
+// made anew as the rows ids. Of an app that is shared with the operator it is suspended.
+// It reports tenant.Conflict once the app is being removed.
 func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
 	return db.change(ctx, "restore tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
 		done, err := tenant.Restore.Check(t.State)
@@ -291,6 +291,12 @@ func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor 
 			UPDATE apps SET state = 'held', purge_after = NULL, problem = NULL, updated_at = now() WHERE id = $1 AND state = 'retained'`,
 			t.AppID); err != nil {
 			return nil, err
+		}
+		if t.AppUserID != "" { // no key can be made of it: it waits for one of its owner's
+			if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
+				return nil, err
+			}
+			return nil, settle(ctx, tx, id, actor)
 		}
 		return resume(ctx, tx, t, ids, actor)
 	})

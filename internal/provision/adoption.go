@@ -167,10 +167,17 @@ func (s *Service) refuseAdoption(ctx context.Context, a tenant.LeasedAdoption, w
 	if up := asUpstream(why.Err); up != nil {
 		problem.UpstreamCode, problem.UpstreamRequestID = up.Code, up.RequestID
 	}
-	if err := s.Store.EndAdoption(ctx, a, tenant.AdoptionRefused, problem, workerOf(ctx)); err != nil {
+	if err := s.Store.EndAdoption(ctx, a, tenant.AdoptionRefused, problem, requesterOf(ctx, a)); err != nil {
 		return s.failed("refuse adoption", err, zap.Stringer("adoption", a.ID))
 	}
 	return outcomeGivenUp
+}
+
+// requesterOf is who asked for an adoption, with the upstream call that ended it.
+func requesterOf(ctx context.Context, a tenant.LeasedAdoption) tenant.Actor {
+	of := a.RequestedBy
+	of.UpstreamRequestID = tenant.LastUpstreamRequest(ctx)
+	return of
 }
 
 // refuse is why an adoption is not carried out; up is the answer that says so, or nil.
@@ -199,9 +206,9 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 		}
 	}
 	if a.DryRun {
-		return s.Store.EndAdoption(ctx, a, tenant.AdoptionPossible, nil, workerOf(ctx))
+		return s.Store.EndAdoption(ctx, a, tenant.AdoptionPossible, nil, requesterOf(ctx, a))
 	}
-	return s.Store.HoldAdopted(ctx, a, key, scopes, workerOf(ctx))
+	return s.Store.HoldAdopted(ctx, a, key, scopes, requesterOf(ctx, a))
 }
 
 // checkAdoptable looks whether the app is there and nobody's.

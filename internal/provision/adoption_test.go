@@ -87,6 +87,9 @@ func TestAdoptWithKey(t *testing.T) {
 	if n := countOf(t, conn, `adoptions`); n != 0 {
 		t.Errorf("%d adoptions are left", n)
 	}
+	if n := countOf(t, conn, `audit_events WHERE action = 'tenant.created' AND actor = '`+caller.Name+`' AND upstream_request_id IS NOT NULL`); n != 1 {
+		t.Error("the adoption is not written to whom asked for it, with the call that allowed it")
+	}
 
 	// It lives on like any other.
 	is, err := r.Suspend(t.Context(), "user_1", wait, caller)
@@ -186,6 +189,10 @@ func TestAdoptRefused(t *testing.T) {
 	if n := countOf(t, conn, `adoptions WHERE ciphertext IS NOT NULL OR state = 'checking'`); n != 0 {
 		t.Errorf("%d adoptions keep a key or go on", n)
 	}
+	w.Faults(map[string]any{"call": "GetKey", "count": 1, "status": 11101})
+	_, err := adopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one", Key: key})
+	refusedAs(t, err, "adopt_key_not_ours", "never revoke")
+	w.Faults()
 	// Who asked without waiting is told once, and then it is tried again.
 	for range 2 {
 		if a, err := r.Adopt(t.Context(), "user_1", tenant.AdoptRequest{AppID: "none"}, tenant.SignUp{}, 0, caller); err == nil && a.Adoption.State != tenant.AdoptionChecking {
@@ -196,7 +203,7 @@ func TestAdoptRefused(t *testing.T) {
 			return errors.Is(err, tenant.Conflict)
 		})
 	}
-	_, err := adopt(t, r, "builder", tenant.AdoptRequest{AppID: "one"})
+	_, err = adopt(t, r, "builder", tenant.AdoptRequest{AppID: "one"})
 	refusedAs(t, err, "adopt_tenant_taken", string(built.AppID))
 	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one", Key: key})
 }
@@ -336,6 +343,17 @@ func TestAdoptShared(t *testing.T) {
 				t.Errorf("the tenant has the keys %+v, %v", keys, err)
 			}
 			mendedWithout(t, r)
+
+			// A deletion that is taken back leaves it suspended, until there is a key.
+			if _, err := r.Delete(t.Context(), "user_1", false, 0, caller); err != nil {
+				t.Fatal(err)
+			}
+			for _, k := range w.AppKeys() { // that which was replaced works on, too
+				w.Ask(provisiontest.TheirPAT, "DELETE", "/keys/"+k.ID, nil)
+			}
+			is, err = r.Restore(t.Context(), "user_1", wait, caller)
+			stateOf(t, is, err, tenant.Suspended)
+			mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "theirs", UserID: "bob", Key: w.KeyByHand(provisiontest.TheirPAT, "theirs")})
 
 			is, err = r.Delete(t.Context(), "user_1", true, wait, admin)
 			stateOf(t, is, err, tenant.Deleted)

@@ -112,6 +112,7 @@ type LeasedAdoption struct {
 	Adoption
 	Profile     string
 	Ciphertext  []byte // of the key that was given, sealed for ID; nil for none
+	RequestedBy Actor
 	Attempts    int
 	LeasedUntil time.Time // as App.LeasedUntil
 }
