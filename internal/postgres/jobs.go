@@ -59,7 +59,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
 	var building, later []tenant.AppID
-	var reconciliations []uuid.UUID
+	var reconciliations, campaigns []uuid.UUID
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
@@ -82,6 +82,8 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		UPDATE reconciliations SET enqueued_at = now()
 		WHERE state = 'running' AND next_attempt_at <= now() AND leased_until < now() AND `+notQueued+`
 		RETURNING id`, requeueAfter)
+	collect(batch, &campaigns, `
+		UPDATE campaigns SET enqueued_at = now() WHERE `+dueCampaign+` AND `+notQueued+` RETURNING id`, requeueAfter)
 	for _, state := range []string{"purging", "held"} {
 		pending := ""
 		if state == "held" {
@@ -106,6 +108,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	jobs = append(jobs, keyJobs(keys)...)
 	for _, id := range reconciliations {
 		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
+	}
+	for _, id := range campaigns {
+		jobs = append(jobs, campaignJob(id))
 	}
 	for _, id := range later {
 		add(tenant.QueueBackground, 3, tenant.AppJob{AppID: id})

@@ -1,0 +1,1 @@
+DROP TABLE campaign_items, campaigns, profile_revisions;
