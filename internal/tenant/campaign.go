@@ -131,7 +131,7 @@ func (f KeyFilter) Validate() error {
 			return err
 		}
 	}
-	return nil
+	return SignUp{Labels: f.Labels}.Validate()
 }
 
 // Fields names the conditions of f without the values of labels, for the audit log.
