@@ -29,18 +29,8 @@ func (f newCallerFlags) caller(now time.Time) (tenant.NewCaller, error) {
 	if c.ExpiresAt, err = expiry(now, f.ExpiresIn); err != nil {
 		return c, err
 	}
-	for _, text := range f.Label {
-		key, value, ok := strings.Cut(text, "=")
-		if !ok || key == "" {
-			return c, fmt.Errorf("--label %q must read key=value", text)
-		}
-		if _, twice := c.Scope[key]; twice {
-			return c, fmt.Errorf("--label %s is given twice", key)
-		}
-		if c.Scope == nil {
-			c.Scope = tenant.Scope{}
-		}
-		c.Scope[key] = value
+	if c.Scope, err = labelsOf(f.Label); err != nil {
+		return c, err
 	}
 	if fault, ok := errors.AsType[*tenant.Error](c.Validate(now)); ok {
 		name, _, _ := strings.Cut(fault.Field, ".")
@@ -51,6 +41,25 @@ func (f newCallerFlags) caller(now time.Time) (tenant.NewCaller, error) {
 		return c, errors.New("--" + flag + " " + fault.Detail)
 	}
 	return c, nil
+}
+
+// labelsOf reads the values of a flag --label; nil is none.
+func labelsOf(texts []string) (map[string]string, error) {
+	var labels map[string]string
+	for _, text := range texts {
+		key, value, ok := strings.Cut(text, "=")
+		if !ok || key == "" {
+			return nil, fmt.Errorf("--label %q must read key=value", text)
+		}
+		if _, twice := labels[key]; twice {
+			return nil, fmt.Errorf("--label %s is given twice", key)
+		}
+		if labels == nil {
+			labels = map[string]string{}
+		}
+		labels[key] = value
+	}
+	return labels, nil
 }
 
 func expiry(now time.Time, in time.Duration) (time.Time, error) {
