@@ -365,6 +365,17 @@ func TestMaxKeyAge(t *testing.T) {
 	if got, want := rotatedKeys(t, w), []string{"old default"}; !cmp.Equal(got, want) {
 		t.Errorf("%v were rotated; want %v", got, want)
 	}
+
+	// Once the new key is old too, while the old one works on, it waits for that to end.
+	exec(t, w, `UPDATE keys k SET activated_at = now() - interval '91 days' FROM apps a WHERE a.id = k.app_id AND a.tenant_id = 'old'`)
+	if err := r.RotateAged(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(column(t, w, `SELECT id::text FROM campaigns`)); n != 1 {
+		t.Errorf("there are %d campaigns; want one", n)
+	}
+	exec(t, w, `UPDATE keys SET retires_at = now() WHERE state = 'retiring'`)
+	provisiontest.Eventually(t, "the key is rotated again", func() bool { return len(rotatedKeys(t, w)) == 2 })
 }
 
 func TestApplyProfile(t *testing.T) {
