@@ -1,15 +1,18 @@
 package provision_test
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
 
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
@@ -213,11 +216,11 @@ func TestRotationSkips(t *testing.T) {
 	if _, err := r.RevokeKey(t.Context(), "gone", "default", wait, caller); err != nil {
 		t.Fatal(err)
 	}
+	r.Stop() // or its sweep would settle the tenant
 	exec(t, w, `UPDATE tenants SET state = 'resuming' WHERE id = 'resuming'`)
-	r.Stop()
 	r = w.Start(provisiontest.Options{Idle: true})
 	c := startRotation(t, r, tenant.KeyFilter{All: true})
-	r.WorkCampaign(t.Context(), c.ID) // and not the sweep, which would settle the tenant
+	r.WorkCampaign(t.Context(), c.ID)
 	if got, want := items(t, r, c), []string{"busy default skipped rotation_under_way", "fine default under_way", "resuming default skipped state_forbids"}; !cmp.Equal(sorted(got), want) {
 		t.Errorf("items are %q; want %q", got, want)
 	}
@@ -376,6 +379,19 @@ func TestMaxKeyAge(t *testing.T) {
 	}
 	exec(t, w, `UPDATE keys SET retires_at = now() WHERE state = 'retiring'`)
 	provisiontest.Eventually(t, "the key is rotated again", func() bool { return len(rotatedKeys(t, w)) == 2 })
+	rest(t, w)
+	r.Stop()
+
+	// Nor is that of a tenant that changes a reason.
+	exec(t, w, `UPDATE tenants SET state = 'resuming' WHERE id = 'new'`)
+	exec(t, w, `UPDATE keys k SET activated_at = now() - interval '91 days' FROM apps a WHERE a.id = k.app_id AND a.tenant_id = 'new'`)
+	r = w.Start(provisiontest.Options{Idle: true, Adjust: adjust})
+	if err := r.RotateAged(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(column(t, w, `SELECT id::text FROM campaigns`)); n != 2 {
+		t.Errorf("there are %d campaigns; want two", n)
+	}
 }
 
 func TestApplyProfile(t *testing.T) {
@@ -519,4 +535,53 @@ func TestApplyProfileFails(t *testing.T) {
 	}
 	wantCounts(t, ended(t, r, c), "done [1 1 0 0 0]")
 	mendedWithout(t, r)
+}
+
+// meddlingStore does something before an app is said to be of a revision.
+type meddlingStore struct {
+	provision.Store
+	meddle func()
+}
+
+func (s meddlingStore) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (bool, error) {
+	s.meddle()
+	return s.Store.Conformed(ctx, c, m, ids, actor)
+}
+
+// A tenant whose keys change while the profile is applied to it is looked at anew, and
+// left alone if that does not end.
+func TestApplyProfileWhileKeysChange(t *testing.T) {
+	t.Parallel()
+	for times, want := range map[int32]string{1: "done [1 1 0 0 0]", 100: "done [1 0 1 0 0]"} {
+		t.Run(fmt.Sprint(times), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(provisiontest.Options{})
+			signUp(t, r, "user_1")
+			marked(t, w)
+			rest(t, w)
+			r.Stop()
+			var left atomic.Int32
+			left.Store(times)
+			r = w.Start(provisiontest.Options{
+				Adjust: with(tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{"Predict"}}),
+				Store: func(s provision.Store) provision.Store {
+					return meddlingStore{s, func() {
+						if left.Add(-1) >= 0 {
+							exec(t, w, `UPDATE keys SET scopes = '{All}'`)
+						}
+					}}
+				},
+			})
+			c, err := r.ApplyProfile(t.Context(), tenant.DefaultProfile, admin)
+			if err != nil {
+				t.Fatal(err)
+			}
+			wantCounts(t, ended(t, r, c), want)
+			current := column(t, w, `SELECT k.scopes::text FROM keys k JOIN apps a ON a.id = k.app_id WHERE a.profile_revision = $1`, c.Revision)
+			if done := times == 1; done != (len(current) == 1) || done && current[0] != "{Predict}" {
+				t.Errorf("of the new revision are keys of %q", current)
+			}
+		})
+	}
 }
