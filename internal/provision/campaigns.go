@@ -144,7 +144,7 @@ func (s *Service) rotateAged(ctx context.Context) error {
 		}
 		began, err := s.Store.StartDueRotation(ctx, tenant.NewCampaign{ID: newRowID(), Kind: tenant.RotateKeys,
 			Overlap: min(tenant.DefaultOverlap, p.MaxKeyAge), // or the old key would outlast the new one
-			Filter: tenant.KeyFilter{Profile: p.Name, OlderThan: p.MaxKeyAge}}, worker)
+			Filter:  tenant.KeyFilter{Profile: p.Name, OlderThan: p.MaxKeyAge}}, worker)
 		if err != nil {
 			return fmt.Errorf("look for keys of the profile %s that are too old: %w", p.Name, err)
 		}
