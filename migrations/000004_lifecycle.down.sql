@@ -1,3 +1,4 @@
+DROP TABLE campaign_items, campaigns, profile_revisions;
 ALTER TABLE apps DROP COLUMN user_id;
 DROP TABLE adoptions;
 DROP INDEX tenants_by_profile;

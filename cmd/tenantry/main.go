@@ -43,8 +43,9 @@ type cli struct {
 	Upstream    upstreamCmd    `cmd:"" help:"Show how Clarifai and the work for it stand. Roles: all."`
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
 	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Role: admin."`
-	Profile     profileCmd     `cmd:"" help:"Check a profiles file; list the profiles of a running service."`
+	Profile     profileCmd     `cmd:"" help:"Check a profiles file; list and apply the profiles of a running service."`
 	Adopt       adoptCmd       `cmd:"" help:"Take over apps that were made by hand, as a file says, through a running service. A dry run without --yes. Role: provisioner."`
+	Rotation    rotationCmd    `cmd:"" help:"Rotate the keys of many tenants, through a running service, and follow, pause and stop such campaigns."`
 	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs. Role: admin."`
 	Audit       auditCmd       `cmd:"" help:"List the events of the audit log, and check that none was altered, removed or inserted."`
 	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants, and replace its keys."`

@@ -16,6 +16,7 @@ import (
 type profileCmd struct {
 	Check profileCheckCmd `cmd:"" help:"Check a profiles file and print each fault with its line; exit code 1 if it cannot be used."`
 	List  profileListCmd  `cmd:"" help:"List the profiles of a running service, and how many tenants are on which revision. Roles: all."`
+	Apply profileApplyCmd `cmd:"" help:"Bring the tenants of a profile of a running service to its current revision, or list what that would change. Role: admin; for a dry run, viewer."`
 }
 
 type profileCheckCmd struct {
@@ -140,4 +141,80 @@ func shownAge(seconds int) string {
 		return fmt.Sprintf("%dd", seconds/day)
 	}
 	return (time.Duration(seconds) * time.Second).String()
+}
+
+type profileApplyCmd struct {
+	campaignFlags
+	watchFlag
+	Name   string `arg:"" help:"The profile."`
+	DryRun bool   `xor:"do" help:"Change nothing, and list what would change."`
+	Yes    bool   `xor:"do" help:"Change it: without this flag nothing is changed either, and the command fails if something would be."`
+}
+
+func (c profileApplyCmd) Run(ctx context.Context, e env) error {
+	api, err := c.client(e)
+	if err != nil {
+		return err
+	}
+	if !c.Yes {
+		tenants, err := c.dryRun(ctx, e, api)
+		if err == nil && tenants > 0 && !c.DryRun {
+			err = usagef("nothing was changed: to change %d tenants, give --yes", tenants)
+		}
+		return err
+	}
+	began, err := api.ApplyProfileWithResponse(ctx, c.Name)
+	if err != nil {
+		return err
+	}
+	if began.JSON202 == nil {
+		return problemOf(began.HTTPResponse, began.Body)
+	}
+	return c.follow(ctx, e, api, began.JSON202, c.Watch)
+}
+
+// dryRun lists what would change, and returns of how many tenants.
+func (c profileApplyCmd) dryRun(ctx context.Context, e env, api *client.ClientWithResponses) (int, error) {
+	all := []client.TenantChanges{}
+	limit := 1000
+	for cursor := (*string)(nil); ; {
+		page, err := api.ListProfileChangesWithResponse(ctx, c.Name, &client.ListProfileChangesParams{Limit: &limit, Cursor: cursor})
+		if err != nil {
+			return 0, err
+		}
+		if page.JSON200 == nil {
+			return 0, problemOf(page.HTTPResponse, page.Body)
+		}
+		all = append(all, page.JSON200.Tenants...)
+		if cursor = page.JSON200.NextCursor; cursor == nil {
+			break
+		}
+	}
+	tenants := 0
+	for _, t := range all {
+		if t.Skipped == nil {
+			tenants++
+		}
+	}
+	if c.json() {
+		return tenants, printJSON(e.stdout, all)
+	}
+	w := newTable(e.stdout, "TENANT", "APP", "WHAT", "KEY", "FROM", "TO")
+	for _, t := range all {
+		if t.Skipped != nil {
+			w.row(t.TenantId, t.AppId, "skipped", "", "", *t.Skipped)
+			continue
+		}
+		for _, change := range t.Changes {
+			w.row(t.TenantId, t.AppId, change.What, textOr(change.KeyName, ""), textOr(change.From, ""), change.To)
+		}
+		if len(t.Changes) == 0 {
+			w.row(t.TenantId, t.AppId, "revision", "", "", "")
+		}
+	}
+	if err := w.flush(); err != nil {
+		return tenants, err
+	}
+	_, err := fmt.Fprintf(e.stderr, "tenants that would change: %d, skipped: %d\n", tenants, len(all)-tenants)
+	return tenants, err
 }

@@ -222,6 +222,17 @@ func (c *Client) MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Mar
 	return c.do(ctx, request{call: "PatchApp", method: http.MethodPatch, path: c.path("apps", string(id)), body: body, limit: maxAnswer}, nothing)
 }
 
+// ChangeApp changes what an app was made of and leaves the rest of it alone. It reports
+// tenant.UpstreamNotFound if there is no such app.
+func (c *Client) ChangeApp(ctx context.Context, id tenant.AppID, change tenant.AppChange) error {
+	app := appJSON{ID: string(id), DefaultLanguage: change.Language, Description: change.Description}
+	if change.BaseWorkflow != "" {
+		app.DefaultWorkflow = &workflowJSON{ID: change.BaseWorkflow, UserID: "clarifai", AppID: "main"}
+	}
+	body := map[string]any{"app": app, "action": "overwrite"}
+	return c.do(ctx, request{call: "PatchApp", method: http.MethodPatch, path: c.path("apps", string(id)), body: body, limit: maxAnswer}, nothing)
+}
+
 // AppKeys returns one page of an app's keys, counted from 1; a page after the last
 // is empty. It reports tenant.UpstreamNotFound if there is no such app.
 func (c *Client) AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error) {

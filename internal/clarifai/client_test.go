@@ -131,6 +131,23 @@ var calls = []testCall{
 		},
 	},
 	{
+		name: "PatchApp", method: "PATCH", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
+		body: `{"app":{"id":"` + string(appID) + `","default_language":"en","description":"Acme's",
+			"default_workflow":{"id":"General","user_id":"clarifai","app_id":"main"}},"action":"overwrite"}`,
+		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `"}}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return nil, c.ChangeApp(ctx, appID, tenant.AppChange{BaseWorkflow: "General", Language: "en", Description: "Acme's"})
+		},
+	},
+	{
+		name: "PatchApp", method: "PATCH", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
+		body:   `{"app":{"id":"` + string(appID) + `","description":"Acme's"},"action":"overwrite"}`,
+		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `"}}`,
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return nil, c.ChangeApp(ctx, appID, tenant.AppChange{Description: "Acme's"})
+		},
+	},
+	{
 		name: "ListKeys", method: "GET", uri: "/v2/users/acme/keys?page=1&per_page=1000&type=app_specific_key",
 		answer: `{` + okStatus + `,"keys":[{"id":"` + keyText + `","description":"a","scopes":["All"],"apps":[{"id":"` + string(appID) + `"}]}]}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {

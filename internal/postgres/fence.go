@@ -16,6 +16,7 @@ func (db *DB) Fence(ctx context.Context) (tenant.Fence, error) {
 }
 
 type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
 	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
 }
 

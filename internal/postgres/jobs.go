@@ -59,7 +59,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
 	var building, later []tenant.AppID
-	var reconciliations, adoptions []uuid.UUID
+	var reconciliations, adoptions, campaigns []uuid.UUID
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
@@ -89,6 +89,8 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 		RETURNING id`, requeueAfter, most)
 	forgetAdoptions(batch)
+	collect(batch, &campaigns, `
+		UPDATE campaigns SET enqueued_at = now() WHERE `+dueCampaign+` AND `+notQueued+` RETURNING id`, requeueAfter)
 	for _, state := range []string{"purging", "held"} {
 		pending := ""
 		if state == "held" {
@@ -116,6 +118,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	}
 	for _, id := range reconciliations {
 		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
+	}
+	for _, id := range campaigns {
+		jobs = append(jobs, campaignJob(id))
 	}
 	for _, id := range later {
 		add(tenant.QueueBackground, 3, tenant.AppJob{AppID: id})

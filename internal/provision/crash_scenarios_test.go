@@ -47,7 +47,7 @@ var crashScenarios = map[string]crashScenario{
 			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
+			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -107,6 +107,81 @@ var crashScenarios = map[string]crashScenario{
 			_, _, _ = s.r.UpstreamStatus(s.t.Context())
 			_, _, _ = s.r.ProfileUses(s.t.Context())
 		},
+	},
+
+	"campaign of rotations": {
+		points: []string{"StartRotation StartCampaign", "CountRotation CountKeys", "workCampaign LeaseCampaign", "campaignStep SettleCampaign",
+			"campaignStep CountCampaign", "campaignStep RotateSome", "workCampaign DeferCampaign", "makeHeldKey FinishLeasedKey", "deleteKey KeyEnded"},
+		prepare: first,
+		act: func(s *scene) {
+			_, _ = s.r.CountRotation(s.t.Context(), tenant.KeyFilter{All: true}, noOverlap)
+			startRotation(s.t, s.r, tenant.KeyFilter{All: true})
+		},
+		settle: rotatedOnce,
+	},
+	"campaign of rotations that is paused": {
+		points:  []string{"ChangeCampaign ChangeCampaign"},
+		prepare: first,
+		act: func(s *scene) {
+			c := startRotation(s.t, s.r, tenant.KeyFilter{All: true})
+			_, _ = s.r.ChangeCampaign(s.t.Context(), c.ID, tenant.PauseCampaign, admin)
+		},
+		settle: func(s *scene) {
+			for _, c := range campaigns(s) {
+				if c.State == tenant.CampaignPaused {
+					if _, err := s.r.ChangeCampaign(s.t.Context(), c.ID, tenant.ResumeCampaign, admin); err != nil {
+						s.t.Fatal(err)
+					}
+				}
+			}
+			rotatedOnce(s)
+		},
+	},
+	"campaign of rotations that Postgres refuses": {
+		points: []string{"workCampaign CampaignSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `ALTER TABLE campaign_items ADD CONSTRAINT none CHECK (false) NOT VALID`)
+		},
+		act:     func(s *scene) { startRotation(s.t, s.r, tenant.KeyFilter{All: true}) },
+		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE campaign_items DROP CONSTRAINT none`) },
+		settle:  rotatedOnce,
+	},
+	"keys that are too old": {
+		points: []string{"rotateAged StartDueRotation"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `UPDATE keys SET activated_at = now() - interval '2 hours'`)
+		},
+		options: provisiontest.Options{Adjust: func(c *provision.Config) {
+			c.Profiles[0].MaxKeyAge, c.AgeEvery = time.Hour, time.Millisecond
+		}},
+		settle: rotatedOnce,
+	},
+	"profile that is applied": {
+		points: []string{"ApplyProfile NoteProfiles", "ApplyProfile StartCampaign", "ProfileChanges Misfits", "conformNext NextMisfit", "conform SetKeyScopes",
+			"conform KeyRescopedTo", "conform ChangeApp", "conformNext Conformed"},
+		prepare: first, options: changedProfile, act: applyProfile, settle: conformed,
+	},
+	"profile that is refused to a tenant": {
+		points:  []string{"leaveMisfit LeaveMisfit"},
+		prepare: faulty(map[string]any{"call": "PatchKeys", "count": 1, "status": 11102}),
+		options: changedProfile, act: applyProfile,
+	},
+	"profile that waits for the account": {
+		points:  []string{"workCampaign CampaignSetback 2"},
+		prepare: faulty(map[string]any{"call": "PatchKeys", "count": 1, "status": 11006}),
+		options: changedProfile, act: applyProfile, settle: conformed,
+	},
+	"profile that is applied when the replica shuts down": {
+		points:  []string{"workCampaign DeferCampaign 2"},
+		prepare: faulty(map[string]any{"call": "PatchKeys", "hang": true}),
+		options: changedProfile,
+		act: func(s *scene) {
+			applyProfile(s)
+			stopDuring(s, "PatchKeys", 0)
+		},
+		settle: conformed,
 	},
 
 	"key that was never made, to be revoked": {
@@ -910,6 +985,52 @@ func rereadKeyset(s *scene) {
 func startReport(s *scene) {
 	if _, err := s.r.StartReport(s.t.Context(), admin); err != nil {
 		s.t.Fatalf("start report: %v", err)
+	}
+}
+
+func campaigns(s *scene) []tenant.Campaign {
+	cs, err := s.r.DB.Campaigns(s.t.Context(), uuid.Nil, 10)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return cs
+}
+
+// rotatedOnce sees the campaign end that was begun, or begins it if it was not, and the
+// key rotated once.
+func rotatedOnce(s *scene) {
+	cs := campaigns(s)
+	if len(cs) == 0 {
+		cs = append(cs, startRotation(s.t, s.r, tenant.KeyFilter{All: true}))
+	}
+	if c := ended(s.t, s.r, cs[0]); len(cs) != 1 || c.Done != 1 || c.Total != 1 {
+		s.t.Errorf("there are %d campaigns, the last of which is %s", len(cs), counts(c))
+	}
+	if got := rotatedKeys(s.t, s.w); len(got) != 1 {
+		s.t.Errorf("%v were rotated; want one key", got)
+	}
+}
+
+var changedProfile = provisiontest.Options{Adjust: func(c *provision.Config) {
+	c.Profiles[0].BaseWorkflow, c.Profiles[0].KeyScopes = "General", []string{"All", "Predict"}
+}}
+
+func applyProfile(s *scene) {
+	_, _ = s.r.ProfileChanges(s.t.Context(), tenant.DefaultProfile, "", 10)
+	if _, err := s.r.ApplyProfile(s.t.Context(), tenant.DefaultProfile, admin); err != nil {
+		s.t.Fatalf("apply the profile: %v", err)
+	}
+}
+
+// conformed sees a campaign end that was begun, by a replica that has another revision
+// of the profile.
+func conformed(s *scene) {
+	for _, c := range campaigns(s) {
+		wantCounts(s.t, ended(s.t, s.r, c), "done [1 1 0 0 0]")
+		if got := column(s.t, s.w, `SELECT scopes::text || a.profile_revision FROM keys k JOIN apps a ON a.id = k.app_id`); len(got) != 1 ||
+			got[0] != "{All,Predict}"+c.Revision {
+			s.t.Errorf("the key and its app are %q", got)
+		}
 	}
 }
 

@@ -342,6 +342,7 @@ func timePasses(t *testing.T, w *provisiontest.World) {
 			k AS (UPDATE keys SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			d AS (UPDATE adoptions SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			r AS (UPDATE reconciliations SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
+			c AS (UPDATE campaigns SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			p AS (UPDATE refused_pats SET next_check_at = now())
 		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch', next_slot_at = 'epoch'`)
 }
@@ -356,7 +357,8 @@ func rest(t *testing.T, w *provisiontest.World) {
 			SELECT (SELECT count(*) FROM apps WHERE state IN ('building', 'purging') OR state = 'held' AND pending)
 				+ (SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking'))
 				+ (SELECT count(*) FROM adoptions WHERE state = 'checking')
-				+ (SELECT count(*) FROM reconciliations WHERE state = 'running')`).Scan(&open)
+				+ (SELECT count(*) FROM reconciliations WHERE state = 'running')
+				+ (SELECT count(*) FROM campaigns WHERE ended_at IS NULL AND state <> 'paused')`).Scan(&open)
 		return err == nil && open == 0
 	})
 }

@@ -20,4 +20,6 @@ func (s *Service) WorkKey(ctx context.Context, id uuid.UUID)    { s.workKey(ctx,
 func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
 	s.workReconciliation(ctx, id)
 }
-func (s *Service) SweepOnce(ctx context.Context) error { return s.sweep(ctx) }
+func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) { s.workCampaign(ctx, id) }
+func (s *Service) RotateAged(ctx context.Context) error           { return s.rotateAged(ctx) }
+func (s *Service) SweepOnce(ctx context.Context) error            { return s.sweep(ctx) }

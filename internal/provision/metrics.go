@@ -23,6 +23,9 @@ type Metrics struct {
 	keysetKeys   *prometheus.GaugeVec
 	resealLeft   prometheus.Gauge
 	unknownKeys  prometheus.Gauge
+
+	campaigns     *prometheus.GaugeVec
+	campaignItems *prometheus.CounterVec
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -59,6 +62,11 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.unknownKeys = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_keyset_missing_keys", Help: "Keys that sealed something in the database and that this replica's keyset lacks."})
 	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
+	m.campaigns = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_campaigns", Help: "Campaigns that have not ended, by kind and state, counted every 15 seconds."}, []string{"kind", "state"})
+	m.campaignItems = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tenantry_campaign_items_total", Help: "Keys that campaigns rotated and apps that they brought to another revision, by outcome."}, []string{"kind", "outcome"})
+	reg.MustRegister(m.campaigns, m.campaignItems)
 	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
@@ -85,6 +93,17 @@ func (s *Service) measure(ctx context.Context) error {
 	}
 	s.Metrics.paused.Set(oneIf(upstream.Pauses > 0))
 	s.Metrics.patRefused.Set(oneIf(pat.State == PATRefused))
+	campaigns, err := s.Store.CountCampaigns(ctx)
+	if err != nil {
+		return err
+	}
+	for _, kind := range tenant.CampaignKinds {
+		for _, state := range tenant.CampaignStates {
+			if state != tenant.CampaignDone {
+				s.Metrics.campaigns.WithLabelValues(string(kind), string(state)).Set(float64(campaigns[kind][state]))
+			}
+		}
+	}
 	report, err := s.Store.LastReport(ctx)
 	if errors.Is(err, tenant.NotFound) {
 		return nil

@@ -144,6 +144,24 @@ type Store interface {
 	ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error)
 	MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error)
 	CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error)
+
+	NoteProfiles(ctx context.Context, profiles []tenant.Profile) error
+	StartCampaign(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (tenant.Campaign, error)
+	StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error)
+	CountKeys(ctx context.Context, f tenant.KeyFilter) (int, error)
+	ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.CampaignChange, actor tenant.Actor) (c tenant.Campaign, changed bool, err error)
+	LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error)
+	SettleCampaign(ctx context.Context, c tenant.Campaign, actor tenant.Actor) (tenant.Settling, error)
+	CountCampaign(ctx context.Context, c tenant.Campaign) (tenant.Campaign, error)
+	RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID, actor tenant.Actor) (tenant.Campaign, error)
+	Misfits(ctx context.Context, profile, revision string, after tenant.AppID, limit int) ([]tenant.Misfit, error)
+	NextMisfit(ctx context.Context, c tenant.Campaign) (tenant.Misfit, error)
+	KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Misfit, k tenant.MisfitKey, scopes []string, actor tenant.Actor) error
+	Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (bool, error)
+	LeaveMisfit(ctx context.Context, c tenant.Campaign, m tenant.Misfit, state tenant.CampaignItemState, problem tenant.Problem) error
+	DeferCampaign(ctx context.Context, c tenant.Campaign, delay time.Duration) error
+	CampaignSetback(ctx context.Context, c tenant.Campaign, s tenant.Setback) error
+	CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[tenant.CampaignState]int, error)
 }
 
 // An Upstream is Clarifai, as one operator. Each method makes one call and does
@@ -155,6 +173,7 @@ type Upstream interface {
 	AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error)
 	Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error)
 	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error
+	ChangeApp(ctx context.Context, id tenant.AppID, change tenant.AppChange) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
 	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
@@ -189,8 +208,12 @@ type Config struct {
 	SealEvery   time.Duration // how often the audit log is sealed; 30 s
 	LookAgain   time.Duration // how often a waiting request reads its row, should a wake-up be lost; 2 s
 	MaxBuilds   int           // builds of one profile at once; 64
-	BackoffBase time.Duration // after the first failure; 1 s
-	BackoffCap  time.Duration // 30 s
+	// MaxRotations is how many rotations of one campaign are under way at once; as many
+	// as the rate allows calls in 4 s, from 8 to 200.
+	MaxRotations int
+	AgeEvery     time.Duration // how often a replica looks for keys that are too old; 10 min
+	BackoffBase  time.Duration // after the first failure; 1 s
+	BackoffCap   time.Duration // 30 s
 
 	ReportEvery time.Duration // Clarifai is compared with the database by itself; 24 h
 	RemovalCap  int           // what repairs may remove in an hour, and of how many tenants the apps; 100
@@ -249,6 +272,7 @@ func (c Config) WithDefaults() Config {
 		{&c.BackoffBase, time.Second},
 		{&c.BackoffCap, 30 * time.Second},
 		{&c.ReportEvery, 24 * time.Hour},
+		{&c.AgeEvery, 10 * time.Minute},
 		{&c.PauseBase, time.Second},
 		{&c.PauseCap, 30 * time.Second},
 		{&c.PATCheckBase, 15 * time.Second},
@@ -260,6 +284,9 @@ func (c Config) WithDefaults() Config {
 	}
 	if c.MaxBuilds == 0 {
 		c.MaxBuilds = 64
+	}
+	if c.MaxRotations == 0 {
+		c.MaxRotations = int(min(200, max(8, 4*c.Rate)))
 	}
 	if c.RemovalCap == 0 {
 		c.RemovalCap = 100

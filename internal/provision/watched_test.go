@@ -622,3 +622,93 @@ func (u watchedUpstream) Opens(ctx context.Context, key tenant.Secret) (tenant.O
 	defer u.returned()
 	return u.Upstream.Opens(ctx, key)
 }
+
+func (s watchedStore) NoteProfiles(ctx context.Context, profiles []tenant.Profile) error {
+	defer s.returned()
+	return s.Store.NoteProfiles(ctx, profiles)
+}
+
+func (s watchedStore) StartCampaign(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (tenant.Campaign, error) {
+	defer s.returned()
+	return s.Store.StartCampaign(ctx, n, actor)
+}
+
+func (s watchedStore) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error) {
+	defer s.returned()
+	return s.Store.StartDueRotation(ctx, n, actor)
+}
+
+func (s watchedStore) CountKeys(ctx context.Context, f tenant.KeyFilter) (int, error) {
+	defer s.returned()
+	return s.Store.CountKeys(ctx, f)
+}
+
+func (s watchedStore) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.CampaignChange, actor tenant.Actor) (tenant.Campaign, bool, error) {
+	defer s.returned()
+	return s.Store.ChangeCampaign(ctx, id, change, actor)
+}
+
+func (s watchedStore) LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error) {
+	defer s.returned()
+	return s.Store.LeaseCampaign(ctx, id, lease)
+}
+
+func (s watchedStore) SettleCampaign(ctx context.Context, c tenant.Campaign, actor tenant.Actor) (tenant.Settling, error) {
+	defer s.returned()
+	return s.Store.SettleCampaign(ctx, c, actor)
+}
+
+func (s watchedStore) CountCampaign(ctx context.Context, c tenant.Campaign) (tenant.Campaign, error) {
+	defer s.returned()
+	return s.Store.CountCampaign(ctx, c)
+}
+
+func (s watchedStore) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID, actor tenant.Actor) (tenant.Campaign, error) {
+	defer s.returned()
+	return s.Store.RotateSome(ctx, c, ids, actor)
+}
+
+func (s watchedStore) Misfits(ctx context.Context, profile, revision string, after tenant.AppID, limit int) ([]tenant.Misfit, error) {
+	defer s.returned()
+	return s.Store.Misfits(ctx, profile, revision, after, limit)
+}
+
+func (s watchedStore) NextMisfit(ctx context.Context, c tenant.Campaign) (tenant.Misfit, error) {
+	defer s.returned()
+	return s.Store.NextMisfit(ctx, c)
+}
+
+func (s watchedStore) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Misfit, k tenant.MisfitKey, scopes []string, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.KeyRescopedTo(ctx, c, m, k, scopes, actor)
+}
+
+func (s watchedStore) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (bool, error) {
+	defer s.returned()
+	return s.Store.Conformed(ctx, c, m, ids, actor)
+}
+
+func (s watchedStore) LeaveMisfit(ctx context.Context, c tenant.Campaign, m tenant.Misfit, state tenant.CampaignItemState, problem tenant.Problem) error {
+	defer s.returned()
+	return s.Store.LeaveMisfit(ctx, c, m, state, problem)
+}
+
+func (s watchedStore) DeferCampaign(ctx context.Context, c tenant.Campaign, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferCampaign(ctx, c, delay)
+}
+
+func (s watchedStore) CampaignSetback(ctx context.Context, c tenant.Campaign, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.CampaignSetback(ctx, c, set)
+}
+
+func (s watchedStore) CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[tenant.CampaignState]int, error) {
+	defer s.returned()
+	return s.Store.CountCampaigns(ctx)
+}
+
+func (u watchedUpstream) ChangeApp(ctx context.Context, id tenant.AppID, change tenant.AppChange) error {
+	defer u.returned()
+	return u.Upstream.ChangeApp(ctx, id, change)
+}

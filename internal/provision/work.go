@@ -30,6 +30,7 @@ func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers i
 	river.AddWorker(w, &keyWorker{s: s})
 	river.AddWorker(w, &adoptionWorker{s: s})
 	river.AddWorker(w, &reconciliationWorker{s: s})
+	river.AddWorker(w, &campaignWorker{s: s})
 	// The queue's own news are of no use to operators.
 	quiet, err := zapcore.NewIncreaseLevelCore(s.Log.Named("river").Core(), zapcore.WarnLevel)
 	if err != nil { // the log is quieter than that already
@@ -106,6 +107,18 @@ func (w *reconciliationWorker) Work(ctx context.Context, job *river.Job[tenant.R
 	return nil
 }
 
+type campaignWorker struct {
+	river.WorkerDefaults[tenant.CampaignJob]
+	s *Service
+}
+
+func (w *campaignWorker) Timeout(*river.Job[tenant.CampaignJob]) time.Duration { return w.s.JobTimeout }
+
+func (w *campaignWorker) Work(ctx context.Context, job *river.Job[tenant.CampaignJob]) error {
+	w.s.Metrics.job(job.Kind, w.s.workCampaign(ctx, job.Args.CampaignID))
+	return nil
+}
+
 // How often the sweep does what need not be done at every turn.
 const (
 	measureEvery   = 15 * time.Second
@@ -116,8 +129,8 @@ const (
 // by turn until ctx ends: it gives ready apps to waiting tenants, begins the
 // builds they want for, and enqueues the rows that are due. Every replica sweeps.
 func (s *Service) Sweep(ctx context.Context) error {
-	var measured, partitioned time.Time
-	failing := false
+	var measured, partitioned, aged time.Time
+	failing, noted := false, false
 	for {
 		err := s.sweep(ctx)
 		if err == nil && time.Since(measured) >= measureEvery {
@@ -128,6 +141,15 @@ func (s *Service) Sweep(ctx context.Context) error {
 		if err == nil && time.Since(partitioned) >= partitionEvery {
 			if err = s.Store.MakeAuditPartitions(ctx); err == nil {
 				partitioned = time.Now()
+			}
+		}
+		if err == nil && !noted {
+			err = s.Store.NoteProfiles(ctx, s.Profiles)
+			noted = err == nil
+		}
+		if err == nil && time.Since(aged) >= s.AgeEvery {
+			if err = s.rotateAged(ctx); err == nil {
+				aged = time.Now()
 			}
 		}
 		if ctx.Err() != nil {

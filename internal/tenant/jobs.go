@@ -33,6 +33,14 @@ type ReconciliationJob struct {
 // Kind names the job in the queue.
 func (ReconciliationJob) Kind() string { return "reconciliation" }
 
+// CampaignJob asks a worker to go on with a campaign.
+type CampaignJob struct {
+	CampaignID uuid.UUID `json:"campaign_id"`
+}
+
+// Kind names the job in the queue.
+func (CampaignJob) Kind() string { return "campaign" }
+
 // AdoptionJob asks a worker to look at an adoption: see LeasedAdoption.
 type AdoptionJob struct {
 	AdoptionID uuid.UUID `json:"adoption_id"`

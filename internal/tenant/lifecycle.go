@@ -251,8 +251,16 @@ func (r NewRotation) Validate() error {
 	if !rotationID.MatchString(r.ID) {
 		return invalid("rotation_id", "must have 1 to 64 characters of A-Z a-z 0-9 . _ - and begin with a letter or digit")
 	}
-	if r.Overlap != nil && (*r.Overlap < 0 || *r.Overlap > MaxOverlap) {
-		return invalid("overlap", "is %s, and must be from 0s to %s", *r.Overlap, MaxOverlap)
+	if r.Overlap != nil {
+		return ValidOverlap(*r.Overlap)
+	}
+	return nil
+}
+
+// ValidOverlap reports Invalid for an overlap that no rotation can have.
+func ValidOverlap(d time.Duration) error {
+	if d < 0 || d > MaxOverlap {
+		return invalid("overlap", "is %s, and must be from 0s to %s", d, MaxOverlap)
 	}
 	return nil
 }
