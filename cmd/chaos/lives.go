@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -12,10 +13,15 @@ import (
 	"time"
 )
 
-// How often a life begins, and how many changes it is asked for.
+// How often a life begins, and how many changes it is asked for. Every adoptEvery-th
+// tenant takes over an app that was made by hand; rotatedTenants have their keys rotated
+// by one campaign after the other.
 const (
-	lifeEvery   = 3 * time.Second
-	mostChanges = 8
+	lifeEvery      = 3 * time.Second
+	mostChanges    = 8
+	adoptEvery     = 3
+	appsByHand     = 12
+	rotatedTenants = 4
 )
 
 // A life is a tenant that one caller takes through changes, one after the other, each
@@ -25,7 +31,8 @@ type life struct {
 	r  *rand.Rand
 	id string
 
-	state string // that was acknowledged last
+	takesOver account // an app that was made by hand, and the key that there is; or none
+	state     string  // that was acknowledged last
 	account
 	dead []account // keys that shall work no longer
 	gone []string  // apps that shall be gone
@@ -42,16 +49,16 @@ type lives struct {
 func (l *load) live(ctx context.Context, r *rand.Rand) {
 	var all sync.WaitGroup
 	defer all.Wait()
+	campaigns := rand.New(rand.NewPCG(r.Uint64(), 6))
+	all.Go(func() { l.rotateMany(ctx, campaigns) })
 	ticker := time.NewTicker(lifeEvery)
 	defer ticker.Stop()
+	byHand := l.s.byHand
 	for n := 1; ; n++ {
-		one := &life{l: l, r: rand.New(rand.NewPCG(r.Uint64(), 4)), id: fmt.Sprintf("life_%05d", n)}
-		l.mu.Lock()
-		l.asked[one.id] = false
-		l.mu.Unlock()
-		l.lives.mu.Lock()
-		l.lives.all = append(l.lives.all, one)
-		l.lives.mu.Unlock()
+		one := l.begin(r, fmt.Sprintf("life_%05d", n))
+		if n%adoptEvery == 0 && len(byHand) > 0 {
+			one.takesOver, byHand = byHand[0], byHand[1:]
+		}
 		all.Go(func() { one.run(ctx) })
 		select {
 		case <-ctx.Done():
@@ -63,13 +70,41 @@ func (l *load) live(ctx context.Context, r *rand.Rand) {
 	}
 }
 
+// begin adds a life to those that are counted.
+func (l *load) begin(r *rand.Rand, id string) *life {
+	one := &life{l: l, r: rand.New(rand.NewPCG(r.Uint64(), 4)), id: id}
+	l.mu.Lock()
+	l.asked[id] = false
+	l.mu.Unlock()
+	l.lives.mu.Lock()
+	l.lives.all = append(l.lives.all, one)
+	l.lives.mu.Unlock()
+	return one
+}
+
+// arrives notes that the tenant is active.
+func (f *life) arrives() {
+	f.l.mu.Lock()
+	defer f.l.mu.Unlock()
+	f.l.asked[f.id] = true
+}
+
+func (l *load) count(change string) {
+	l.lives.mu.Lock()
+	defer l.lives.mu.Unlock()
+	l.lives.counts[change]++
+}
+
 func (f *life) run(ctx context.Context) {
-	if !f.signUp(ctx, "") {
+	if f.takesOver.app != "" {
+		if !f.adopt(ctx) {
+			return
+		}
+		f.l.count("adoptions")
+	} else if !f.signUp(ctx, "") {
 		return
 	}
-	f.l.mu.Lock()
-	f.l.asked[f.id] = true
-	f.l.mu.Unlock()
+	f.arrives()
 	changes := map[string]func(context.Context) bool{"rotations": f.rotate, "suspensions": f.suspend, "quarantines": f.quarantine,
 		"deletions taken back": f.restore, "purges": f.purge, "replacements": f.replace, "further keys": f.further}
 	names := []string{"rotations", "rotations", "suspensions", "quarantines", "deletions taken back", "purges", "replacements", "further keys"}
@@ -83,15 +118,147 @@ func (f *life) run(ctx context.Context) {
 		if !changes[name](ctx) {
 			return
 		}
-		f.l.lives.mu.Lock()
-		f.l.lives.counts[name]++
-		f.l.lives.mu.Unlock()
+		f.l.count(name)
+	}
+}
+
+// makeByHand makes apps at Clarifai as somebody does who has no Tenantry yet, every other
+// one with a key to hand over.
+func (s *stage) makeByHand(ctx context.Context) error {
+	for i := range appsByHand {
+		a := account{app: fmt.Sprintf("by-hand-%02d", i)}
+		if _, err := s.byOperator(ctx, "/apps", map[string]any{"apps": []any{map[string]any{"id": a.app}}}); err != nil {
+			return err
+		}
+		if i%2 == 0 {
+			var err error
+			if a.key, err = s.byOperator(ctx, "/keys", map[string]any{"keys": []any{map[string]any{"description": "by hand", "scopes": []string{"All"},
+				"apps": []any{map[string]any{"id": a.app}}}}}); err != nil {
+				return err
+			}
+		}
+		s.byHand = append(s.byHand, a)
+	}
+	return nil
+}
+
+// byOperator calls Clarifai with the PAT, slowly enough for its limit, and returns the id
+// of the key that it answers, if any.
+func (s *stage) byOperator(ctx context.Context, path string, body any) (string, error) {
+	time.Sleep(time.Second / rate)
+	raw, err := json.Marshal(body)
+	if err != nil {
+		return "", err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.clarifai.url+"/v2/users/"+operator+path, bytes.NewReader(raw))
+	if err != nil {
+		return "", err
+	}
+	req.Header.Set("Authorization", "Key "+s.pat)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = resp.Body.Close() }()
+	var made struct{ Keys []struct{ ID string } }
+	if err := json.NewDecoder(resp.Body).Decode(&made); err != nil {
+		return "", err
+	}
+	if resp.StatusCode != http.StatusOK {
+		return "", fmt.Errorf("POST %s by hand answers %s", path, resp.Status)
+	}
+	if len(made.Keys) == 0 {
+		return "", nil
+	}
+	return made.Keys[0].ID, nil
+}
+
+// leftByHand reports whether an app was made by hand and is nobody's.
+func (s *stage) leftByHand(app string, rowState string) bool {
+	return rowState == "" && slices.ContainsFunc(s.byHand, func(a account) bool { return a.app == app })
+}
+
+// adopt signs the tenant up with an app that was made by hand.
+func (f *life) adopt(ctx context.Context) bool {
+	what := map[string]string{"app_id": f.takesOver.app}
+	if f.takesOver.key != "" {
+		what["key"] = f.takesOver.key
+	}
+	body, err := json.Marshal(map[string]any{"adopt": what})
+	if err != nil {
+		return false
+	}
+	return f.until(ctx, f.l.s.token, http.MethodPut, f.path(), string(body), func(a lifeAnswer) bool {
+		if a.State != "active" || a.Credentials.Key == "" {
+			return false
+		}
+		if a.App.ID != f.takesOver.app || f.takesOver.key != "" && a.Credentials.Key != f.takesOver.key {
+			f.l.contradict("%s took over %s and has %s, or another key", f.id, f.takesOver.app, a.App.ID)
+		}
+		f.state, f.account = "active", account{a.App.ID, a.Credentials.Key}
+		return true
+	})
+}
+
+// rotateMany lets one campaign after the other rotate the keys of some tenants.
+func (l *load) rotateMany(ctx context.Context, r *rand.Rand) {
+	var rotated []*life
+	for i := range rotatedTenants {
+		one := l.begin(r, fmt.Sprintf("rotated_%02d", i))
+		if !one.put(ctx, "", `{"labels":{"rotated":"yes"}}`) {
+			return
+		}
+		one.arrives()
+		rotated = append(rotated, one)
+	}
+	asks := rotated[0]
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.stop:
+			return
+		default:
+		}
+		var id string
+		if !asks.until(ctx, l.s.admin, http.MethodPost, "/v1/rotations", `{"labels":{"rotated":"yes"},"overlap":"0s"}`, func(a lifeAnswer) bool {
+			id = a.ID
+			return true
+		}) {
+			return
+		}
+		var end lifeAnswer
+		if !asks.until(ctx, l.s.admin, http.MethodGet, "/v1/campaigns/"+id, "", func(a lifeAnswer) bool {
+			end = a
+			return a.State == "done"
+		}) {
+			return
+		}
+		if end.Counts.Skipped+end.Counts.Failed > 0 { // what was given up goes on: it is not known when the key changes
+			for _, one := range rotated {
+				one.key = ""
+			}
+			return
+		}
+		for _, one := range rotated {
+			was := one.account
+			one.key = ""
+			if !one.put(ctx, "", "") {
+				return
+			}
+			if one.key == was.key {
+				l.contradict("%s has the key that it had before a campaign that is done", one.id)
+			}
+			one.dead = append(one.dead, was)
+		}
+		l.count("campaigns of rotations")
 	}
 }
 
 // An answer is as much of the API's answers as a life looks at.
 type lifeAnswer struct {
-	State, Code string
+	ID, State, Code, Detail string
+	Counts                  struct{ Skipped, Failed int }
 	App         struct{ ID string }
 	Deletion    struct {
 		KeysRevoked bool `json:"keys_revoked"`
@@ -125,6 +292,12 @@ func (f *life) until(ctx context.Context, token, method, path, body string, done
 			if done(a) {
 				return true
 			}
+		case a.Code == "campaign_open": // the answer to what began it was lost
+			_, rest, _ := strings.Cut(a.Detail, "the campaign ")
+			a.ID, _, _ = strings.Cut(rest, " ")
+			if done(a) {
+				return true
+			}
 		case a.Code != "rotation_under_way" && a.Code != "key_creating":
 			f.l.refuse("%s %s answers %d %.300s", method, path, status, raw)
 			return false
@@ -140,8 +313,10 @@ func (f *life) until(ctx context.Context, token, method, path, body string, done
 func (f *life) path() string { return "/v1/tenants/" + f.id }
 
 // signUp signs the tenant up, or learns its key anew.
-func (f *life) signUp(ctx context.Context, query string) bool {
-	return f.until(ctx, f.l.s.token, http.MethodPut, f.path()+query, "", func(a lifeAnswer) bool {
+func (f *life) signUp(ctx context.Context, query string) bool { return f.put(ctx, query, "") }
+
+func (f *life) put(ctx context.Context, query, body string) bool {
+	return f.until(ctx, f.l.s.token, http.MethodPut, f.path()+query, body, func(a lifeAnswer) bool {
 		if a.State != "active" || a.Credentials.Key == "" {
 			return false
 		}

@@ -101,6 +101,9 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 
 // play injects faults under load, lets things settle, and takes the figures.
 func (s *stage) play(ctx context.Context, during time.Duration, seed uint64, say func(string, ...any)) (*figures, error) {
+	if err := s.makeByHand(ctx); err != nil {
+		return nil, fmt.Errorf("make apps by hand: %w", err)
+	}
 	load := newLoad(s, seed)
 	loadEnd, stopLoad := context.WithCancel(ctx)
 	defer stopLoad()

@@ -48,6 +48,7 @@ type stage struct {
 	token    string   // of a provisioner
 	env      []string // of Tenantry
 	admin    string
+	byHand   []account // apps that were made before there was Tenantry
 
 	callsMu sync.Mutex
 	calls   []clarifaisim.Call // of simulators that have ended

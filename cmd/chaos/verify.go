@@ -257,13 +257,18 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 		upstream[a.ID] = true
 		switch state := appState[a.ID]; state {
 		case "":
-			noRow = append(noRow, a.ID)
+			if !s.leftByHand(a.ID, state) {
+				noRow = append(noRow, a.ID)
+			}
 		case "held", "retained":
 		default:
 			unheld = append(unheld, a.ID+" is "+state)
 		}
 	}
 	for _, k := range keys {
+		if s.leftByHand(k.AppID, appState[k.AppID]) {
+			continue
+		}
 		if keyApp[string(known.Fingerprint(tenant.NewSecret(k.ID)))] != k.AppID {
 			unknown = append(unknown, "of "+k.AppID+", "+k.Description)
 		}
