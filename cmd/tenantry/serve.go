@@ -55,6 +55,9 @@ type serveCmd struct {
 	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" placeholder:"All" help:"Scopes of the tenants' keys, by comma."`
 	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" placeholder:"Empty" help:"Base workflow of the apps, of clarifai/main."`
 
+	PoolMin int `env:"TENANTRY_POOL_MIN" default:"2" help:"Fewest apps that are kept ready ahead of need; with a profiles file the file says it."`
+	PoolMax int `env:"TENANTRY_POOL_MAX" default:"20" help:"Most of them; 0 keeps none."`
+
 	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum}."`
 	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum}."`
 }
@@ -129,7 +132,11 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 
 // readProfiles sets the profiles of p: those of the file, or the one of the settings.
 func (c serveCmd) readProfiles(p *plan) error {
-	profile := tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{tenant.ScopeAll}}
+	profile := tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{tenant.ScopeAll},
+		PoolMin: c.PoolMin, PoolMax: c.PoolMax}
+	if c.PoolMax == 0 {
+		profile.PoolMin = 0
+	}
 	var given []string
 	if scopes := trimmed(c.KeyScopes); len(scopes) > 0 {
 		profile.KeyScopes, given = scopes, append(given, "TENANTRY_KEY_SCOPES")
@@ -217,7 +224,8 @@ func nameSettings(err error) error {
 		return err
 	}
 	variables := map[string]string{"AppPrefix": "TENANTRY_APP_PREFIX", "Rate": "TENANTRY_UPSTREAM_RATE",
-		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "key_scopes": "TENANTRY_KEY_SCOPES", "base_workflow": "TENANTRY_BASE_WORKFLOW"}
+		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "key_scopes": "TENANTRY_KEY_SCOPES", "base_workflow": "TENANTRY_BASE_WORKFLOW",
+		"pool.min": "TENANTRY_POOL_MIN", "pool.max": "TENANTRY_POOL_MAX", "pool": "TENANTRY_POOL_MAX"}
 	var faults []error
 	for _, fault := range list.Unwrap() {
 		if f, ok := errors.AsType[*provision.ConfigError](fault); ok {

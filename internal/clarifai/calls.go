@@ -102,7 +102,7 @@ func (c *Client) CreateApp(ctx context.Context, app tenant.NewApp) error {
 // that id; not for one that was given another id, which is tenant.UpstreamRefused.
 func (c *Client) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error) {
 	var app tenant.UpstreamApp
-	err := c.do(ctx, request{call: "GetApp", method: http.MethodGet, path: c.path("apps", string(id)), limit: maxAnswer},
+	err := c.do(ctx, request{call: callGetApp, method: http.MethodGet, path: c.path("apps", string(id)), limit: maxAnswer},
 		func(a answer) string {
 			var got struct {
 				App appJSON `json:"app"`
@@ -267,6 +267,20 @@ func (c *Client) KeyExists(ctx context.Context, key tenant.Secret) error {
 	return c.do(ctx, request{call: "GetKey", method: http.MethodGet, path: c.path("keys", key.Reveal()), limit: maxAnswer, key: key}, nothing)
 }
 
+// KeyOpens reports whether a key opens its app, by a look at the app with that key
+// instead of the PAT; a key whose scopes do not allow the look opens it too. It reports
+// tenant.UpstreamNotFound if Clarifai refuses the key, or if there is no such app.
+func (c *Client) KeyOpens(ctx context.Context, app tenant.AppID, key tenant.Secret) error {
+	if !key.IsSet() {
+		return &tenant.UpstreamError{Call: callGetApp, Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
+	}
+	err := c.do(ctx, request{call: callGetApp, method: http.MethodGet, path: c.path("apps", string(app)), limit: maxAnswer, pat: key, byKey: true}, nothing)
+	if tenant.ClassOf(err) == tenant.UpstreamForbidden {
+		return nil
+	}
+	return err
+}
+
 // SetKeyScopes replaces the scopes of a key. It reports tenant.UpstreamNotFound if
 // there is no such key.
 func (c *Client) SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error {
@@ -287,6 +301,7 @@ func (c *Client) DeleteKey(ctx context.Context, key tenant.Secret) error {
 }
 
 const (
+	callGetApp    = "GetApp"
 	callPostApps  = "PostApps"
 	callDeleteKey = "DeleteKey"
 )

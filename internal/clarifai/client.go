@@ -147,6 +147,9 @@ type request struct {
 	key tenant.Secret
 	// pat is the PAT to use instead of the one in use, if it is set.
 	pat tenant.Secret
+	// byKey says that pat is an app-specific key: that it is refused says nothing of a
+	// PAT.
+	byKey bool
 	// also is a status code that is a success too; 0 for none.
 	also int
 }
@@ -182,6 +185,9 @@ func (c *Client) do(ctx context.Context, r request, read func(answer) string) er
 	err.RequestID = cleanRequestID(err.RequestID, secrets)
 	tenant.NoteUpstreamRequest(ctx, err.RequestID)
 	err.Unclear = err.Unclear && r.changes()
+	if r.byKey && err.Class == tenant.UpstreamPAT {
+		err.Class = tenant.UpstreamNotFound
+	}
 	c.observe(r.call, string(err.Class), time.Since(began))
 	return err
 }

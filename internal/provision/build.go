@@ -48,6 +48,8 @@ func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
 		err = s.purge(ctx, a)
 	case tenant.AppHeld:
 		err = s.tend(ctx, &a)
+	case tenant.AppReady:
+		err = s.prove(ctx, a)
 	default:
 		err = s.build(ctx, &a)
 	}
@@ -217,9 +219,10 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 	return nil
 }
 
-// laneOf says how urgent a build is: while nobody waits it can wait itself.
+// laneOf says how urgent a build is: while nobody waits, or waits for another, it can
+// wait itself.
 func laneOf(a tenant.App) lane {
-	if a.Wanted {
+	if a.Wanted && !a.ForPool {
 		return normal
 	}
 	return background
