@@ -93,7 +93,7 @@ func settings(t *testing.T, databaseURL, clarifai string) (vars map[string]strin
 	dir := t.TempDir()
 	keyset := filepath.Join(dir, "keyset.json")
 	addrFile = filepath.Join(dir, "addr")
-	vars = map[string]string{"DATABASE_URL": databaseURL, "CLARIFAI_PAT": provisiontest.PAT}
+	vars = map[string]string{"DATABASE_URL": databaseURL, "CLARIFAI_PAT": provisiontest.PAT, "TENANTRY_POOL_MAX": "0"}
 	must(t, vars, "keyset", "create", "--keyset-file", keyset)
 	return vars, []string{"serve", "--keyset-file", keyset, "--addr", "127.0.0.1:0", "--internal-addr", "127.0.0.1:0",
 		"--addr-file", addrFile, "--clarifai-api-base", clarifai, "--upstream-rate", "1000"}, addrFile

@@ -33,7 +33,7 @@ const (
 	poolDrain  = 2 // apps that are taken out at a plan, at most
 )
 
-// PoolTarget is how many apps of a pool shall be ready, by how many tenants signed up
+// poolTarget is how many apps of a pool shall be ready, by how many tenants signed up
 // in each beat of the last hour, at so many upstream calls a second.
 //
 // The pool has to hold what signs up faster than Clarifai can be made to build. In a
@@ -48,7 +48,7 @@ const (
 // less the longer it is ago, between the least and the most that the profile allows: it
 // rises with the first beat of a burst, and falls slowly, so that the next burst finds
 // it and a lull does not remove apps that are built again right after.
-func PoolTarget(signUps []int, rate float64, fewest, most int) int {
+func poolTarget(signUps []int, rate float64, fewest, most int) int {
 	built := rate * poolBeat.Seconds() / callsPerSignUp
 	backlog := make([]float64, len(signUps)+1) // by the beats that have passed
 	want := 0.0
@@ -73,7 +73,7 @@ func (s *Service) keepPools(ctx context.Context) error {
 		Every: s.PoolEvery, Patience: s.PoolPatience, Drain: poolDrain, Beat: poolBeat, Beats: poolBeats,
 		Target: func(p tenant.Profile, signUps []int) int {
 			fewest, most := p.PoolBounds()
-			return PoolTarget(signUps, s.Rate, fewest, most)
+			return poolTarget(signUps, s.Rate, fewest, most)
 		},
 	}, worker); err != nil {
 		return err

@@ -14,6 +14,25 @@ func (p Profile) PoolBounds() (fewest, most int) {
 	return p.PoolMin, max(p.PoolMin, p.PoolMax)
 }
 
+// PoolBoundsOf are the bounds of a pool of which those given are set, nil being none.
+// What is left out is the default, as far as what is given allows it.
+func PoolBoundsOf(fewest, most *int) (PoolMin, PoolMax int) {
+	PoolMin, PoolMax = DefaultPoolMin, DefaultPoolMax
+	if fewest != nil {
+		PoolMin = *fewest
+	}
+	if most != nil {
+		PoolMax = *most
+	}
+	switch {
+	case most == nil:
+		PoolMax = max(PoolMin, PoolMax)
+	case fewest == nil:
+		PoolMin = max(0, min(PoolMin, PoolMax))
+	}
+	return PoolMin, PoolMax
+}
+
 // A PoolPlan says how pools are planned.
 type PoolPlan struct {
 	Every    time.Duration // how often

@@ -447,28 +447,24 @@ func (r *profilesReader) duration(n *yaml.Node, field string, least time.Duratio
 }
 
 func (r *profilesReader) pool(n *yaml.Node, field string, p *Profile) {
-	from, bounded := false, false
+	var fewest, most *int
 	for _, f := range r.fields(n, r.of+": "+field) {
 		at := field + "." + f.name
 		r.lines[at] = f.key.Line
 		switch f.name {
 		case "min":
-			from = true
-			p.PoolMin = r.count(f.value, at)
+			n := r.count(f.value, at)
+			fewest = &n
 		case "max":
-			bounded = true
-			p.PoolMax = r.count(f.value, at)
+			n := r.count(f.value, at)
+			most = &n
 		default:
 			r.fault(f.key.Line, "%s: %s has no field %s; there are min and max", r.of, field, shown(f.name))
 		}
 	}
-	// What is left out is the default, as far as what is given allows it.
-	if !bounded {
-		p.PoolMax = max(p.PoolMin, DefaultPoolMax)
+	p.PoolMin, p.PoolMax = PoolBoundsOf(fewest, most)
+	if most == nil {
 		r.unread[field+".max"] = true // what is wrong with it is wrong with min
-	}
-	if !from {
-		p.PoolMin = max(0, min(p.PoolMax, DefaultPoolMin))
 	}
 	if p.PoolMax == 0 && p.PoolMin > 0 && !r.unread[field+".max"] { // which in a Profile means no bound
 		r.bad(r.lines[field+".max"], field, "min %d is more than max 0", p.PoolMin)
