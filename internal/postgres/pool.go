@@ -169,14 +169,16 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 	n := len(args)
 	args = append(args, most, actor.Name, why)
 	place := func(i int) string { return "$" + string(rune('0'+n+i)) }
+	// Materialized: a subquery that is run again for the rows it is joined with would
+	// find as many again each time.
 	_, err := tx.Exec(ctx, `
-		WITH gone AS (
+		WITH picked AS MATERIALIZED (
+			SELECT id FROM apps WHERE `+where+` AND NOT suspect AND NOT `+fenced+`
+			ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED
+		), gone AS (
 			UPDATE apps
 			SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
-			WHERE id IN (
-				SELECT id FROM apps WHERE `+where+` AND NOT suspect AND NOT `+fenced+`
-				ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED)
-				AND state = 'ready'
+			WHERE id IN (SELECT id FROM picked) AND state = 'ready'
 			RETURNING id)
 		INSERT INTO audit_events (actor, action, app_id, detail)
 		SELECT `+place(2)+`, 'app.drained', id, jsonb_build_object('reason', `+place(3)+`::text) FROM gone`, args...)
