@@ -145,6 +145,11 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	case !ok:
 		return s.abandon(ctx, *a, true, "its profile is gone")
 	}
+	if a.ForPool && !a.Made && a.PoolRevision != "" && a.PoolRevision != profile.Revision() {
+		// It is for replicas that were started with another file: made here, it would be
+		// one that the pool does not want.
+		return &deferred{wait: s.BackoffBase}
+	}
 	if !a.Made {
 		if !a.InDoubt { // or it may have been made of what the profile was
 			a.Revision = profile.Revision()

@@ -135,6 +135,9 @@ type App struct {
 	// ForPool says that it is built for the pool: a tenant that waits has a build of
 	// its own.
 	ForPool bool
+	// PoolRevision is of what revision of its profile such an app is wanted; empty if no
+	// pool is kept.
+	PoolRevision string
 	// Unproven says that a tenant got it, and that nobody has looked for long whether
 	// its key works.
 	Unproven bool
