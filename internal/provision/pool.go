@@ -88,14 +88,21 @@ func (s *Service) keepPools(ctx context.Context) error {
 
 // pooled are the profiles that keep a pool, by name.
 func (s *Service) pooled() []tenant.Profile {
-	var pooled []tenant.Profile
+	return s.byName(func(p tenant.Profile) bool {
+		_, most := p.PoolBounds()
+		return most > 0
+	})
+}
+
+func (s *Service) byName(which func(tenant.Profile) bool) []tenant.Profile {
+	var profiles []tenant.Profile
 	for _, p := range s.Profiles {
-		if _, most := p.PoolBounds(); most > 0 {
-			pooled = append(pooled, p)
+		if which(p) {
+			profiles = append(profiles, p)
 		}
 	}
-	slices.SortFunc(pooled, func(a, b tenant.Profile) int { return strings.Compare(a.Name, b.Name) })
-	return pooled
+	slices.SortFunc(profiles, func(a, b tenant.Profile) int { return strings.Compare(a.Name, b.Name) })
+	return profiles
 }
 
 // prove looks whether an app of the pool can still be handed out. A tenant may get it
@@ -169,9 +176,9 @@ type PoolStatus struct {
 	Reason       *PoolReason // nil if nothing is missing
 }
 
-// Pools returns how the pools stand that this replica keeps, by profile.
+// Pools returns how the pools stand of the profiles that this replica has, by profile.
 func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
-	profiles := s.pooled()
+	profiles := s.byName(func(tenant.Profile) bool { return true })
 	names := make([]string, len(profiles))
 	for i, p := range profiles {
 		names[i] = p.Name
@@ -192,6 +199,10 @@ func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
 	for i, pool := range pools {
 		status[i].Pool = pool
 		status[i].Fewest, status[i].Most = profiles[i].PoolBounds()
+		if status[i].Most == 0 {
+			status[i].Target = 0 // what is left of it is handed out or removed
+			continue
+		}
 		if pool.Ready < max(pool.Target, status[i].Fewest) {
 			status[i].Reason = reasonOf(pool, profiles[i], load, fence, upstream)
 		}
