@@ -271,8 +271,8 @@ func (c *Client) KeyExists(ctx context.Context, key tenant.Secret) error {
 // instead of the PAT; a key whose scopes do not allow the look opens it too. It reports
 // tenant.UpstreamNotFound if Clarifai refuses the key, or if there is no such app.
 func (c *Client) KeyOpens(ctx context.Context, app tenant.AppID, key tenant.Secret) error {
-	if !key.IsSet() {
-		return &tenant.UpstreamError{Call: callGetApp, Class: tenant.UpstreamRefused, Detail: "not called: there is no key"}
+	if !key.IsSet() || !usableKey(key.Reveal()) {
+		return &tenant.UpstreamError{Call: callGetApp, Class: tenant.UpstreamRefused, Detail: "not called: there is no usable key"}
 	}
 	err := c.do(ctx, request{call: callGetApp, method: http.MethodGet, path: c.path("apps", string(app)), limit: maxAnswer, pat: key, byKey: true}, nothing)
 	if tenant.ClassOf(err) == tenant.UpstreamForbidden {

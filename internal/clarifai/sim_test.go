@@ -352,3 +352,44 @@ func TestManyAtOnce(t *testing.T) {
 		t.Errorf("%d requests, %d keys learnt, %d upstream; want %d", n, len(seen), len(sim.Keys()), many)
 	}
 }
+
+// A key tells of itself, whatever the PAT may do; that Clarifai refuses it says nothing
+// of the PAT.
+func TestKeyOpens(t *testing.T) {
+	t.Parallel()
+	ctx, sim := t.Context(), simulate(t)
+	c := sim.client(t)
+	must(t, c.CreateApp(ctx, newApp))
+	all, err := c.CreateKey(ctx, newKey(keyID))
+	must(t, err)
+	narrow := newKey(uuid.New())
+	narrow.Scopes = []string{"Predict"}
+	predicts, err := c.CreateKey(ctx, narrow)
+	must(t, err)
+	for name, key := range map[string]tenant.Secret{"all": all, "without the scopes to look": predicts} {
+		if err := c.KeyOpens(ctx, appID, key); err != nil {
+			t.Errorf("a key of the app (%s): %v", name, err)
+		}
+	}
+	isRefused := func(what string, key tenant.Secret) {
+		t.Helper()
+		err := c.KeyOpens(ctx, appID, key)
+		if tenant.ClassOf(err) != tenant.UpstreamNotFound || strings.Contains(err.Error(), key.Reveal()) {
+			t.Errorf("%s: %v; want not_found, without the key", what, err)
+		}
+	}
+	isRefused("a key that never was", tenant.NewSecret(strings.Repeat("ab", 16)))
+	for _, code := range []int{11008, 11009} {
+		sim.set(t, func(s *clarifaisim.Settings) { s.UnknownKeyCode = code })
+		isRefused("a key that never was", tenant.NewSecret(strings.Repeat("cd", 16)))
+	}
+	must(t, c.DeleteKey(ctx, predicts))
+	isRefused("a key that was removed", predicts)
+	must(t, c.DeleteApp(ctx, appID))
+	isRefused("a key whose app is gone", all)
+	for _, none := range []tenant.Secret{{}, tenant.NewSecret("no key")} {
+		if err := c.KeyOpens(ctx, appID, none); tenant.ClassOf(err) != tenant.UpstreamRefused {
+			t.Errorf("no key: %v", err)
+		}
+	}
+}
