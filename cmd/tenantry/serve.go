@@ -7,7 +7,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -55,8 +54,8 @@ type serveCmd struct {
 	ProfilesFile string   `env:"TENANTRY_PROFILES_FILE" placeholder:"FILE" help:"File with the profiles; tenantry profile check says what is wrong with one. Without it there is one profile, default, of the next four settings."`
 	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" placeholder:"All" help:"Scopes of the tenants' keys, by comma."`
 	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" placeholder:"Empty" help:"Base workflow of the apps, of clarifai/main."`
-	PoolMin      *int     `env:"TENANTRY_POOL_MIN" placeholder:"2" help:"Fewest apps that are kept ready ahead of need."`
-	PoolMax      *int     `env:"TENANTRY_POOL_MAX" placeholder:"20" help:"Most of them; 0 keeps none."`
+	PoolMin      int      `env:"TENANTRY_POOL_MIN" default:"2" help:"Fewest apps that are kept ready ahead of need."`
+	PoolMax      int      `env:"TENANTRY_POOL_MAX" default:"20" help:"Most of them; 0 keeps none."`
 
 	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum}."`
 	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum}."`
@@ -133,7 +132,10 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 // readProfiles sets the profiles of p: those of the file, or the one of the settings.
 func (c serveCmd) readProfiles(p *plan) error {
 	profile := tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{tenant.ScopeAll}}
-	profile.PoolMin, profile.PoolMax = tenant.PoolBoundsOf(c.PoolMin, c.PoolMax)
+	profile.PoolMin, profile.PoolMax = c.PoolMin, c.PoolMax
+	if c.PoolMin == tenant.DefaultPoolMin { // or it was not given
+		profile.PoolMin = max(0, min(c.PoolMin, c.PoolMax))
+	}
 	var given []string
 	if scopes := trimmed(c.KeyScopes); len(scopes) > 0 {
 		profile.KeyScopes, given = scopes, append(given, "TENANTRY_KEY_SCOPES")
@@ -141,12 +143,12 @@ func (c serveCmd) readProfiles(p *plan) error {
 	if c.BaseWorkflow != "" {
 		profile.BaseWorkflow, given = c.BaseWorkflow, append(given, "TENANTRY_BASE_WORKFLOW")
 	}
-	for name, set := range map[string]*int{"TENANTRY_POOL_MIN": c.PoolMin, "TENANTRY_POOL_MAX": c.PoolMax} {
-		if set != nil {
-			given = append(given, name)
-		}
+	if c.PoolMin != tenant.DefaultPoolMin {
+		given = append(given, "TENANTRY_POOL_MIN")
 	}
-	slices.Sort(given)
+	if c.PoolMax != tenant.DefaultPoolMax {
+		given = append(given, "TENANTRY_POOL_MAX")
+	}
 	p.profiles = []tenant.Profile{profile}
 	if c.ProfilesFile == "" {
 		for _, f := range profile.Check() {
