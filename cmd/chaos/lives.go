@@ -259,8 +259,8 @@ func (l *load) rotateMany(ctx context.Context, r *rand.Rand) {
 type lifeAnswer struct {
 	ID, State, Code, Detail string
 	Counts                  struct{ Skipped, Failed int }
-	App         struct{ ID string }
-	Deletion    struct {
+	App                     struct{ ID string }
+	Deletion                struct {
 		KeysRevoked bool `json:"keys_revoked"`
 	}
 	Credentials struct{ Key string }

@@ -34,6 +34,7 @@ type setting struct {
 	replicas    int
 	throttle    int // calls a second that Clarifai allows; 0 means any number
 	connections int // of a replica to Postgres
+	pool        int // apps that are kept ready at most; 0 means none
 }
 
 // A stage is everything that runs.
@@ -179,7 +180,7 @@ func (s *stage) startClarifai(ctx context.Context) error {
 func (s *stage) startTenantry(ctx context.Context) error {
 	env := []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
 		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
-		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections)}
+		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool)}
 	tenantry := filepath.Join(s.bin, "tenantry")
 	command := func(args ...string) (string, error) {
 		cmd := exec.CommandContext(ctx, tenantry, args...)

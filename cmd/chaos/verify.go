@@ -15,6 +15,7 @@ import (
 	"text/tabwriter"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/clarifaisim"
@@ -187,10 +188,21 @@ func (s *stage) verifyMapping(ctx context.Context, f *figures, l *load) error {
 	}
 	f.must("R2  mappings that were acknowledged and lost", lost...)
 	f.must("    tenants that nobody signed up", strangers...)
+	var hits, misses int
+	if err := conn.QueryRow(ctx, `SELECT coalesce(sum(hits), 0), coalesce(sum(misses), 0) FROM pools`).Scan(&hits, &misses); err != nil {
+		return err
+	}
+	f.did("sign-ups that had an app at once, as the pool counts", hits)
+	f.did("sign-ups that waited for one, as the pool counts", misses)
 	for _, c := range []struct{ name, sql string }{
 		{"R1  tenants of more than one app", `
 			SELECT tenant_id || ' has ' || count(*) || ' apps' FROM apps WHERE tenant_id IS NOT NULL
 			GROUP BY tenant_id, tenant_generation HAVING count(*) > 1`},
+		{"R1  apps of the pool that were given to a tenant before", `
+			SELECT a.id FROM apps a WHERE a.state IN ('building', 'ready')
+				AND EXISTS (SELECT FROM audit_events e WHERE e.app_id = a.id AND e.action = 'tenant.activated')`},
+		{"R1  apps that two tenants were told", `
+			SELECT app_id FROM audit_events WHERE action = 'tenant.activated' GROUP BY app_id HAVING count(*) > 1`},
 		{"R6  tenants without just one event of creation and of activation in each generation", `
 			SELECT t.id FROM tenants t WHERE
 				(SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.created') <> t.generation
@@ -251,7 +263,8 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 		return err
 	}
 
-	var noRow, unheld, unknown, surplus, missing []string
+	var noRow, unheld, unknown, surplus, missing, spare []string
+	ready := 0
 	upstream, keysOf := map[string]bool{}, map[string]int{}
 	for _, a := range apps {
 		upstream[a.ID] = true
@@ -261,6 +274,10 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 				noRow = append(noRow, a.ID)
 			}
 		case "held", "retained":
+		case "ready":
+			if ready++; ready > s.pool {
+				spare = append(spare, a.ID)
+			}
 		default:
 			unheld = append(unheld, a.ID+" is "+state)
 		}
@@ -277,15 +294,22 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 		}
 	}
 	for id, state := range appState {
-		if state == "held" && !upstream[id] {
+		if (state == "held" || state == "ready") && !upstream[id] {
 			missing = append(missing, id)
 		}
 	}
 	f.must("R3  apps at Clarifai without a row", noRow...)
-	f.must("R3  apps at Clarifai that no tenant has", unheld...)
+	f.must("R3  apps at Clarifai that neither a tenant nor the pool has", unheld...)
+	f.must("    apps in the pool beyond its most", spare...)
 	f.must("R3  keys that work and that no row claims", unknown...)
 	f.must("R3  second keys of one app", surplus...)
-	f.must("R3  apps of tenants that are gone from Clarifai", missing...)
+	f.must("R3  apps of tenants and of the pool that are gone from Clarifai", missing...)
+	f.did("apps that are ready in the pool", ready)
+	unusable, err := s.deadMembers(ctx, conn, known)
+	if err != nil {
+		return err
+	}
+	f.must("R2  apps in the pool whose key does not open them", unusable...)
 
 	var dead, open []string
 	ids := slices.Sorted(maps.Keys(l.accounts))
@@ -319,6 +343,41 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 	}
 	f.must("R3  differences that Tenantry's own report finds", found...)
 	return nil
+}
+
+// deadMembers lists the apps of the pool whose key does not open them.
+func (s *stage) deadMembers(ctx context.Context, conn *pgx.Conn, known *keyring.Keyring) ([]string, error) {
+	type member struct {
+		App        string
+		Key        uuid.UUID
+		Ciphertext []byte
+	}
+	rows, _ := conn.Query(ctx, `
+		SELECT a.id, coalesce(k.id, '00000000-0000-0000-0000-000000000000'), k.ciphertext
+		FROM apps a LEFT JOIN keys k ON k.app_id = a.id AND k.state = 'active' WHERE a.state = 'ready'`)
+	members, err := pgx.CollectRows(rows, pgx.RowToStructByPos[member])
+	if err != nil {
+		return nil, err
+	}
+	var dead []string
+	for _, m := range members {
+		if m.Ciphertext == nil {
+			dead = append(dead, m.App+" has none")
+			continue
+		}
+		secret, err := known.Open(m.Key, m.Ciphertext)
+		if err != nil {
+			return nil, err
+		}
+		status, err := s.upload(ctx, m.App, secret.Reveal())
+		if err != nil {
+			return nil, err
+		}
+		if status != http.StatusOK {
+			dead = append(dead, fmt.Sprintf("%s: Clarifai answers %d", m.App, status))
+		}
+	}
+	return dead, nil
 }
 
 // upload adds an input to an app with a key, as a tenant's backend does.

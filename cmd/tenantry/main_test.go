@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -52,6 +53,9 @@ type process struct {
 func start(t *testing.T, vars map[string]string, args ...string) *process {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	if len(args) > 0 && args[0] == "serve" && !slices.Contains(args, "--profiles-file") { // tests count the apps of tenants
+		args = append([]string{"serve", "--pool-max", "0"}, args[1:]...)
+	}
 	p := &process{t: t, stop: cancel, exit: make(chan int, 1)}
 	go func() {
 		p.exit <- run(ctx, env{args: args, get: func(k string) string { return vars[k] }, stdout: &p.stdout, stderr: &p.stderr})
@@ -406,10 +410,10 @@ func TestTokenNames(t *testing.T) {
 func TestFaultsOfSettings(t *testing.T) {
 	t.Parallel()
 	fails(t, nil, []string{"serve", "--addr", "nowhere", "--internal-addr", ":65536", "--shutdown-delay", "-1s", "--shutdown-timeout", "0s", "--app-prefix", "TOO-LONG", "--upstream-rate", "0", "--clarifai-api-base", "ftp:x",
-		"--workers", "0", "--key-scopes", "Everything", "--base-workflow", "a b", "--upstream-timeout", "1m"},
+		"--workers", "0", "--pool-min", "-1", "--key-scopes", "Everything", "--base-workflow", "a b", "--upstream-timeout", "1m"},
 		"\n  - the database is not named: set DATABASE_URL", "\n  - TENANTRY_ADDR: ", "\n  - TENANTRY_INTERNAL_ADDR: the port of \":65536\"", "tenantry keyset create", "CLARIFAI_PAT",
 		"\n  - TENANTRY_APP_PREFIX: app prefix", "\n  - TENANTRY_UPSTREAM_RATE: upstream rate", "\n  - CLARIFAI_API_BASE: ",
-		"\n  - TENANTRY_WORKERS: ", "\n  - TENANTRY_KEY_SCOPES: ", "\n  - TENANTRY_BASE_WORKFLOW: ", "\n  - TENANTRY_UPSTREAM_TIMEOUT: upstream timeout",
+		"\n  - TENANTRY_WORKERS: ", "\n  - TENANTRY_POOL_MIN: ", "\n  - TENANTRY_KEY_SCOPES: ", "\n  - TENANTRY_BASE_WORKFLOW: ", "\n  - TENANTRY_UPSTREAM_TIMEOUT: upstream timeout",
 		"\n  - TENANTRY_SHUTDOWN_DELAY: ", "\n  - TENANTRY_SHUTDOWN_TIMEOUT: ")
 	for _, addr := range []string{":http", ":-1", "127.0.0.1:99999", "[::1]:"} {
 		fails(t, nil, []string{"serve", "--addr", addr}, "TENANTRY_ADDR: ")

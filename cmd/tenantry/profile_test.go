@@ -57,7 +57,8 @@ func TestServeProfiles(t *testing.T) {
 	both := "profiles:\n  default: {base_workflow: Mine, key_scopes: [All]}\n  pro:\n    key_scopes: [Predict]\n    retention: 30d\n    extra_keys: {search: {scopes: [Search]}}\n"
 	file := writeFile(t, both)
 	bad := writeFile(t, "profiles:\n  default:\n    scopes: [All]\n")
-	fails(t, vars, append(serve, "--profiles-file", bad, "--key-scopes", "All", "--base-workflow", "Empty"),
+	fails(t, vars, append(serve, "--profiles-file", bad, "--key-scopes", "All", "--base-workflow", "Empty", "--pool-min", "1", "--pool-max", "0"),
+		"\n  - both TENANTRY_PROFILES_FILE and TENANTRY_POOL_MIN are given", "\n  - both TENANTRY_PROFILES_FILE and TENANTRY_POOL_MAX are given",
 		"\n  - both TENANTRY_PROFILES_FILE and TENANTRY_KEY_SCOPES are given", "\n  - both TENANTRY_PROFILES_FILE and TENANTRY_BASE_WORKFLOW are given",
 		"\n  - TENANTRY_PROFILES_FILE: "+bad+`:2: profile "default": key_scopes: is empty`, "\n  - TENANTRY_PROFILES_FILE: "+bad+`:3: profile "default" has no field "scopes"`)
 	fails(t, vars, append(serve, "--profiles-file", bad+"x"), "TENANTRY_PROFILES_FILE: ", "no such file")
@@ -89,7 +90,7 @@ func TestServeProfiles(t *testing.T) {
 	with["TENANTRY_TOKEN"] = token
 	out := must(t, with, "profile", "list", "--url", p.url)
 	if lines := strings.Split(strings.TrimSpace(out), "\n"); len(lines) != 3 || !strings.HasPrefix(lines[0], "NAME ") ||
-		strings.Join(strings.Fields(lines[2])[2:], " ") != "1 0 - Empty default, search 30d - 0-0" {
+		strings.Join(strings.Fields(lines[2])[2:], " ") != "1 0 - Empty default, search 30d - 2-20" {
 		t.Errorf("profile list prints\n%s", out)
 	}
 	var list struct{ Profiles []struct{ Name string } }

@@ -51,9 +51,11 @@ type serveCmd struct {
 	MarkTenants    bool          `env:"TENANTRY_MARK_TENANTS" default:"true" negatable:"" help:"Write the tenant, sealed, into its app's metadata at Clarifai: from it the mapping is rebuilt if the database is lost."`
 
 	AppPrefix    string   `env:"TENANTRY_APP_PREFIX" default:"tny" help:"How the ids of apps begin: 1 to 5 of a-z and 0-9."`
-	ProfilesFile string   `env:"TENANTRY_PROFILES_FILE" placeholder:"FILE" help:"File with the profiles; tenantry profile check says what is wrong with one. Without it there is one profile, default, of the next two settings."`
+	ProfilesFile string   `env:"TENANTRY_PROFILES_FILE" placeholder:"FILE" help:"File with the profiles; tenantry profile check says what is wrong with one. Without it there is one profile, default, of the next four settings."`
 	KeyScopes    []string `env:"TENANTRY_KEY_SCOPES" placeholder:"All" help:"Scopes of the tenants' keys, by comma."`
 	BaseWorkflow string   `env:"TENANTRY_BASE_WORKFLOW" placeholder:"Empty" help:"Base workflow of the apps, of clarifai/main."`
+	PoolMin      int      `env:"TENANTRY_POOL_MIN" default:"2" help:"Fewest apps that are kept ready ahead of need."`
+	PoolMax      int      `env:"TENANTRY_POOL_MAX" default:"20" help:"Most of them; 0 keeps none."`
 
 	LogLevel  string `env:"TENANTRY_LOG_LEVEL" enum:"debug,info,warn,error" default:"info" help:"Least important lines to log: ${enum}."`
 	LogFormat string `env:"TENANTRY_LOG_FORMAT" enum:"json,console" default:"json" help:"${enum}."`
@@ -130,12 +132,22 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 // readProfiles sets the profiles of p: those of the file, or the one of the settings.
 func (c serveCmd) readProfiles(p *plan) error {
 	profile := tenant.Profile{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{tenant.ScopeAll}}
+	profile.PoolMin, profile.PoolMax = c.PoolMin, c.PoolMax
+	if c.PoolMin == tenant.DefaultPoolMin { // or it was not given
+		profile.PoolMin = max(0, min(c.PoolMin, c.PoolMax))
+	}
 	var given []string
 	if scopes := trimmed(c.KeyScopes); len(scopes) > 0 {
 		profile.KeyScopes, given = scopes, append(given, "TENANTRY_KEY_SCOPES")
 	}
 	if c.BaseWorkflow != "" {
 		profile.BaseWorkflow, given = c.BaseWorkflow, append(given, "TENANTRY_BASE_WORKFLOW")
+	}
+	if c.PoolMin != tenant.DefaultPoolMin {
+		given = append(given, "TENANTRY_POOL_MIN")
+	}
+	if c.PoolMax != tenant.DefaultPoolMax {
+		given = append(given, "TENANTRY_POOL_MAX")
 	}
 	p.profiles = []tenant.Profile{profile}
 	if c.ProfilesFile == "" {
@@ -217,7 +229,8 @@ func nameSettings(err error) error {
 		return err
 	}
 	variables := map[string]string{"AppPrefix": "TENANTRY_APP_PREFIX", "Rate": "TENANTRY_UPSTREAM_RATE",
-		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "key_scopes": "TENANTRY_KEY_SCOPES", "base_workflow": "TENANTRY_BASE_WORKFLOW"}
+		"CallTimeout": "TENANTRY_UPSTREAM_TIMEOUT", "key_scopes": "TENANTRY_KEY_SCOPES", "base_workflow": "TENANTRY_BASE_WORKFLOW",
+		"pool.min": "TENANTRY_POOL_MIN", "pool.max": "TENANTRY_POOL_MAX", "pool": "TENANTRY_POOL_MAX"}
 	var faults []error
 	for _, fault := range list.Unwrap() {
 		if f, ok := errors.AsType[*provision.ConfigError](fault); ok {

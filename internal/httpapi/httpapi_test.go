@@ -380,6 +380,7 @@ func TestRoles(t *testing.T) {
 		{"POST", "/v1/keys/quarantine", `{"key":"x"}`, managers},
 		{"GET", "/v1/upstream", "", all},
 		{"GET", "/v1/profiles", "", all},
+		{"GET", "/v1/pool", "", all},
 	} {
 		for _, role := range tenant.Roles {
 			got := s.call(role, c.method, c.path, c.body)

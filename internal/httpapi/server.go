@@ -128,6 +128,7 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/keys/identify", s.allow(any, s.identifyKey))
 	r.Post("/v1/keys/quarantine", s.allow(managers, s.quarantineKey))
 	r.Get("/v1/profiles", s.allow(any, s.listProfiles))
+	r.Get("/v1/pool", s.allow(any, s.listPools))
 	r.Get("/v1/upstream", s.allow(any, s.getUpstream))
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))

@@ -18,6 +18,7 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 	WHEN 'building' THEN NOT suspect
 	WHEN 'purging' THEN NOT ` + fenced + `
 	WHEN 'held' THEN pending
+	WHEN 'ready' THEN NOT suspect AND coalesce(proven_at, ready_at) < now() - ` + poolAge + `
 	ELSE false END`
 
 // fenced says whether the restore fence is up.
@@ -41,10 +42,12 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
+			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
+		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("app")
@@ -169,7 +172,7 @@ func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) er
 				next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
 				in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
 				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held')
+			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held', 'ready')
 			RETURNING id
 		), key AS (
 			UPDATE keys SET in_doubt_since = NULL, updated_at = now()

@@ -66,7 +66,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
 		WHERE id IN (
-			SELECT id FROM apps WHERE state = 'building' AND `+dueApp+` AND `+notQueued+`
+			SELECT id FROM apps WHERE state = 'building' AND NOT for_pool AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
 		RETURNING id`, requeueAfter, most)
 	batch.Queue(`
@@ -91,15 +91,13 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	forgetAdoptions(batch)
 	collect(batch, &campaigns, `
 		UPDATE campaigns SET enqueued_at = now() WHERE `+dueCampaign+` AND `+notQueued+` RETURNING id`, requeueAfter)
-	for _, state := range []string{"purging", "held"} {
-		pending := ""
-		if state == "held" {
-			pending = " AND pending"
-		}
+	// The conditions that go beyond dueApp are those of an index.
+	for _, which := range []string{"state = 'building' AND for_pool", "state = 'purging'", "state = 'held' AND pending",
+		"state = 'ready' AND coalesce(proven_at, ready_at) < now() - " + poolAge} {
 		collect(batch, &later, `
 			UPDATE apps SET enqueued_at = now()
 			WHERE id IN (
-				SELECT id FROM apps WHERE state = '`+state+`'`+pending+` AND `+dueApp+` AND `+notQueued+`
+				SELECT id FROM apps WHERE `+which+` AND `+dueApp+` AND `+notQueued+`
 				ORDER BY next_attempt_at
 				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3))
 				FOR UPDATE SKIP LOCKED)

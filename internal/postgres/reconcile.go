@@ -368,8 +368,21 @@ var compareSQL = []string{
 	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $3::interval`,
 }
 
-// Compare writes down the differences between the lists and the rows.
+// Compare writes down the differences between the lists and the rows, and which apps
+// of the pool were seen with their keys.
 func (db *DB) Compare(ctx context.Context, r tenant.Reconciliation) error {
+	// Not in the transaction below, which may take long: no sign-up could be given
+	// one of these apps meanwhile.
+	if _, err := db.pool.Exec(ctx, `
+		UPDATE apps SET proven_at = greatest(proven_at, $2) WHERE state = 'ready' AND id IN (
+			SELECT k.app_id FROM keys k
+			JOIN apps a ON a.id = k.app_id AND a.state = 'ready'
+			JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id AND s.marker_app = a.id
+			WHERE k.state = 'active' AND k.name = $3 AND EXISTS (SELECT FROM reconciliation_keys l
+				WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint)))`,
+		r.ID, r.CreatedAt, tenant.DefaultKey); err != nil {
+		return translate("record apps of the pool as seen", err)
+	}
 	return db.underLease(ctx, "compare", r, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
 		for _, sql := range compareSQL {

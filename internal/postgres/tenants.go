@@ -180,14 +180,22 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 // finishes them. $1 is the profile, $2 the actor, $3 the request id, $4 the upstream
 // request id.
 //
+// An app of another revision of the profile than the pool is kept of is better than
+// none, and taken only if there is no other.
+//
 // No tenant is locked unless there is an app for it: a build that ends at that
 // moment would pass the tenant over. No app is locked unless a tenant waits.
 const claimSQL = `
-	WITH picked AS (
+	WITH current AS (
 		SELECT id FROM apps
-		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
-			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)
+		WHERE ` + claimable + ` AND profile_revision = (SELECT revision FROM pools WHERE profile = $1)
 		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+	), other AS (
+		SELECT id FROM apps
+		WHERE ` + claimable + ` AND NOT EXISTS (SELECT FROM current)
+		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
+	), picked AS (
+		SELECT id FROM current UNION ALL SELECT id FROM other
 	), waiter AS (
 		SELECT id, generation FROM tenants
 		WHERE state = 'provisioning' AND profile = $1 AND EXISTS (SELECT FROM picked)
@@ -210,20 +218,26 @@ const claimSQL = `
 		FROM activated
 	)`
 
+const claimable = `state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
+			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)`
+
 // claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
 // every replica.
 const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', id) FROM activated`
 
 // startBuildsSQL begins builds for the tenants that wait, as many as neither a
-// build nor a ready app is there for, with the ids given in $1. $2 is the profile,
+// build nor a ready app is there for, with the ids given in $1. Builds for the pool do
+// not count, since they take only the calls that nobody else wants; what ends first
+// serves who waited longest. $2 is the profile,
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
 	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
 	SELECT unnest($1::text[]), $2, $3, now() WHERE NOT ` + fenced + `
 	LIMIT greatest(0,
 		(SELECT count(*) FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) waiting)
+		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $2 AND NOT suspect LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
-			WHERE state IN ('building', 'ready') AND profile = $2 AND NOT suspect LIMIT $4) coming))
+			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming))
 	RETURNING id`
 
 // SignUp makes a tenant, gives it a ready app if there is one, and begins a

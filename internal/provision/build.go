@@ -48,6 +48,8 @@ func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
 		err = s.purge(ctx, a)
 	case tenant.AppHeld:
 		err = s.tend(ctx, &a)
+	case tenant.AppReady:
+		err = s.prove(ctx, a)
 	default:
 		err = s.build(ctx, &a)
 	}
@@ -143,6 +145,11 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	case !ok:
 		return s.abandon(ctx, *a, true, "its profile is gone")
 	}
+	if a.ForPool && !a.Made && a.PoolRevision != "" && a.PoolRevision != profile.Revision() {
+		// It is for replicas that were started with another file: made here, it would be
+		// one that the pool does not want.
+		return &deferred{wait: s.BackoffBase}
+	}
 	if !a.Made {
 		if !a.InDoubt { // or it may have been made of what the profile was
 			a.Revision = profile.Revision()
@@ -217,9 +224,10 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 	return nil
 }
 
-// laneOf says how urgent a build is: while nobody waits it can wait itself.
+// laneOf says how urgent a build is: while nobody waits, or waits for another, it can
+// wait itself.
 func laneOf(a tenant.App) lane {
-	if a.Wanted {
+	if a.Wanted && !a.ForPool {
 		return normal
 	}
 	return background

@@ -31,6 +31,7 @@ type crashScenario struct {
 	differs   bool        // Clarifai and Postgres still do, until another repair
 	moves     bool        // tenants get other apps: theirs was gone
 	pool      int         // apps that are there for nobody
+	spare     int         // apps that may be there for nobody beside those
 	foreign   int         // apps that are not ours
 	unmarked  bool        // apps lack their tenants in their markers
 	lost      int         // keys that cannot be addressed
@@ -505,6 +506,46 @@ var crashScenarios = map[string]crashScenario{
 		settle: func(s *scene) { mend(s, true) },
 	},
 
+	"pool": {
+		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "makeApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
+			"build FinishBuild", "Pools Pools", "Pools Fence"},
+		prepare: first, options: keepsPool, spare: 2,
+	},
+	"sign-up from the pool": {
+		points:  []string{"SignUp SignUp", "tend AddExtraKeys", "tend MarkApp"},
+		prepare: func(s *scene) { first(s); fillPool(s) },
+		options: keepsPool, spare: 2,
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"pool of another revision": {
+		points: []string{"keepPools FillPool", "build FinishBuild", "purge DeleteApp", "purge AppDeleted"},
+		prepare: func(s *scene) {
+			first(s)
+			fillPool(s)
+			exec(s.t, s.w, `UPDATE apps SET profile_revision = 'older' WHERE state = 'ready'`)
+		},
+		options: keepsPool, spare: 3,
+	},
+	"member of the pool that is looked at": {
+		points:  []string{"defaultKeyDead DefaultKeyOf", "opens Opens", "prove KeyProven"},
+		prepare: old, pool: 1,
+	},
+	"member of the pool that is dead": {
+		points:  []string{"opens Opens", "defaultKeyDead KeyExists", "prove MemberDead", "purge DeleteApp"},
+		prepare: func(s *scene) { old(s); loseKeyOf(s.t, s.w) },
+		settle: func(s *scene) {
+			provisiontest.Eventually(s.t, "the dead app is gone", func() bool { return appsIn(s.t, s.w, tenant.AppDeleted) == 1 })
+		},
+	},
+	"app that was in the pool for long": {
+		points:  []string{"defaultKeyDead DefaultKeyOf", "opens Opens", "proveHeld KeyProven"},
+		prepare: func(s *scene) { old(s); given(s) },
+	},
+	"app that was given with a dead key": {
+		points:  []string{"defaultKeyDead KeyExists", "proveHeld RemakeHeldKey", "makeHeldKey BeginLeasedKey", "makeHeldKey FinishLeasedKey", "tend MarkApp"},
+		prepare: func(s *scene) { old(s); loseKeyOf(s.t, s.w); given(s) },
+	},
+
 	"revocation": {
 		points:  []string{"workKey LeaseKey", "deleteKey DeleteKey", "deleteKey KeyEnded"},
 		prepare: revoking(true, true),
@@ -840,6 +881,27 @@ var crashScenarios = map[string]crashScenario{
 		prepare: reported(func(s *scene) { unmark(s, s.holds["user_1"]) }),
 		act:     startRepair,
 	},
+}
+
+// keepsPool is a replica that keeps two apps ready.
+var keepsPool = provisiontest.Options{Adjust: pool(2, 2)}
+
+// old has an app in the pool that was not looked at for long.
+func old(s *scene) {
+	first(s)
+	fillPool(s)
+	s.r.Stop()
+	aDayAgo(s.t, s.w)
+}
+
+// given has a tenant that got an app of the pool that was not looked at for long, by a
+// replica that did no more.
+func given(s *scene) {
+	got, _, err := s.r.SignUp(s.t.Context(), "user_2", tenant.SignUp{}, 0, caller)
+	if err != nil || got.AppID != poolApp {
+		s.t.Fatalf("SignUp = %+v, %v; want the app of the pool", got, err)
+	}
+	s.holds["user_2"] = got.AppID
 }
 
 const (

@@ -23,3 +23,16 @@ func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
 func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) { s.workCampaign(ctx, id) }
 func (s *Service) RotateAged(ctx context.Context) error           { return s.rotateAged(ctx) }
 func (s *Service) SweepOnce(ctx context.Context) error            { return s.sweep(ctx) }
+
+// How demand is measured, for the tests of the pool.
+const (
+	PoolBeat   = poolBeat
+	PoolBeats  = poolBeats
+	PoolBuilds = poolBuilds
+	PoolDrain  = poolDrain
+
+	CallsPerSignUp = callsPerSignUp
+)
+
+// PoolTarget is poolTarget.
+var PoolTarget = poolTarget

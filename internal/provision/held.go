@@ -11,15 +11,21 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// tend does what a held app lacks: the further keys of its profile, and its tenant in
-// its marker, from which the mapping can be rebuilt if the database is lost. One that is
-// shared with the operator gets neither: its owner alone may make keys of it, and change it.
+// tend does what a held app lacks: a key that works, if it was in the pool for long, the
+// further keys of its profile, and its tenant in its marker, from which the mapping can
+// be rebuilt if the database is lost. One that is shared with the operator gets none of
+// that: its owner alone may make keys of it, and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if a.UserID != "" {
 		return s.leaveUnmarked(ctx, *a)
 	}
 	if _, ok := s.profiles[a.Profile]; !ok { // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}
+	}
+	if a.Unproven {
+		if err := s.proveHeld(ctx, *a); err != nil {
+			return err
+		}
 	}
 	if !a.HasExtraKeys {
 		if err := s.Store.AddExtraKeys(ctx, *a, s.extraKeys(a.Profile), worker); err != nil {

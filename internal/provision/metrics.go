@@ -24,8 +24,10 @@ type Metrics struct {
 	resealLeft   prometheus.Gauge
 	unknownKeys  prometheus.Gauge
 
-	campaigns     *prometheus.GaugeVec
-	campaignItems *prometheus.CounterVec
+	campaigns                                    *prometheus.GaugeVec
+	campaignItems                                *prometheus.CounterVec
+	poolReady, poolTarget, poolMin, poolBuilding *prometheus.GaugeVec
+	poolHits, poolMisses                         *prometheus.CounterVec
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -67,11 +69,34 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.campaignItems = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tenantry_campaign_items_total", Help: "Keys that campaigns rotated and apps that they brought to another revision, by outcome."}, []string{"kind", "outcome"})
 	reg.MustRegister(m.campaigns, m.campaignItems)
+	m.poolReady = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_pool_ready", Help: "Apps that are ready to be handed out, counted every 15 seconds."}, []string{"profile"})
+	m.poolTarget = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_pool_target", Help: "Apps that shall be ready, as demand has it."}, []string{"profile"})
+	m.poolMin = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_pool_min", Help: "The least apps that the profile wants ready."}, []string{"profile"})
+	m.poolBuilding = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_pool_building", Help: "Apps that are being built, for the pool or for tenants that wait."}, []string{"profile"})
+	m.poolHits = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tenantry_pool_hits_total", Help: "Sign-ups that had an app at once."}, []string{"profile"})
+	m.poolMisses = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tenantry_pool_misses_total", Help: "Sign-ups that found no app ready."}, []string{"profile"})
+	reg.MustRegister(m.poolReady, m.poolTarget, m.poolMin, m.poolBuilding, m.poolHits, m.poolMisses)
 	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 
 func (m *Metrics) job(kind string, o outcome) { m.jobs.WithLabelValues(kind, string(o)).Inc() }
+
+// signedUp counts a sign-up of a profile that keeps a pool, by whether it had an app at
+// once.
+func (m *Metrics) signedUp(profile string, hit bool) {
+	if hit {
+		m.poolHits.WithLabelValues(profile).Inc()
+	} else {
+		m.poolMisses.WithLabelValues(profile).Inc()
+	}
+}
 
 // measure reads what the metrics say of the whole fleet.
 func (s *Service) measure(ctx context.Context) error {
@@ -103,6 +128,16 @@ func (s *Service) measure(ctx context.Context) error {
 				s.Metrics.campaigns.WithLabelValues(string(kind), string(state)).Set(float64(campaigns[kind][state]))
 			}
 		}
+	}
+	pools, err := s.Pools(ctx)
+	if err != nil {
+		return err
+	}
+	for _, p := range pools {
+		s.Metrics.poolReady.WithLabelValues(p.Profile).Set(float64(p.Ready + p.Outdated))
+		s.Metrics.poolTarget.WithLabelValues(p.Profile).Set(float64(p.Target))
+		s.Metrics.poolMin.WithLabelValues(p.Profile).Set(float64(p.Fewest))
+		s.Metrics.poolBuilding.WithLabelValues(p.Profile).Set(float64(p.Building))
 	}
 	report, err := s.Store.LastReport(ctx)
 	if errors.Is(err, tenant.NotFound) {

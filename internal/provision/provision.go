@@ -130,6 +130,13 @@ type Store interface {
 
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error
+	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error)
+	KeyProven(ctx context.Context, a tenant.App) error
+	MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error
+	RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error
+	Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error)
 	EndDueKeys(ctx context.Context, actor tenant.Actor) error
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
 	PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error)
@@ -215,9 +222,11 @@ type Config struct {
 	BackoffBase  time.Duration // after the first failure; 1 s
 	BackoffCap   time.Duration // 30 s
 
-	ReportEvery time.Duration // Clarifai is compared with the database by itself; 24 h
-	RemovalCap  int           // what repairs may remove in an hour, and of how many tenants the apps; 100
-	SkipMarks   bool          // leave tenants out of the markers of their apps
+	ReportEvery  time.Duration // Clarifai is compared with the database by itself; 24 h
+	RemovalCap   int           // what repairs may remove in an hour, and of how many tenants the apps; 100
+	PoolEvery    time.Duration // pools are planned; 15 s
+	PoolPatience time.Duration // with which more apps are kept ready than are needed; 10 min
+	SkipMarks    bool          // leave tenants out of the markers of their apps
 
 	TripAfter    int           // calls in a row that Clarifai fails before all work pauses; 5
 	PauseBase    time.Duration // the first pause; 1 s
@@ -273,6 +282,8 @@ func (c Config) WithDefaults() Config {
 		{&c.BackoffCap, 30 * time.Second},
 		{&c.ReportEvery, 24 * time.Hour},
 		{&c.AgeEvery, 10 * time.Minute},
+		{&c.PoolEvery, 15 * time.Second},
+		{&c.PoolPatience, 10 * time.Minute},
 		{&c.PauseBase, time.Second},
 		{&c.PauseCap, 30 * time.Second},
 		{&c.PATCheckBase, 15 * time.Second},
@@ -361,6 +372,9 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		}
 	}
 	t = signedUp.Tenant
+	if _, most := profile.PoolBounds(); signedUp.Created && most > 0 {
+		s.Metrics.signedUp(profile.Name, t.State == tenant.Active)
+	}
 	if signedUp.FirstUnknown() {
 		if t, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes()); err != nil {
 			return t, false, err

@@ -712,3 +712,38 @@ func (u watchedUpstream) ChangeApp(ctx context.Context, id tenant.AppID, change 
 	defer u.returned()
 	return u.Upstream.ChangeApp(ctx, id, change)
 }
+
+func (s watchedStore) PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.PlanPools(ctx, profiles, plan, actor)
+}
+
+func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+	defer s.returned()
+	return s.Store.FillPool(ctx, p, ids)
+}
+
+func (s watchedStore) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {
+	defer s.returned()
+	return s.Store.DefaultKeyOf(ctx, app)
+}
+
+func (s watchedStore) KeyProven(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.KeyProven(ctx, a)
+}
+
+func (s watchedStore) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.MemberDead(ctx, a, actor)
+}
+
+func (s watchedStore) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.RemakeHeldKey(ctx, a, gone, next, actor)
+}
+
+func (s watchedStore) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error) {
+	defer s.returned()
+	return s.Store.Pools(ctx, names)
+}

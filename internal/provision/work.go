@@ -182,6 +182,9 @@ func (s *Service) sweep(ctx context.Context) error {
 			return fmt.Errorf("sweep: %w", err)
 		}
 	}
+	if err := s.keepPools(ctx); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
 	if err := s.watchForRestore(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}

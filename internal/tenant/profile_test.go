@@ -211,14 +211,14 @@ func TestParseProfiles(t *testing.T) {
 	t.Parallel()
 	got := tenant.ParseProfiles([]byte(strings.ReplaceAll(goodProfiles, "\n", "\r\n")))
 	want := tenant.ProfilesFile{Line: 3, Profiles: []tenant.Profile{
-		{Name: "default", BaseWorkflow: "Empty", KeyScopes: []string{"All"}},
+		{Name: "default", BaseWorkflow: "Empty", KeyScopes: []string{"All"}, PoolMin: tenant.DefaultPoolMin, PoolMax: tenant.DefaultPoolMax},
 		{Name: "pro", BaseWorkflow: "Language-Understanding", KeyScopes: []string{"All"}, Language: "en", AppDescription: "Made for: Acme",
 			ExtraKeys: []tenant.KeyTemplate{{Name: "search", Scopes: []string{"Apps_Get", "Models:Get"}},
 				{Name: "predict", Scopes: []string{"Predict", "Apps_Get"}}},
 			AllowedScopes: []string{"Predict", "Search"}, ShowTenant: tenant.ShowTenantHash,
 			Retention: 36 * time.Hour, MaxKeyAge: 90 * 24 * time.Hour, PoolMin: 2, PoolMax: 20},
 		{Name: "free-2", BaseWorkflow: "Empty", KeyScopes: []string{"Apps_Get", "Models:Get"}, Language: "de",
-			PoolMin: 3, PoolMax: 3, Retention: 45 * time.Minute},
+			PoolMin: 3, PoolMax: tenant.DefaultPoolMax, Retention: 45 * time.Minute},
 	}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("ParseProfiles (- want, + got):\n%s", diff)
@@ -428,4 +428,28 @@ func FuzzParseProfiles(f *testing.F) {
 			t.Errorf("the profiles are %v of %d", names, len(file.Profiles))
 		}
 	})
+}
+
+func TestPoolBounds(t *testing.T) {
+	t.Parallel()
+	for text, want := range map[string][2]int{
+		"":                         {2, 20},
+		"pool: {}":                 {2, 20},
+		"pool: {min: 3}":           {3, 20},
+		"pool: {min: 30}":          {30, 30},
+		"pool: {min: 0}":           {0, 20},
+		"pool: {max: 5}":           {2, 5},
+		"pool: {max: 1}":           {1, 1},
+		"pool: {max: 0}":           {0, 0},
+		"pool: {min: 0, max: 0}":   {0, 0},
+		"pool: {min: 20, max: 20}": {20, 20},
+	} {
+		file := tenant.ParseProfiles([]byte("profiles:\n  default:\n    key_scopes: [All]\n    " + text + "\n"))
+		if file.Faulty() || len(file.Profiles) != 1 {
+			t.Fatalf("%q has the faults %v", text, file.Faults)
+		}
+		if fewest, most := file.Profiles[0].PoolBounds(); fewest != want[0] || most != want[1] {
+			t.Errorf("%q is a pool of %d to %d; want %v", text, fewest, most, want)
+		}
+	}
 }

@@ -30,7 +30,7 @@ import (
 //	    show_tenant: none           # or id, or hash
 //	    retention: 7d
 //	    max_key_age: 90d
-//	    pool: {min: 2, max: 20}
+//	    pool: {min: 2, max: 20}     # the default; max: 0 keeps none
 //
 // Anchors, aliases and merge keys (<<) work; top-level fields that begin with x- are
 // left to the file's author, as a place for anchors.
@@ -289,7 +289,7 @@ var profileFields = []string{"base_workflow", "language", "app_description", "ke
 	"show_tenant", "retention", "max_key_age", "pool"}
 
 func (r *profilesReader) profile(f yamlField) {
-	p := Profile{Name: f.name, BaseWorkflow: KnownWorkflows[0]}
+	p := Profile{Name: f.name, BaseWorkflow: KnownWorkflows[0], PoolMin: DefaultPoolMin, PoolMax: DefaultPoolMax}
 	r.of = "profile " + shown(f.name)
 	r.lines, r.unread = map[string]int{"": f.key.Line}, map[string]bool{}
 	if resolve(f.value).Kind != yaml.MappingNode {
@@ -447,25 +447,26 @@ func (r *profilesReader) duration(n *yaml.Node, field string, least time.Duratio
 }
 
 func (r *profilesReader) pool(n *yaml.Node, field string, p *Profile) {
-	bounded := false
+	var fewest, most *int
 	for _, f := range r.fields(n, r.of+": "+field) {
 		at := field + "." + f.name
 		r.lines[at] = f.key.Line
 		switch f.name {
 		case "min":
-			p.PoolMin = r.count(f.value, at)
+			n := r.count(f.value, at)
+			fewest = &n
 		case "max":
-			bounded = true
-			p.PoolMax = r.count(f.value, at)
+			n := r.count(f.value, at)
+			most = &n
 		default:
 			r.fault(f.key.Line, "%s: %s has no field %s; there are min and max", r.of, field, shown(f.name))
 		}
 	}
-	switch {
-	case !bounded:
-		p.PoolMax = p.PoolMin
+	p.PoolMin, p.PoolMax = PoolBoundsOf(fewest, most)
+	if most == nil {
 		r.unread[field+".max"] = true // what is wrong with it is wrong with min
-	case p.PoolMax == 0 && p.PoolMin > 0 && !r.unread[field+".max"]: // which in a Profile means no bound
+	}
+	if p.PoolMax == 0 && p.PoolMin > 0 && !r.unread[field+".max"] { // which in a Profile means no bound
 		r.bad(r.lines[field+".max"], field, "min %d is more than max 0", p.PoolMin)
 	}
 }

@@ -115,8 +115,8 @@ type Problem struct {
 	NextAttemptAt     time.Time `json:"next_attempt_at,omitzero"`
 }
 
-// An App is an app that a worker has leased: one that is building or purging, or
-// that is held and pending.
+// An App is an app that a worker has leased: one that is building or purging, that
+// is held and pending, or that has been ready for long.
 type App struct {
 	ID       AppID
 	Profile  string
@@ -132,6 +132,15 @@ type App struct {
 	Made bool
 	// Wanted says that a tenant waits for such an app.
 	Wanted bool
+	// ForPool says that it is built for the pool: a tenant that waits has a build of
+	// its own.
+	ForPool bool
+	// PoolRevision is of what revision of its profile such an app is wanted; empty if no
+	// pool is kept.
+	PoolRevision string
+	// Unproven says that a tenant got it, and that nobody has looked for long whether
+	// its key works.
+	Unproven bool
 	// InDoubt says that, before this lease, a call was begun that may have made
 	// the app, and that its outcome was never recorded.
 	InDoubt bool
@@ -221,7 +230,7 @@ type Profile struct {
 
 	Retention time.Duration // how long the app of a deleted tenant is kept; 0 means DefaultRetention
 	MaxKeyAge time.Duration // after which a key is rotated by itself; 0 means never
-	PoolMin   int           // ready apps
+	PoolMin   int           // ready apps: see PoolBounds
 	PoolMax   int
 }
 

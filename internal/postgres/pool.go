@@ -1,0 +1,333 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// poolAge is how long a ready app counts as alive without anybody having looked: the
+// daily report proves most of them before. claimedAge is the same for one that was
+// just given to a tenant, which is looked at once.
+const (
+	poolAge    = `interval '36 hours'`
+	claimedAge = `interval '1 hour'`
+)
+
+// Of a pool that no replica has planned for closedAfter, the apps are removed: its
+// profile is gone or keeps none.
+const closedAfter = time.Hour
+
+// A revision that no replica has planned for so many turns gives way to another.
+// Replicas that were started with different files would remove each other's apps if
+// each had its own at once.
+const turnsUntilSuccession = 4
+
+// PlanPools plans the pools that are due, one replica at a time: it sets their
+// targets and takes out the apps that are not needed any more, of which no tenant can
+// have been given any.
+func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error {
+	names, revisions := make([]string, len(profiles)), make([]string, len(profiles))
+	for i, p := range profiles {
+		names[i], revisions[i] = p.Name, p.Revision()
+	}
+	const due = `
+		SELECT m.name FROM unnest($1::text[], $2::text[]) AS m (name, revision) LEFT JOIN pools p ON p.profile = m.name
+		WHERE p.profile IS NULL OR p.planned_at < now() - CASE WHEN p.revision = m.revision THEN 1 ELSE $4 END * $3::interval
+		UNION ALL
+		SELECT profile FROM pools WHERE planned_at < now() - $5::interval AND profile <> ALL ($1)`
+	dueNow := func(q interface {
+		Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	}) (map[string]bool, error) {
+		rows, _ := q.Query(ctx, due, names, revisions, plan.Every, turnsUntilSuccession, closedAfter)
+		found, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		is := map[string]bool{}
+		for _, name := range found {
+			is[name] = true
+		}
+		return is, err
+	}
+	if is, err := dueNow(db.pool); err != nil || len(is) == 0 {
+		return translate("look for pools to plan", err)
+	}
+	return translate("plan pools", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		var alone bool
+		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('plan pools'))`).Scan(&alone); err != nil || !alone {
+			return err
+		}
+		// Another replica may just have done it.
+		is, err := dueNow(tx)
+		if err != nil || len(is) == 0 {
+			return err
+		}
+		signUps, counts, err := countSignUps(ctx, tx, plan)
+		if err != nil {
+			return err
+		}
+		for _, p := range profiles {
+			if !is[p.Name] {
+				continue
+			}
+			delete(is, p.Name)
+			if signUps[p.Name] == nil {
+				signUps[p.Name] = make([]int, plan.Beats)
+			}
+			if err := planPool(ctx, tx, p, plan.Target(p, signUps[p.Name]), counts[p.Name], plan, actor); err != nil {
+				return err
+			}
+		}
+		for name := range is {
+			if err := takeOut(ctx, tx, tenant.PoolClosed, plan.Drain, actor, `state = 'ready' AND profile = $1`, name); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, `
+				DELETE FROM pools WHERE profile = $1 AND NOT EXISTS (SELECT FROM apps WHERE state = 'ready' AND profile = $1)`, name); err != nil {
+				return err
+			}
+		}
+		return nil
+	}))
+}
+
+// signUpCounts are the sign-ups of a profile in the time that is looked at, and how
+// many had an app at once or had to wait for one. Tenants that have changed since count
+// as neither.
+type signUpCounts struct{ all, hits, misses int }
+
+// countSignUps counts by profile. Nothing is written down at a sign-up for it: all
+// sign-ups would wait for one another at such a row.
+func countSignUps(ctx context.Context, tx pgx.Tx, plan tenant.PoolPlan) (map[string][]int, map[string]signUpCounts, error) {
+	signUps, counts := map[string][]int{}, map[string]signUpCounts{}
+	rows, _ := tx.Query(ctx, `
+		SELECT profile, floor(extract(epoch FROM now() - created_at) / extract(epoch FROM $1::interval))::int AS ago, count(*),
+			count(*) FILTER (WHERE state = 'active' AND state_since = created_at),
+			count(*) FILTER (WHERE state = 'active' AND state_since > created_at OR state = 'provisioning')
+		FROM tenants WHERE created_at > now() - $2 * $1::interval AND created_at <= now()
+		GROUP BY profile, ago`, plan.Beat, plan.Beats)
+	var profile string
+	var ago, n, hits, misses int
+	_, err := pgx.ForEachRow(rows, []any{&profile, &ago, &n, &hits, &misses}, func() error {
+		if signUps[profile] == nil {
+			signUps[profile] = make([]int, plan.Beats)
+		}
+		signUps[profile][plan.Beats-1-min(ago, plan.Beats-1)] += n
+		c := counts[profile]
+		counts[profile] = signUpCounts{c.all + n, c.hits + hits, c.misses + misses}
+		return nil
+	})
+	return signUps, counts, err
+}
+
+func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n signUpCounts, plan tenant.PoolPlan, actor tenant.Actor) error {
+	var surplus int
+	err := tx.QueryRow(ctx, `
+		WITH pool AS (
+			SELECT count(*)::int AS ready FROM apps
+			WHERE state = 'ready' AND profile = $1 AND profile_revision = $2 AND NOT suspect
+		), planned AS (
+			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses)
+			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 THEN now() END, $4, $5, $6 FROM pool
+			ON CONFLICT (profile) DO UPDATE
+			SET revision = excluded.revision, target = excluded.target, planned_at = excluded.planned_at,
+				above_since = CASE WHEN excluded.above_since IS NOT NULL THEN coalesce(p.above_since, now()) END,
+				sign_ups = excluded.sign_ups, hits = excluded.hits, misses = excluded.misses
+			RETURNING p.above_since
+		)
+		SELECT CASE WHEN above_since < now() - $7::interval THEN ready - $3 ELSE 0 END FROM planned, pool`,
+		p.Name, p.Revision(), target, n.all, n.hits, n.misses, plan.Patience).Scan(&surplus)
+	if err != nil {
+		return err
+	}
+	if surplus > 0 {
+		if err := takeOut(ctx, tx, tenant.PoolSurplus, min(surplus, plan.Drain), actor,
+			`state = 'ready' AND profile = $1 AND profile_revision = $2`, p.Name, p.Revision()); err != nil {
+			return err
+		}
+	}
+	// An app of another revision goes when one of this revision is there in its place:
+	// until then it is better than none.
+	var replaced int
+	if err := tx.QueryRow(ctx, `SELECT count(*) - $2 FROM apps WHERE state = 'ready' AND profile = $1 AND NOT suspect`,
+		p.Name, target).Scan(&replaced); err != nil {
+		return err
+	}
+	return takeOut(ctx, tx, tenant.PoolOutdated, min(replaced, plan.Drain), actor,
+		`state = 'ready' AND profile = $1 AND profile_revision <> $2`, p.Name, p.Revision())
+}
+
+// takeOut gives up to most ready apps that where selects to the workers that remove
+// apps, the oldest first. Behind the fence it takes none.
+func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor tenant.Actor, where string, args ...any) error {
+	if most <= 0 {
+		return nil
+	}
+	n := len(args)
+	args = append(args, most, actor.Name, why)
+	place := func(i int) string { return "$" + string(rune('0'+n+i)) }
+	// Materialized: a subquery that is run again for the rows it is joined with would
+	// find as many again each time.
+	_, err := tx.Exec(ctx, `
+		WITH picked AS MATERIALIZED (
+			SELECT id FROM apps WHERE `+where+` AND NOT suspect AND NOT `+fenced+`
+			ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED
+		), gone AS (
+			UPDATE apps
+			SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+			WHERE id IN (SELECT id FROM picked) AND state = 'ready'
+			RETURNING id)
+		INSERT INTO audit_events (actor, action, app_id, detail)
+		SELECT `+place(2)+`, 'app.drained', id, jsonb_build_object('reason', `+place(3)+`::text) FROM gone`, args...)
+	return err
+}
+
+// FillPool begins builds for the pool of a profile, with the given ids: as many as
+// are missing to its target when each tenant that waits has had one, and no more at
+// once than there are ids. It begins none while upstream work stands still, nor for a
+// revision that the pool is not kept of.
+func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+	var began []tenant.AppID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		// As in StartBuilds.
+		var alone bool
+		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('fill pool'), hashtext($1))`, p.Name).
+			Scan(&alone); err != nil || !alone {
+			return err
+		}
+		rows, _ := tx.Query(ctx, `
+			WITH pool AS (
+				SELECT target
+					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND profile = $2)
+					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND profile_revision = $3 AND NOT suspect) AS wanted
+				FROM pools WHERE profile = $2 AND revision = $3
+			), building AS (
+				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
+				WHERE state = 'building' AND profile = $2 AND NOT suspect
+			)
+			INSERT INTO apps (id, profile, profile_revision, for_pool, enqueued_at)
+			SELECT unnest($1::text[]), $2, $3, true, now() WHERE NOT `+fenced+` AND coalesce(`+upstreamHalted+`) IS NULL
+			LIMIT coalesce((SELECT greatest(0, least(wanted - n, $4 - for_pool)) FROM pool, building), 0)
+			RETURNING id`, ids, p.Name, p.Revision(), len(ids))
+		var err error
+		began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+		return err
+	})
+	if err != nil {
+		return translate("fill pool", err)
+	}
+	return db.enqueueApps(ctx, tenant.QueueBackground, began)
+}
+
+// DefaultKeyOf reads the key that an app was built with. It reports tenant.NotFound if
+// that works no longer.
+func (db *DB) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {
+	var k tenant.SealedKey
+	err := db.pool.QueryRow(ctx, `
+		SELECT id, ciphertext, fingerprint, hint FROM keys WHERE app_id = $1 AND name = $2 AND state = 'active'`,
+		app, tenant.DefaultKey).Scan(&k.ID, &k.Ciphertext, &k.Fingerprint, &k.Hint)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return k, errNotFound("key")
+	}
+	return k, translate("read key", err)
+}
+
+// KeyProven records that the key of a leased app works. The lease of one that is in
+// the pool ends with it.
+func (db *DB) KeyProven(ctx context.Context, a tenant.App) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE apps
+		SET proven_at = now(), attempts = 0, problem = NULL, leased_until = CASE WHEN state = 'ready' THEN '-infinity' ELSE leased_until END
+		WHERE id = $1 AND leased_until = $2 AND state = $3`, a.ID, a.LeasedUntil, a.State)
+	return oneRow("record key as proven", tag, err)
+}
+
+// MemberDead gives a leased app of the pool, whose key is gone, to the workers that
+// remove apps. It reports tenant.ErrLeaseLost if a tenant has it by now.
+func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
+	return translate("take dead app out of the pool", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		tag, err := tx.Exec(ctx, `
+			WITH gone AS (
+				UPDATE apps
+				SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity',
+					enqueued_at = '-infinity', updated_at = now()
+				WHERE id = $1 AND leased_until = $2 AND state = 'ready' AND NOT suspect
+				RETURNING id)
+			INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
+			SELECT $3, nullif($4, ''), 'app.drained', id, jsonb_build_object('reason', $5::text) FROM gone`,
+			a.ID, a.LeasedUntil, actor.Name, actor.UpstreamRequestID, tenant.PoolDead)
+		return oneRow("take dead app out of the pool", tag, err)
+	}))
+}
+
+// RemakeHeldKey records that a key of a leased app, which a tenant has got, is gone at
+// Clarifai, and that next is made in its place. A key that was revoked meanwhile is
+// left to whoever did it.
+func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
+	var made []keyInLane
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		owner, err := lockOwner(ctx, tx, a.ID)
+		if err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `
+			UPDATE apps SET proven_at = now(), updated_at = now() WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
+			a.ID, a.LeasedUntil)
+		if err := oneRow("record key as gone", tag, err); err != nil {
+			return err
+		}
+		rows, _ := tx.Query(ctx, `
+			WITH gone AS (
+				UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
+				WHERE id = $1 AND state = 'active'
+				RETURNING app_id, name, scopes, expires_at
+			), audited AS (
+				INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id, detail)
+				SELECT $3, nullif($4, ''), 'key.gone', nullif($5, ''), app_id, $1, jsonb_build_object('name', name, 'replaced_by', $2::uuid) FROM gone
+			)
+			INSERT INTO keys (id, app_id, name, scopes, expires_at, enqueued_at)
+			SELECT $2, app_id, name, scopes, expires_at, now() FROM gone
+			WHERE NOT EXISTS (SELECT FROM keys other WHERE other.app_id = gone.app_id AND other.name = gone.name AND other.state = 'creating')
+			RETURNING id, lane`, gone, next, actor.Name, actor.UpstreamRequestID, owner)
+		made, err = pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+		return err
+	})
+	if err != nil {
+		return translate("record key as gone", err)
+	}
+	return db.enqueue(ctx, keyJobs(made))
+}
+
+// Pools reads how the pools of the profiles named stand, in the order of the names,
+// and what else their upstream calls are wanted for.
+func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error) {
+	var load tenant.PoolLoad
+	rows, _ := db.pool.Query(ctx, `
+		SELECT m.name, coalesce(p.revision, ''), coalesce(p.target, 0), coalesce(p.planned_at, '0001-01-01 00:00:00Z'),
+			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision = p.revision AND NOT suspect),
+			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision IS DISTINCT FROM p.revision AND NOT suspect),
+			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND suspect),
+			(SELECT count(*) FROM apps a WHERE a.state = 'building' AND a.profile = m.name),
+			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND t.profile = m.name),
+			coalesce(p.sign_ups, 0), coalesce(p.hits, 0), coalesce(p.misses, 0),
+			(SELECT a.problem FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.problem IS NOT NULL
+				ORDER BY a.next_attempt_at DESC LIMIT 1),
+			now()
+		FROM unnest($1::text[]) WITH ORDINALITY AS m (name, place) LEFT JOIN pools p ON p.profile = m.name
+		ORDER BY m.place`, names)
+	pools, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.Pool])
+	if err != nil {
+		return nil, load, translate("read pools", err)
+	}
+	err = db.pool.QueryRow(ctx, `
+		SELECT (SELECT count(*) FROM tenants WHERE state = 'provisioning'),
+			(SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking')),
+			(SELECT count(*) FROM apps WHERE state = 'held' AND pending),
+			(SELECT count(*) FROM apps WHERE state = 'purging'),
+			(SELECT count(*) FROM reconciliations WHERE state = 'running')`).
+		Scan(&load.Waiting, &load.Keys, &load.Marking, &load.Purging, &load.Reports)
+	return pools, load, translate("read pools", err)
+}
