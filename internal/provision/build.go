@@ -340,16 +340,19 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 // purge removes an app upstream. Removal needs proof: a row that says so, which
 // the caller leased, and our marker at a fresh look.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
-	ours, err := s.look(ctx, background, a.ID)
+	app, err := s.lookAt(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
 		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
 	}
 	if err != nil {
 		return err
 	}
-	if !ours {
+	if !app.Marker.Owns(s.Deployment.ID, a.ID) {
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
 			Detail: "the app lacks our marker and is not removed"}
+	}
+	if a.Tenant == "" && app.Marker.Tenant != "" { // the row of nobody's app is older than what happened to it
+		return s.behind(ctx, a.ID)
 	}
 	if err := s.mayRemove(ctx); err != nil {
 		return err
