@@ -314,8 +314,7 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND t.profile = m.name),
 			coalesce(p.sign_ups, 0), coalesce(p.hits, 0), coalesce(p.misses, 0),
 			(SELECT a.problem FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.problem IS NOT NULL
-				ORDER BY a.next_attempt_at DESC LIMIT 1),
-			now()
+				ORDER BY a.next_attempt_at DESC LIMIT 1)
 		FROM unnest($1::text[]) WITH ORDINALITY AS m (name, place) LEFT JOIN pools p ON p.profile = m.name
 		ORDER BY m.place`, names)
 	pools, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.Pool])

@@ -344,16 +344,19 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	if a.UserID != "" {
 		return s.letGo(ctx, a)
 	}
-	ours, err := s.look(ctx, background, a.ID)
+	app, err := s.lookAt(ctx, background, a.ID)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
 		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
 	}
 	if err != nil {
 		return err
 	}
-	if !ours {
+	if !app.Marker.Owns(s.Deployment.ID, a.ID) {
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
 			Detail: "the app lacks our marker and is not removed"}
+	}
+	if a.Tenant == "" && app.Marker.Tenant != "" { // the row of nobody's app is older than what happened to it
+		return s.behind(ctx, a.ID)
 	}
 	if err := s.mayRemove(ctx); err != nil {
 		return err

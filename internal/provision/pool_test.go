@@ -57,8 +57,8 @@ func TestPoolFills(t *testing.T) {
 	poolIs(t, w, 3)
 	r2 := w.Start(provisiontest.Options{Adjust: pool(3, 5)})
 	pools, err := r.Pools(t.Context())
-	if err != nil || len(pools) != 1 || pools[0].Ready != 3 || pools[0].Target != 3 || pools[0].Reason != nil {
-		t.Errorf("Pools = %+v, %v; want one with all that it shall have", pools, err)
+	if err != nil || len(pools) != 2 || pools[0].Ready != 3 || pools[0].Target != 3 || pools[0].Reason != nil {
+		t.Errorf("Pools = %+v, %v; want one with all that it shall have, and one that is off", pools, err)
 	}
 	if s := w.State(); s.Apps != 3 || s.Calls["PostApps"] != 3 || s.Calls["PostKeys"] != 3 {
 		t.Errorf("the simulator holds %+v; want three apps, each made with two calls", s)
@@ -438,4 +438,77 @@ type claimingStore struct {
 func (s claimingStore) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
 	s.before()
 	return s.Store.MemberDead(ctx, a, actor)
+}
+
+// Builds for the pool take what calls nobody else wants: who waits has a build of its
+// own.
+func TestWaiterDoesNotWaitForThePool(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(20, 20)})
+	if err := r.SweepOnce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	conn := pgtest.Conn(t, w.URL)
+	if n := countOf(t, conn, `apps WHERE state = 'building' AND for_pool`); n != provision.PoolBuilds {
+		t.Errorf("%d apps are built for the pool at once; want %d", n, provision.PoolBuilds)
+	}
+	for i := range 2 {
+		if _, _, err := r.SignUp(t.Context(), tenant.ID(fmt.Sprint("user_", i)), tenant.SignUp{}, 0, caller); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := r.SweepOnce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := countOf(t, conn, `apps WHERE state = 'building' AND NOT for_pool`); n != 2 {
+		t.Errorf("%d apps are built for two tenants that wait", n)
+	}
+}
+
+func TestPoolIsNotFilledWhileNothingMoves(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(2, 2)})
+	conn := pgtest.Conn(t, w.URL)
+	building := func(why string, want int) {
+		t.Helper()
+		if err := r.SweepOnce(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if n := countOf(t, conn, `apps WHERE state = 'building'`); n != want {
+			t.Errorf("%s: %d apps are being built; want %d", why, n, want)
+		}
+	}
+	exec(t, w, `UPDATE deployment SET fence_since = now()`)
+	building("behind the fence", 0)
+	exec(t, w, `UPDATE deployment SET fence_since = NULL;
+		UPDATE upstream_budget SET pauses = 1, pause_reason = '{"code": "upstream_unavailable"}'`)
+	building("in a pause", 0)
+	exec(t, w, `UPDATE upstream_budget SET pauses = 0, pause_reason = NULL;
+		INSERT INTO refused_pats (fingerprint, problem, next_check_at) VALUES ('x', '{"code": "upstream_pat_refused"}', now())`)
+	building("without a PAT", 0)
+	exec(t, w, `DELETE FROM refused_pats`)
+	building("when all is well", 2)
+}
+
+// An app that is nobody's by its row and a tenant's by its marker is not removed.
+func TestDrainedAppOfATenantIsKept(t *testing.T) {
+	t.Parallel()
+	w := filled(t, 1)
+	app := tenant.AppID(w.Sim.Apps()[0].ID)
+	r := w.Start(provisiontest.Options{Idle: true})
+	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "user_1", Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		t.Fatal(err)
+	}
+	marker := tenant.Marker{Deployment: r.Deployment.ID, App: app, Profile: tenant.DefaultProfile, Tenant: sealed}
+	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite",
+		"app": map[string]any{"metadata": map[string]any{"tenantry": marker}}, "metadata_action": map[string]any{"op": "merge"}})
+	exec(t, w, `UPDATE apps SET state = 'purging', next_attempt_at = now() WHERE id = $1`, app)
+	r.WorkApp(t.Context(), app)
+	fenceIs(t, r, true, false)
+	if s := w.State(); s.Apps != 1 || s.Calls["DeleteApp"] != 0 {
+		t.Errorf("the app of a tenant was removed: %v", s.Calls)
+	}
 }

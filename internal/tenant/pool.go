@@ -55,12 +55,11 @@ type Pool struct {
 	Outdated  int       // ready apps of other revisions: they are handed out when there is no other
 	HeldBack  int       // ready apps that the restore fence holds back
 	Building  int
-	Waiting   int       // tenants that have no app yet
-	SignUps   int       // in the hour before PlannedAt
-	Hits      int       // of those, tenants that had their app at once
-	Misses    int       // and those that had to wait for it
-	Problem   *Problem  // of the build that is tried again last; nil if none has one
-	ReadAt    time.Time // by the database's clock
+	Waiting   int      // tenants that have no app yet
+	SignUps   int      // in the hour before PlannedAt
+	Hits      int      // of those, tenants that had their app at once
+	Misses    int      // and those that had to wait for it
+	Problem   *Problem // of the build that is tried again last; nil if none has one
 }
 
 // A PoolLoad is what else the upstream calls of the pools are wanted for.

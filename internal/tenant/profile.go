@@ -9,8 +9,8 @@ import (
 
 // Limits on what a profile may hold.
 const (
-	MaxExtraKeys            = 16
-	MaxAppDescriptionLength = 256 // in characters
+	MaxExtraKeys            = MaxKeys - 1 // beside the default key
+	MaxAppDescriptionLength = 256         // in characters
 	MaxPool                 = 10_000
 )
 
