@@ -520,9 +520,10 @@ func endItem(ctx context.Context, tx pgx.Tx, c tenant.Campaign, i tenant.Campaig
 
 // misfit selects the apps a of the profile $1 that are of another revision than $2, and
 // campaignMisfit those of them that are no newer than $3. Apps that are shared with the
-// operator are only their owners' to change.
+// operator are only their owners' to change, and one that was adopted is marked first.
 const (
-	misfit         = `a.state = 'held' AND a.profile = $1 AND a.profile_revision <> $2 AND a.user_id IS NULL`
+	misfit = `a.state = 'held' AND a.profile = $1 AND a.profile_revision <> $2 AND a.user_id IS NULL
+		AND NOT (a.profile_revision = 'adopted' AND a.marked_at IS NULL)`
 	campaignMisfit = misfit + ` AND a.created_at <= $3`
 )
 

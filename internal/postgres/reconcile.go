@@ -320,13 +320,13 @@ var compareSQL = []string{
 		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
 			AND a.state <> 'deleted')`,
 	// Apps that are not listed, or not as ours. Those of other accounts are never listed, and
-	// one that was made by hand gets its marker once it is held.
+	// one that was made by hand gets its marker once it is held, or when it is removed.
 	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
 		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
 		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
 	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
 	WHERE a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
-		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.pending AND a.profile_revision = 'adopted')
+		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.marked_at IS NULL AND a.profile_revision = 'adopted')
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
 	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
 		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'

@@ -425,6 +425,31 @@ func TestAdoptedIsRebuilt(t *testing.T) {
 	}
 }
 
+// An adopted app whose tenant is deleted before it has its marker is no difference, and
+// can be restored and purged.
+func TestDeleteAdoptedUnmarked(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	w.Faults(map[string]any{"call": "PatchApp", "status": 98004})
+	key := w.AppByHand(provisiontest.PAT, "one", nil)
+	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one", Key: key})
+	is, err := r.Delete(t.Context(), "user_1", false, wait, caller)
+	stateOf(t, is, err, tenant.Deleting)
+	mendedWithout(t, r)
+	is, err = r.Restore(t.Context(), "user_1", wait, caller)
+	stateOf(t, is, err, tenant.Active)
+	if _, err := r.Delete(t.Context(), "user_1", true, 0, admin); err != nil {
+		t.Fatal(err)
+	}
+	w.Faults()
+	is, err = r.Delete(t.Context(), "user_1", true, wait, admin)
+	stateOf(t, is, err, tenant.Deleted)
+	if w.State().Apps != 0 {
+		t.Error("the app is there though it was purged")
+	}
+}
+
 // A key that an adoption holds keeps the key of the keyset that sealed it.
 func TestAdoptionNeedsItsSealKey(t *testing.T) {
 	t.Parallel()

@@ -351,6 +351,14 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	if err != nil {
 		return err
 	}
+	if app.Marker == nil && a.Revision == tenant.AdoptedRevision && !a.Marked {
+		// It was made by hand, and was given up before it had its marker.
+		err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, s.markerOf(a), "") })
+		if err != nil {
+			return err
+		}
+		return &deferred{wait: s.BackoffBase}
+	}
 	if !app.Marker.Owns(s.Deployment.ID, a.ID) {
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
 			Detail: "the app lacks our marker and is not removed"}

@@ -435,6 +435,21 @@ var crashScenarios = map[string]crashScenario{
 		settle:   sharedKeyAgain,
 		unmarked: true,
 	},
+	"purge of an adopted app that was never marked": {
+		points: []string{"purge MarkApp"},
+		prepare: func(s *scene) {
+			adoptable(true)(s)
+			adoptedSecond(s)
+			rest(s.t, s.w)
+			unmark(s, handMade)
+			exec(s.t, s.w, `UPDATE apps SET marked_at = NULL, pending = false WHERE id = $1`, handMade)
+		},
+		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, 0, admin) },
+		settle: func(s *scene) {
+			is, err := s.r.Delete(s.t.Context(), "user_2", true, wait, admin)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+	},
 	"purge the tenant of a shared app": {
 		points: []string{"letGo AppDeleted"},
 		prepare: func(s *scene) {
