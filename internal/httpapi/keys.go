@@ -78,7 +78,7 @@ func (s *server) getKeySecret(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	w.Header().Set("Cache-Control", "no-store")
-	return respond(w, http.StatusOK, credentialsBody{Name: key.Name, Key: secret.Reveal(), Scopes: key.Scopes})
+	return respond(w, http.StatusOK, credentialsOf(key, secret))
 }
 
 // plausibleName reports whether text from a path can name an app or a key; what

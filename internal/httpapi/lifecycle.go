@@ -170,7 +170,7 @@ func (s *server) credentials(r *http.Request, id tenant.ID, k tenant.Key) (*cred
 	if err != nil || !ok {
 		return nil, err
 	}
-	return &credentialsBody{Name: k.Name, Key: secret.Reveal(), Scopes: k.Scopes}, nil
+	return credentialsOf(k, secret), nil
 }
 
 type putKeyBody struct {

@@ -121,31 +121,41 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
-	t, created, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
+	got, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
 	}
-	if !up.Within.Covers(t.Labels) { // somebody else signed it up, after confine had found nobody
+	if !up.Within.Covers(got.Tenant.Labels) { // somebody else signed it up, after confine had found nobody
 		return errNotCovered
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	applied(w, prefer)
-	return s.respondSignedUp(w, r.WithContext(ctx), t, s.tenantBody(t), created)
+	b := s.tenantBody(got.Tenant)
+	if got.Secret.IsSet() {
+		b.Credentials = credentialsOf(got.Key, got.Secret)
+	}
+	return s.respondSignedUp(w, r.WithContext(ctx), got.Tenant, b, got.Created)
 }
 
-// respondSignedUp answers a sign-up with b, the body of t, and the credentials of a tenant
-// that is active.
+func credentialsOf(key tenant.Key, secret tenant.Secret) *credentialsBody {
+	return &credentialsBody{Name: key.Name, Key: secret.Reveal(), Scopes: key.Scopes}
+}
+
+// respondSignedUp answers a sign-up with b, the body of t, to which it adds the
+// credentials of a tenant that is active unless they are there.
 func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenant.Tenant, b tenantBody, created bool) error {
 	status := http.StatusOK
 	switch {
 	case t.State == tenant.Active:
-		key, secret, err := s.Service.Reveal(r.Context(), t.ID, tenant.DefaultKey, actorOf(r))
-		switch {
-		case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
-		case err != nil:
-			return err
-		default:
-			b.Credentials = &credentialsBody{Name: key.Name, Key: secret.Reveal(), Scopes: key.Scopes}
+		if b.Credentials == nil {
+			key, secret, err := s.Service.Reveal(r.Context(), t.ID, tenant.DefaultKey, actorOf(r))
+			switch {
+			case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
+			case err != nil:
+				return err
+			default:
+				b.Credentials = credentialsOf(key, secret)
+			}
 		}
 		if created {
 			status = http.StatusCreated

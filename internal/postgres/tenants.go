@@ -240,8 +240,21 @@ const startBuildsSQL = `
 			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming))
 	RETURNING id`
 
-// SignUp makes a tenant, gives it a ready app if there is one, and begins a
-// build if there is none: one round trip and one transaction, which neither
+// revealNewSQL reveals the default key of a tenant that this transaction has made. The
+// attributes of one that was there before are compared first. $1 is the tenant, $2 the
+// actor, $3 the request id.
+const revealNewSQL = `
+	WITH key AS (
+		SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
+		WHERE t.id = $1 AND t.created_at = now() AND k.name = '` + tenant.DefaultKey + `' AND k.state = 'active'
+	), audited AS (
+		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
+		SELECT $2, nullif($3, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
+	)
+	SELECT ` + keyColumns + `, k.ciphertext FROM key k`
+
+// SignUp makes a tenant, gives it a ready app if there is one and reveals its key, and
+// begins a build if there is none: one round trip and one transaction, which neither
 // notifies nor enqueues where an app was ready. A tenant that is there already
 // is returned as it stands; with n.Again one that is deleted, or being deleted,
 // begins its next generation.
@@ -270,6 +283,16 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 		n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
 	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
+	var revealed tenant.RevealedKey
+	batch.Queue(revealNewSQL, n.ID, actor.Name, actor.RequestID).QueryRow(func(row pgx.Row) error {
+		fields, done := keyFields(&revealed.Key)
+		defer done()
+		err := row.Scan(append(fields, &revealed.Ciphertext)...)
+		if errors.Is(err, pgx.ErrNoRows) {
+			return nil
+		}
+		return err
+	})
 	batch.Queue(startBuildsSQL, []tenant.AppID{n.BuildID}, n.Profile.Name, n.Profile.Revision(), n.MaxBuilds).
 		Query(func(rows pgx.Rows) (err error) {
 			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
@@ -284,6 +307,9 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
+	}
+	if s.Created && revealed.Ciphertext != nil {
+		s.Revealed = &revealed
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
 	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)

@@ -233,8 +233,6 @@ func (s *Service) RevealNew(ctx context.Context, id tenant.ID, key tenant.Key, a
 	if err != nil {
 		return secret, false, err
 	}
-	if secret, err = s.Keyring.Open(key.ID, ciphertext); err != nil {
-		return secret, false, fmt.Errorf("open key %s: %w", key.ID, err)
-	}
-	return secret, true, nil
+	secret, err = s.open(key.ID, ciphertext)
+	return secret, err == nil, err
 }

@@ -137,6 +137,39 @@ func sumOf(t *testing.T, r *provisiontest.Replica, name string) float64 {
 
 // Of a hundred sign-ups at once as many as there are apps get one, and the others wait
 // and are served as they came.
+// Who makes a tenant that has an app at once is shown its key in the same transaction,
+// and nobody else is.
+func TestSignUpFromThePoolReveals(t *testing.T) {
+	t.Parallel()
+	w := filled(t, 1)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(1, 1)})
+	conn := pgtest.Conn(t, w.URL)
+	revealed := func() int {
+		return countOf(t, conn, `audit_events e JOIN keys k ON k.id = e.key_id JOIN apps a ON a.id = k.app_id
+			WHERE e.action = 'key.revealed' AND e.tenant_id = 'user_1' AND e.app_id = a.id AND e.actor = '`+caller.Name+`'`)
+	}
+	got, err := r.Service.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller)
+	if err != nil || !got.Created || !got.Secret.IsSet() || got.Key.Name != tenant.DefaultKey || len(got.Key.Scopes) == 0 {
+		t.Fatalf("SignUp = %+v, %v; want a tenant with its key", got, err)
+	}
+	if keys := w.AppKeys(); len(keys) != 1 || keys[0].ID != got.Secret.Reveal() || keys[0].AppID != string(got.Tenant.AppID) {
+		t.Error("the key that was shown is not that of the tenant's app")
+	}
+	if n := revealed(); n != 1 {
+		t.Errorf("%d events say that the key was shown; want 1", n)
+	}
+	if again, err := r.Service.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil || again.Created || again.Secret.IsSet() {
+		t.Errorf("the same sign-up again: %+v, %v; want a tenant that was found", again, err)
+	}
+	name := "another"
+	if other, err := r.Service.SignUp(t.Context(), "user_1", tenant.SignUp{DisplayName: &name}, 0, caller); !errors.Is(err, tenant.Conflict) || other.Secret.IsSet() {
+		t.Errorf("another sign-up of the id: %+v, %v; want a conflict", other, err)
+	}
+	if n := revealed(); n != 1 {
+		t.Errorf("%d events say that the key was shown; want 1", n)
+	}
+}
+
 func TestHundredSignUpsOnAPool(t *testing.T) {
 	t.Parallel()
 	const k, all = 5, 100

@@ -340,6 +340,17 @@ func New(c Config) (*Service, error) {
 // worker is who changes what no caller asked for.
 var worker = tenant.Actor{Name: "worker"}
 
+// A SignedUp is what came of a sign-up.
+type SignedUp struct {
+	Tenant tenant.Tenant
+	// Created says that this sign-up made the tenant, rather than found it.
+	Created bool
+	// Key and Secret are the tenant's default key, of a tenant that this sign-up made and
+	// that had an app at once; Secret is unset otherwise, and Reveal shows it.
+	Key    tenant.Key
+	Secret tenant.Secret
+}
+
 // SignUp makes a tenant, or finds it, and waits for wait until it is active. The
 // tenant it returns may still be provisioning: workers go on.
 //
@@ -348,13 +359,14 @@ var worker = tenant.Actor{Name: "worker"}
 //
 // It reports tenant.Invalid for attributes or a profile that cannot be,
 // tenant.Conflict for a tenant that was signed up otherwise or is being deleted.
-func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (t tenant.Tenant, created bool, err error) {
+func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (SignedUp, error) {
+	var got SignedUp
 	if err := up.Validate(); err != nil {
-		return t, false, err
+		return got, err
 	}
 	profile, err := s.profileOf(up)
 	if err != nil {
-		return t, false, err
+		return got, err
 	}
 
 	// Watch before writing, so that no wake-up falls between.
@@ -363,31 +375,45 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 	n := tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(), BuildID: s.newAppID(), MaxBuilds: s.MaxBuilds}
 	signedUp, err := s.Store.SignUp(ctx, n, actor)
 	if err != nil {
-		return t, false, err
+		return got, err
 	}
 	if state := signedUp.Tenant.State; state == tenant.Deleted || up.Replace && (state == tenant.Deleting || state == tenant.Purging) {
 		n.Again = true
 		if signedUp, err = s.Store.SignUp(ctx, n, actor); err != nil {
-			return t, false, err
+			return got, err
 		}
 	}
-	t = signedUp.Tenant
-	if _, most := profile.PoolBounds(); signedUp.Created && most > 0 {
-		s.Metrics.signedUp(profile.Name, t.State == tenant.Active)
+	got.Tenant, got.Created = signedUp.Tenant, signedUp.Created
+	if _, most := profile.PoolBounds(); got.Created && most > 0 {
+		s.Metrics.signedUp(profile.Name, got.Tenant.State == tenant.Active)
 	}
 	if signedUp.FirstUnknown() {
-		if t, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes()); err != nil {
-			return t, false, err
+		if got.Tenant, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes()); err != nil {
+			return got, err
 		}
-	} else if !signedUp.Created {
-		if err := agrees(up, t, signedUp.FirstHash); err != nil {
-			return t, false, err
+	} else if !got.Created {
+		if err := agrees(up, got.Tenant, signedUp.FirstHash); err != nil {
+			return got, err
 		}
+	}
+	if r := signedUp.Revealed; r != nil {
+		got.Key = r.Key
+		got.Secret, err = s.open(r.Key.ID, r.Ciphertext)
+		return got, err
 	}
 	if wait > 0 {
-		t, err = s.await(ctx, t, wait, changed)
+		got.Tenant, err = s.await(ctx, got.Tenant, wait, changed)
 	}
-	return t, signedUp.Created, err
+	return got, err
+}
+
+// open opens the sealed secret of a key.
+func (s *Service) open(id uuid.UUID, ciphertext []byte) (tenant.Secret, error) {
+	secret, err := s.Keyring.Open(id, ciphertext)
+	if err != nil {
+		return secret, fmt.Errorf("open key %s: %w", id, err)
+	}
+	return secret, nil
 }
 
 func (s *Service) profileOf(up tenant.SignUp) (tenant.Profile, error) {
@@ -494,11 +520,8 @@ func (s *Service) Reveal(ctx context.Context, id tenant.ID, name string, actor t
 	if err != nil {
 		return key, tenant.Secret{}, err
 	}
-	secret, err := s.Keyring.Open(key.ID, ciphertext)
-	if err != nil {
-		return key, tenant.Secret{}, fmt.Errorf("open key %s: %w", key.ID, err)
-	}
-	return key, secret, nil
+	secret, err := s.open(key.ID, ciphertext)
+	return key, secret, err
 }
 
 // Identify finds whose a key or an app is, and writes that it was asked for. A secret,

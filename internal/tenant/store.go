@@ -38,6 +38,15 @@ type SignedUp struct {
 	Created bool
 	// FirstHash is the hash of the attributes of the first sign-up.
 	FirstHash []byte
+	// Revealed is the tenant's default key, sealed, of a tenant that this sign-up made and
+	// that had an app at once: it has been audited as shown. Nil otherwise.
+	Revealed *RevealedKey
+}
+
+// A RevealedKey is a key with its sealed secret, of which an event says that it was shown.
+type RevealedKey struct {
+	Key        Key
+	Ciphertext []byte
 }
 
 // FirstUnknown reports whether the tenant was adopted, and its first sign-up is not

@@ -343,6 +343,12 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	return nil
 }
 
+// SignUp signs a tenant up and says whether that made it.
+func (r *Replica) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (tenant.Tenant, bool, error) {
+	got, err := r.Service.SignUp(ctx, id, up, wait, actor)
+	return got.Tenant, got.Created, err
+}
+
 // Stop ends what the replica does in the background.
 func (r *Replica) Stop() { r.stop() }
 
