@@ -5,12 +5,13 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"time"
 )
 
 // injected counts what was done to the stage.
 type injected struct {
-	kills, rolls, clarifaiRestarts, clarifaiKills, postgresCrashes int
+	kills, rolls, clarifaiRestarts, clarifaiKills, postgresCrashes, rekeys int
 }
 
 // upstreamFaults are what goes wrong at Clarifai: of a hundred calls ten.
@@ -45,7 +46,17 @@ func (s *stage) inject(ctx context.Context, during time.Duration, r *rand.Rand, 
 	if err := s.faults(ctx, upstreamFaults); err != nil {
 		return n, err
 	}
+	// A new key of the keyset is added, and a third of the time later it seals.
+	rekeying := [][]string{{"keyset", "rotate", "--prepare"}, {"keyset", "rotate"}}
 	for {
+		if step := len(rekeying); step > 0 && time.Since(began) > during*time.Duration(3-step)/3 {
+			say("%8s  tenantry %s", time.Since(began).Round(100*time.Millisecond), strings.Join(rekeying[0], " "))
+			if _, err := s.command(ctx, rekeying[0]...); err != nil {
+				return n, err
+			}
+			n.rekeys = 1
+			rekeying = rekeying[1:]
+		}
 		pause := 2*time.Second + time.Duration(r.Int64N(int64(4*time.Second)))
 		what := r.IntN(10)
 		which := s.running[r.IntN(len(s.running))]

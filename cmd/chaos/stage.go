@@ -178,33 +178,21 @@ func (s *stage) startClarifai(ctx context.Context) error {
 }
 
 func (s *stage) startTenantry(ctx context.Context) error {
-	env := []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
+	s.env = []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
 		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
 		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool)}
-	tenantry := filepath.Join(s.bin, "tenantry")
-	command := func(args ...string) (string, error) {
-		cmd := exec.CommandContext(ctx, tenantry, args...)
-		var stderr bytes.Buffer
-		cmd.Env, cmd.Stderr = env, &stderr
-		out, err := cmd.Output()
-		if err != nil {
-			return "", fmt.Errorf("tenantry %s: %w: %s", args[0], err, stderr.Bytes())
-		}
-		return strings.TrimSpace(string(out)), nil
-	}
 	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
-		if _, err := command(args...); err != nil {
+		if _, err := s.command(ctx, args...); err != nil {
 			return err
 		}
 	}
 	var err error
-	if s.token, err = command("token", "create", "--name", "chaos", "--role", "provisioner"); err != nil {
+	if s.token, err = s.command(ctx, "token", "create", "--name", "chaos", "--role", "provisioner"); err != nil {
 		return err
 	}
-	if s.admin, err = command("token", "create", "--name", "chaos", "--role", "admin"); err != nil {
+	if s.admin, err = s.command(ctx, "token", "create", "--name", "chaos", "--role", "admin"); err != nil {
 		return err
 	}
-	s.env = env
 	for range s.replicas {
 		if _, err := s.addReplica(ctx); err != nil {
 			return err
@@ -215,6 +203,18 @@ func (s *stage) startTenantry(ctx context.Context) error {
 		err := s.ask(ctx, http.MethodGet, "/v1/upstream", nil, &up)
 		return err == nil && up.Fence == nil, err
 	})
+}
+
+// command runs tenantry as an operator does, and returns what it prints.
+func (s *stage) command(ctx context.Context, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "tenantry"), args...)
+	var stderr bytes.Buffer
+	cmd.Env, cmd.Stderr = s.env, &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("tenantry %s: %w: %s", args[0], err, stderr.Bytes())
+	}
+	return strings.TrimSpace(string(out)), err
 }
 
 // addReplica starts one more replica.

@@ -84,6 +84,7 @@ func (s *stage) verify(ctx context.Context, l *load, n injected, say func(string
 	f.did("Clarifai restarted", n.clarifaiRestarts)
 	f.did("Clarifai killed", n.clarifaiKills)
 	f.did("Postgres crashed", n.postgresCrashes)
+	f.did("keys that seal the keyset got anew", n.rekeys)
 	faults := map[string]int{}
 	throttled := 0
 	for _, c := range s.calls {
@@ -153,6 +154,8 @@ func (s *stage) rest(ctx context.Context) error {
 				SELECT count(*) || ' apps ' || state AS what FROM apps WHERE state IN ('building', 'purging') OR pending AND state = 'held' GROUP BY state
 				UNION ALL SELECT count(*) || ' keys ' || state FROM keys WHERE state IN ('creating', 'revoking') GROUP BY state
 				UNION ALL SELECT count(*) || ' keys retiring' FROM keys WHERE state = 'retiring' HAVING count(*) > 0
+				UNION ALL SELECT count(DISTINCT substring(ciphertext from 2 for 4)) || ' keys of the keyset in use' FROM keys
+					HAVING count(DISTINCT substring(ciphertext from 2 for 4)) > 1
 				UNION ALL SELECT count(*) || ' tenants ' || state FROM tenants WHERE state NOT IN ('active', 'suspended', 'deleting', 'deleted') GROUP BY state
 				UNION ALL SELECT 'the fence is up: ' || fence_reason FROM deployment WHERE fence_since IS NOT NULL) AS o`).Scan(&open)
 		if err == nil && open != "" {
@@ -222,6 +225,11 @@ func (s *stage) verifyMapping(ctx context.Context, f *figures, l *load) error {
 	var reveals int
 	if err := conn.QueryRow(ctx, `SELECT count(*) FROM audit_events WHERE action = 'key.revealed'`).Scan(&reveals); err != nil {
 		return err
+	}
+	if out, err := s.command(ctx, "audit", "verify"); err != nil {
+		f.must("R6  faults of the audit log that its seals show", strings.Split(cmp.Or(out, err.Error()), "\n")...)
+	} else {
+		f.must("R6  faults of the audit log that its seals show")
 	}
 	f.must("R6  answers with a key that are not in the audit log", make([]string, max(0, int(l.answered.Load())-reveals))...)
 	return nil
