@@ -1,3 +1,19 @@
+-- All locks that this takes, before anything is changed: sign-ups and workers take the same tables
+-- in other orders, and one of two that wait for each other would be cut off.
+DO $$ BEGIN
+    PERFORM set_config('lock_timeout', '1s', true);
+    LOOP
+        BEGIN
+            LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE;
+            LOCK TABLE apps, keys, callers, audit_events IN ACCESS EXCLUSIVE MODE NOWAIT;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.02); -- with none of the locks
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', '0', true);
+END $$;
+
 -- The life of a tenant after its sign-up, and of its keys.
 ALTER TABLE tenants
     ADD COLUMN deletion_protection boolean NOT NULL DEFAULT false,
