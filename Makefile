@@ -20,7 +20,7 @@ run: build ## run the whole thing here: private Postgres, simulated Clarifai, Te
 
 .PHONY: test
 test: ## run all tests, with the race detector
-	$(GO) test -race ./...
+	$(GO) test -race -timeout 18m ./...
 
 .PHONY: check
 check: ## format, vet, staticcheck, the contract, generated code, modules
