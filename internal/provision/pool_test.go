@@ -359,7 +359,7 @@ func TestRefusedMemberIsKept(t *testing.T) {
 	t.Parallel()
 	w := filled(t, 2)
 	aDayAgo(t, w)
-	w.Faults(map[string]any{"call": "GetApp", "status": 11008})
+	w.Faults(map[string]any{"call": "MyScopes", "status": 11008})
 	w.Start(provisiontest.Options{Adjust: pool(2, 2)})
 	conn := pgtest.Conn(t, w.URL)
 	provisiontest.Eventually(t, "both were looked at again", func() bool { return countOf(t, conn, `apps WHERE state = 'ready' AND attempts >= 2`) == 2 })
@@ -399,10 +399,10 @@ func TestDeadKeyThatWasHandedOut(t *testing.T) {
 		t.Errorf("the tenant is %+v, %v", after, err)
 	}
 	// One that was in the pool for a moment is not looked at.
-	before := w.State().Calls["GetApp"]
+	before := w.State().Calls["MyScopes"]
 	signUp(t, r, "user_2")
 	rest(t, w)
-	if n := w.State().Calls["GetApp"]; n != before {
+	if n := w.State().Calls["MyScopes"]; n != before {
 		t.Errorf("a new app was looked at %d times", n-before)
 	}
 }
