@@ -57,7 +57,7 @@ func TestOldCodeOnNewSchema(t *testing.T) {
 			goesOn := func(when string) {
 				t.Helper()
 				before := signedUp.Load()
-				provisiontest.Eventually(t, "sign-ups go on "+when, func() bool { return signedUp.Load() >= before+5 || t.Failed() })
+				provisiontest.Eventually(t, "sign-ups go on "+when, func() bool { return signedUp.Load() >= before+3 || t.Failed() })
 			}
 			goesOn("before the migration")
 			conn := pgtest.Conn(t, url)
