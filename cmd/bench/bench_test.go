@@ -67,7 +67,7 @@ func TestReport(t *testing.T) {
 	var out bytes.Buffer
 	all.table(&out, rows, 32)
 	line := strings.Join(strings.Fields(lastLine(out.String())), " ")
-	if want := "look-up 450 1.00 1000.00 0.50 (-S) 0.11 ≥ 0.50 – 0"; line != want {
+	if want := "look-up 450 1.00 1000.00 0.50 (-S) 0.11 ≥ 0.50 – – 0"; line != want {
 		t.Errorf("the table says %q, not %q", line, want)
 	}
 

@@ -96,7 +96,8 @@ func run(ctx context.Context, getenv func(string) string, out io.Writer) (err er
 	say("starting Postgres, the simulated Clarifai and Tenantry; logs in %s", dir)
 	s, err := raise(ctx, dir)
 	defer func() {
-		if err = errors.Join(err, s.strike()); err == nil {
+		// The logs are kept for whoever has to find out what went wrong.
+		if err = errors.Join(err, s.strike()); err == nil || ctx.Err() != nil {
 			_ = os.RemoveAll(dir)
 		}
 	}()

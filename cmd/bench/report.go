@@ -73,6 +73,7 @@ func perRequest(of func(sample) time.Duration) func(sample) float64 {
 var (
 	toolCPU     = perRequest(func(s sample) time.Duration { return s.toolCPU })
 	tenantryCPU = perRequest(func(s sample) time.Duration { return s.tenantryCPU })
+	postgresCPU = perRequest(func(s sample) time.Duration { return s.postgresCPU })
 )
 
 // table prints what was measured at one number of connections: medians of the rounds.
@@ -80,7 +81,7 @@ var (
 func (all samples) table(out io.Writer, rows []row, connections int) {
 	_, _ = fmt.Fprintln(out)
 	w := tabwriter.NewWriter(out, 0, 0, 2, ' ', tabwriter.AlignRight)
-	_, _ = fmt.Fprintf(w, "%d connections\t/s\tp50 ms\tp99 ms\tto pgbench\tto bare\ttarget\tCPU µs: Tenantry\ttool\t\n", connections)
+	_, _ = fmt.Fprintf(w, "%d connections\t/s\tp50 ms\tp99 ms\tto pgbench\tto bare\ttarget\tCPU µs: Tenantry\tPostgres\ttool\t\n", connections)
 	for _, r := range rows {
 		of := all.of(r.name, connections)
 		number := func(v float64, digits int) string {
@@ -90,17 +91,20 @@ func (all samples) table(out io.Writer, rows []row, connections int) {
 			return fmt.Sprintf("%.*f", digits, v)
 		}
 		against, toBare, target := "–", "–", "–"
-		var own float64
+		var own, postgres float64
 		if r.against != "" {
 			against = fmt.Sprintf("%.2f (%s)", of.median(func(s sample) float64 { return all.ratio(s, r.against) }), strings.TrimPrefix(r.against, "pgbench "))
 			toBare = fmt.Sprintf("%.2f", of.median(func(s sample) float64 { return all.ratio(s, bare) }))
 			own = of.median(tenantryCPU)
 		}
+		if r.name != bare {
+			postgres = of.median(postgresCPU)
+		}
 		if r.target > 0 && connections == 32 {
 			target = fmt.Sprintf("≥ %.2f", r.target)
 		}
-		_, _ = fmt.Fprintf(w, "%s\t%.0f\t%s\t%s\t%s\t%s\t%s\t%s\t%.0f\t\n", r.name, of.median(perSecond), number(of.median(p50), 2), number(of.median(p99), 2),
-			against, toBare, target, number(own, 0), of.median(toolCPU))
+		_, _ = fmt.Fprintf(w, "%s\t%.0f\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.0f\t\n", r.name, of.median(perSecond), number(of.median(p50), 2), number(of.median(p99), 2),
+			against, toBare, target, number(own, 0), number(postgres, 0), of.median(toolCPU))
 	}
 	_ = w.Flush()
 }
@@ -113,7 +117,7 @@ func (all samples) writeFiles(name, tool string, rows []row) error {
 	}
 	w := csv.NewWriter(f)
 	_ = w.Write([]string{"connections", "round", "row", "tool", "requests", "per_second", "p50_ms", "p99_ms", "baseline", "to_baseline", "to_bare",
-		"tenantry_cpu_us", "tool_cpu_us"})
+		"tenantry_cpu_us", "postgres_cpu_us", "tool_cpu_us"})
 	for _, s := range all {
 		by, toBaseline, toBare := tool, "", ""
 		if strings.HasPrefix(s.row.name, "pgbench") {
@@ -124,7 +128,7 @@ func (all samples) writeFiles(name, tool string, rows []row) error {
 		}
 		_ = w.Write([]string{fmt.Sprint(s.connections), fmt.Sprint(s.round), s.row.name, by, fmt.Sprint(s.requests), fmt.Sprintf("%.1f", s.perSecond),
 			fmt.Sprintf("%.3f", p50(s)), fmt.Sprintf("%.3f", p99(s)), s.row.against, toBaseline, toBare,
-			fmt.Sprintf("%.1f", tenantryCPU(s)), fmt.Sprintf("%.1f", toolCPU(s))})
+			fmt.Sprintf("%.1f", tenantryCPU(s)), fmt.Sprintf("%.1f", postgresCPU(s)), fmt.Sprintf("%.1f", toolCPU(s))})
 	}
 	w.Flush() // Error tells of all that was written
 	if err := errors.Join(w.Error(), f.Close()); err != nil {

@@ -325,26 +325,41 @@ func (s *stage) allPooled(ctx context.Context) error {
 	return nil
 }
 
-// withCPU adds to a measurement what Tenantry used of the processors meanwhile.
+// withCPU adds to a measurement what Tenantry and Postgres used of the processors
+// meanwhile.
 func (s *stage) withCPU(measure func() (sample, error)) (sample, error) {
-	before := cpuOf(s.tenantry.cmd.Process.Pid)
+	tenantry, postgres := s.tenantry.cmd.Process.Pid, s.cluster.PID()
+	tenantryBefore, postgresBefore := cpuOf(tenantry), cpuOf(postgres)
 	got, err := measure()
-	got.tenantryCPU = cpuOf(s.tenantry.cmd.Process.Pid) - before
+	got.tenantryCPU, got.postgresCPU = cpuOf(tenantry)-tenantryBefore, cpuOf(postgres)-postgresBefore
 	return got, err
 }
 
-// cpuOf is how long a process has run, or 0 where there is no /proc to say so.
+// cpuOf is how long a process and its children have run, also those that have ended,
+// or 0 where there is no /proc to say so.
 func cpuOf(pid int) time.Duration {
-	raw, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
-	if err != nil {
-		return 0
+	files, _ := filepath.Glob("/proc/[0-9]*/stat") // the pattern is in order
+	ticks := 0
+	for _, file := range files {
+		raw, err := os.ReadFile(file)
+		if err != nil { // it has just ended, and counts for its parent
+			continue
+		}
+		head, rest, _ := strings.Cut(string(raw), " (")
+		rest = rest[strings.LastIndex(rest, ")")+1:] // the name before may hold anything
+		fields := strings.Fields(rest)
+		own := head == strconv.Itoa(pid)
+		if len(fields) < 15 || !own && fields[1] != strconv.Itoa(pid) {
+			continue
+		}
+		times := fields[11:13] // in user and kernel mode
+		if own {
+			times = fields[11:15] // and of children that were waited for
+		}
+		for _, text := range times {
+			n, _ := strconv.Atoi(text)
+			ticks += n
+		}
 	}
-	_, rest, _ := strings.Cut(string(raw), ") ") // the name before may hold blanks
-	fields := strings.Fields(rest)
-	if len(fields) < 13 {
-		return 0
-	}
-	user, _ := strconv.Atoi(fields[11])
-	system, _ := strconv.Atoi(fields[12])
-	return time.Duration(user+system) * 10 * time.Millisecond // a hundred ticks a second, on every Linux that Go runs on
+	return time.Duration(ticks) * 10 * time.Millisecond // a hundred a second, on every Linux that Go runs on
 }

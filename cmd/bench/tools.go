@@ -27,11 +27,11 @@ type sample struct {
 	connections int
 	round       int
 
-	requests    int
-	perSecond   float64
-	p50, p99    time.Duration // 0 where the tool does not say
-	toolCPU     time.Duration
-	tenantryCPU time.Duration
+	requests  int
+	perSecond float64
+	p50, p99  time.Duration // 0 where the tool does not say
+	// How long the processors worked for it.
+	toolCPU, tenantryCPU, postgresCPU time.Duration
 }
 
 // requests are what a load tool sends: GETs of the numbers below of, at random, or

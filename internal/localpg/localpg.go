@@ -326,6 +326,13 @@ func (c *Cluster) Done() <-chan struct{} {
 	return c.done
 }
 
+// PID is the process of the server that was started last.
+func (c *Cluster) PID() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.proc.Pid
+}
+
 // Log is the file with the server's output.
 func (c *Cluster) Log() string { return c.log }
 
