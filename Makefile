@@ -43,6 +43,10 @@ chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), an
 measure: build ## measure recovery from kill -9, the share of the upstream rate that is reached, and suspensions under load
 	bin/chaos measure
 
+.PHONY: bench
+bench: build ## measure look-ups, reveals, lists and sign-ups against pgbench and a bare handler; BENCH_SHORT=1 takes 3 minutes
+	bin/bench
+
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
 	@for p in $$($(GO) list ./...); do \

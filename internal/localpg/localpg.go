@@ -34,6 +34,8 @@ type Config struct {
 	Dir string
 	// Throwaway gives durability up for speed: for tests.
 	Throwaway bool
+	// Settings are further ones of the server, as name=value. They overrule ours.
+	Settings []string
 	// Say is told what takes long, such as an installation. It may be nil.
 	Say func(string)
 }
@@ -89,6 +91,7 @@ func Open(ctx context.Context, cfg Config) (*Cluster, error) {
 	if cfg.Throwaway {
 		c.settings = append(c.settings, "fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
 	}
+	c.settings = append(c.settings, cfg.Settings...)
 	if err := c.takeOver(ctx); err != nil {
 		return nil, err
 	}
@@ -321,6 +324,13 @@ func (c *Cluster) Done() <-chan struct{} {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.done
+}
+
+// PID is the process of the server that was started last.
+func (c *Cluster) PID() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.proc.Pid
 }
 
 // Log is the file with the server's output.

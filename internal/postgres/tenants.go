@@ -228,16 +228,17 @@ const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', i
 // startBuildsSQL begins builds for the tenants that wait, as many as neither a
 // build nor a ready app is there for, with the ids given in $1. Builds for the pool do
 // not count, since they take only the calls that nobody else wants; what ends first
-// serves who waited longest. $2 is the profile,
+// serves who waited longest. Where no tenant waits, as after most sign-ups, no app is
+// counted: with many of them the planner may read the table for it. $2 is the profile,
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
 	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
 	SELECT unnest($1::text[]), $2, $3, now() WHERE NOT ` + fenced + `
-	LIMIT greatest(0,
-		(SELECT count(*) FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) waiting)
+	LIMIT (SELECT CASE WHEN waiting = 0 THEN 0 ELSE greatest(0, waiting
 		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $2 AND NOT suspect LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
-			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming))
+			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming)) END
+		FROM (SELECT count(*) AS waiting FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) t) waiting)
 	RETURNING id`
 
 // revealNewSQL reveals the default key of a tenant that this transaction has made. The

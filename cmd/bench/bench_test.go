@@ -1,0 +1,108 @@
+package main
+
+import (
+	"bytes"
+	"encoding/csv"
+	"encoding/xml"
+	"errors"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestReadTools(t *testing.T) {
+	t.Parallel()
+	const pgbench = `transaction type: <builtin: select only>
+number of transactions actually processed: 7331
+number of failed transactions: 0 (0.000%)
+latency average = 0.268 ms
+initial connection time = 4.2 ms
+tps = 3731.250000 (without initial connection time)
+`
+	for name, c := range map[string]struct {
+		read   func(s *sample, out string) error
+		out    string
+		want   sample
+		failed bool
+	}{
+		"wrk": {read: (*sample).readWrk, out: "Running 2s test\n  5 requests in 2s\nmeasured 5000 2000000 310 4200 0\n",
+			want: sample{requests: 5000, perSecond: 2500, p50: 310 * time.Microsecond, p99: 4200 * time.Microsecond}},
+		"wrk, a request failed": {read: (*sample).readWrk, out: "measured 5000 2000000 310 4200 1\n", failed: true},
+		"wrk, without an end":   {read: (*sample).readWrk, out: "unable to connect\n", failed: true},
+		"pgbench":               {read: (*sample).readPgbench, out: pgbench, want: sample{requests: 7331, perSecond: 3731.25}},
+		"pgbench, some failed":  {read: (*sample).readPgbench, out: strings.Replace(pgbench, "transactions: 0", "transactions: 3", 1), failed: true},
+		"pgbench, without rate": {read: (*sample).readPgbench, out: "pgbench: error\n", failed: true},
+		"vegeta": {read: func(s *sample, out string) error { return s.readVegeta(out, true) },
+			out:  `{"requests":10,"rate":5.5,"latencies":{"50th":1000,"99th":2000},"status_codes":{"201":10},"errors":[]}`,
+			want: sample{requests: 10, perSecond: 5.5, p50: 1000, p99: 2000}},
+		"vegeta, one was there": {read: func(s *sample, out string) error { return s.readVegeta(out, true) },
+			out: `{"requests":10,"rate":5.5,"latencies":{"50th":1000,"99th":2000},"status_codes":{"201":9,"200":1},"errors":[]}`, failed: true},
+	} {
+		var got sample
+		err := c.read(&got, c.out)
+		if (err != nil) != c.failed {
+			t.Errorf("%s: %v", name, err)
+		}
+		if !c.failed && (got.requests != c.want.requests || got.perSecond != c.want.perSecond || got.p50 != c.want.p50 || got.p99 != c.want.p99) {
+			t.Errorf("%s: read %+v", name, got)
+		}
+	}
+}
+
+// The ratio is that of the middle round, not of the middles of both.
+func TestReport(t *testing.T) {
+	t.Parallel()
+	rows := []row{{name: pgRead}, {name: bare}, {name: "look-up", against: pgRead, target: 0.5}}
+	var all samples
+	for round, rates := range [][]float64{{1000, 4000, 500}, {2000, 4000, 400}, {500, 4000, 450}} {
+		for i, r := range rows {
+			for _, n := range connections {
+				all = append(all, sample{row: r, connections: n, round: round + 1, requests: 100, perSecond: rates[i], p50: time.Millisecond, p99: time.Second})
+			}
+		}
+	}
+	var out bytes.Buffer
+	all.table(&out, rows, 32)
+	line := strings.Join(strings.Fields(lastLine(out.String())), " ")
+	if want := "look-up 450 1.00 1000.00 0.50 (-S) 0.11 ≥ 0.50 – – 0"; line != want {
+		t.Errorf("the table says %q, not %q", line, want)
+	}
+
+	name := filepath.Join(t.TempDir(), "run")
+	if err := all.writeFiles(name, "wrk", rows); err != nil {
+		t.Fatal(err)
+	}
+	text, err := os.ReadFile(name + ".csv")
+	if err != nil {
+		t.Fatal(err)
+	}
+	lines, err := csv.NewReader(bytes.NewReader(text)).ReadAll()
+	if err != nil || len(lines) != 1+len(all) {
+		t.Errorf("%d lines of CSV, %v", len(lines), err)
+	}
+	plot, err := os.ReadFile(name + ".svg")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if bytes.Contains(plot, []byte("NaN")) || bytes.Contains(plot, []byte("Inf")) {
+		t.Error("the plot has a place that is no number")
+	}
+	lineCount := 0
+	for d := xml.NewDecoder(bytes.NewReader(plot)); ; {
+		token, err := d.Token()
+		if errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("the plot is no XML: %v", err)
+		}
+		if e, ok := token.(xml.StartElement); ok && e.Name.Local == "polyline" {
+			lineCount++
+		}
+	}
+	if lineCount != 4 { // three rates and one ratio
+		t.Errorf("the plot has %d lines", lineCount)
+	}
+}
