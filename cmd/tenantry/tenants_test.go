@@ -244,6 +244,7 @@ func TestWaitByCommand(t *testing.T) {
 	if !slices.ContainsFunc(w.AppKeys(), func(k provisiontest.SimKey) bool { return k.ID+"\n" == out }) {
 		t.Errorf("the rotation prints %q", out)
 	}
+	saas.exits(0, words("key add user_1 more")) // one that was never made is revoked at once
 	w.Faults(map[string]any{"call": "DeleteKey", "http": 502})
 	saas.exits(6, words("key revoke user_1 more --wait 1s"), "still being revoked")
 	saas.exits(6, words("tenant suspend user_1 --wait 1s"), "is still suspending", "suspending")
