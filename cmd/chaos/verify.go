@@ -165,6 +165,9 @@ func (s *stage) rest(ctx context.Context) error {
 	})
 }
 
+// given says of the audit event e that a tenant was given its app by it.
+const given = `(e.action = 'tenant.activated' OR e.action = 'tenant.created' AND e.detail->>'state' = 'active')`
+
 // verifyMapping compares Postgres with what callers were told.
 func (s *stage) verifyMapping(ctx context.Context, f *figures, l *load) error {
 	conn, err := pgx.Connect(ctx, s.cluster.URL("tenantry"))
@@ -203,13 +206,13 @@ func (s *stage) verifyMapping(ctx context.Context, f *figures, l *load) error {
 			GROUP BY tenant_id, tenant_generation HAVING count(*) > 1`},
 		{"R1  apps of the pool that were given to a tenant before", `
 			SELECT a.id FROM apps a WHERE a.state IN ('building', 'ready')
-				AND EXISTS (SELECT FROM audit_events e WHERE e.app_id = a.id AND e.action = 'tenant.activated')`},
+				AND EXISTS (SELECT FROM audit_events e WHERE e.app_id = a.id AND ` + given + `)`},
 		{"R1  apps that two tenants were told", `
-			SELECT app_id FROM audit_events WHERE action = 'tenant.activated' GROUP BY app_id HAVING count(*) > 1`},
+			SELECT app_id FROM audit_events e WHERE ` + given + ` GROUP BY app_id HAVING count(*) > 1`},
 		{"R6  tenants without just one event of creation and of activation in each generation", `
 			SELECT t.id FROM tenants t WHERE
 				(SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.created') <> t.generation
-				OR (SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND e.action = 'tenant.activated') <> t.generation`},
+				OR (SELECT count(*) FROM audit_events e WHERE e.tenant_id = t.id AND ` + given + `) <> t.generation`},
 		{"R6  keys that were revoked without an event", `
 			SELECT k.id::text FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state = 'revoked' AND a.tenant_id IS NOT NULL
 				AND NOT EXISTS (SELECT FROM audit_events e WHERE e.key_id = k.id AND e.action = 'key.revoked')`},

@@ -131,7 +131,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 			a.ID, a.LeasedUntil,
 		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
 		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-		batch.Queue(startBuildsSQL, end.NextBuilds, end.Profile.Name, end.Profile.Revision(), end.MaxBuilds).
+		batch.Queue(startBuildsSQL, end.Profile.Name, end.NextBuilds, end.Profile.Revision(), end.MaxBuilds).
 			Query(func(rows pgx.Rows) (err error) {
 				began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 				return err

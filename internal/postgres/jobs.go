@@ -146,7 +146,7 @@ func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.Ap
 			Scan(&alone); err != nil || !alone {
 			return err
 		}
-		rows, _ := tx.Query(ctx, startBuildsSQL, ids, p.Name, p.Revision(), len(ids))
+		rows, _ := tx.Query(ctx, startBuildsSQL, p.Name, ids, p.Revision(), len(ids))
 		var err error
 		began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 		return err

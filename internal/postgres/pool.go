@@ -23,6 +23,10 @@ const (
 // profile is gone or keeps none.
 const closedAfter = time.Hour
 
+// boundsMargin is longer than a transaction that makes an app ready, or lets a tenant
+// wait, may take: what it writes bears the time of its beginning.
+const boundsMargin = `interval '5 minutes'`
+
 // A revision that no replica has planned for so many turns gives way to another.
 // Replicas that were started with different files would remove each other's apps if
 // each had its own at once.
@@ -130,12 +134,16 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 			SELECT count(*)::int AS ready FROM apps
 			WHERE state = 'ready' AND profile = $1 AND profile_revision = $2 AND NOT suspect
 		), planned AS (
-			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses)
-			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 THEN now() END, $4, $5, $6 FROM pool
+			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses, ready_from, waiting_from)
+			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 THEN now() END, $4, $5, $6,
+				least((SELECT min(ready_at) FROM apps WHERE state = 'ready' AND profile = $1), now() - `+boundsMargin+`),
+				least((SELECT min(state_since) FROM tenants WHERE state = 'provisioning' AND profile = $1), now() - `+boundsMargin+`)
+			FROM pool
 			ON CONFLICT (profile) DO UPDATE
 			SET revision = excluded.revision, target = excluded.target, planned_at = excluded.planned_at,
 				above_since = CASE WHEN excluded.above_since IS NOT NULL THEN coalesce(p.above_since, now()) END,
-				sign_ups = excluded.sign_ups, hits = excluded.hits, misses = excluded.misses
+				sign_ups = excluded.sign_ups, hits = excluded.hits, misses = excluded.misses,
+				ready_from = excluded.ready_from, waiting_from = excluded.waiting_from
 			RETURNING p.above_since
 		)
 		SELECT CASE WHEN above_since < now() - $7::interval THEN ready - $3 ELSE 0 END FROM planned, pool`,

@@ -15,6 +15,7 @@ import (
 	"log/slog"
 	"net"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -32,6 +33,8 @@ type DB struct {
 	direct *pgxpool.Pool
 	jobs   *river.Client[pgx.Tx]
 	hub    *hub
+
+	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
 }
 
 // Config says how to reach the database.

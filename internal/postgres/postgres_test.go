@@ -1,10 +1,12 @@
 package postgres_test
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -27,13 +29,17 @@ func newTenant(id tenant.ID) tenant.NewTenant {
 		BuildID: tenant.AppID("t-" + uuid.NewString()[:20]), MaxBuilds: 64}
 }
 
-// readyApps puts apps that wait for a tenant.
+// readyApps puts apps that wait for a tenant, each with its key.
 func readyApps(t *testing.T, conn *pgx.Conn, n int) {
 	t.Helper()
 	_, err := conn.Exec(t.Context(), `
-		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at)
-		SELECT 'ready-' || lpad(i::text, 4, '0'), 'default', 'x', 'ready', now(), now() + i * interval '1 microsecond'
-		FROM generate_series(1, $1) i`, n)
+		WITH made AS (
+			INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at)
+			SELECT 'ready-' || lpad(i::text, 4, '0'), 'default', 'x', 'ready', now(), now() + i * interval '1 microsecond'
+			FROM generate_series(1, $1) i
+			RETURNING id)
+		INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+		SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x01aabbccdd', id::bytea, now() FROM made`, n)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,33 +105,68 @@ func TestSchemaRefuses(t *testing.T) {
 }
 
 // Sign-ups at once, of many tenants and of one, never give an app twice and
-// leave no app unused while a tenant waits.
+// leave no app unused while a tenant waits; also where they share statements, since
+// there is a pool.
 func TestSignUpsAtOnce(t *testing.T) {
+	t.Run("with a pool", func(t *testing.T) { testSignUpsAtOnce(t, 10) })
+	t.Run("without a pool", func(t *testing.T) { testSignUpsAtOnce(t, 0) })
+}
+
+func testSignUpsAtOnce(t *testing.T, poolMax int) {
 	t.Parallel()
 	url := pgtest.URL(t)
 	conn := pgtest.Conn(t, url)
 	readyApps(t, conn, 50)
+	if poolMax > 0 {
+		if _, err := conn.Exec(t.Context(), `INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses)
+			VALUES ('default', 'x', 10, now(), 0, 0, 0)`); err != nil {
+			t.Fatal(err)
+		}
+	}
 	dbs := []*postgres.DB{pgtest.OpenURL(t, url), pgtest.OpenURL(t, url)}
+	var made atomic.Int32
 	var wg sync.WaitGroup
 	for i := range 200 { // 100 tenants, each twice
 		wg.Go(func() {
-			if _, err := dbs[i%2].SignUp(t.Context(), newTenant(tenant.ID(fmt.Sprint("user_", i/2))), actor); err != nil {
+			n := newTenant(tenant.ID(fmt.Sprint("user_", i/2)))
+			n.Profile.PoolMax = poolMax
+			n.Attributes.DisplayName, n.Attributes.Labels["i"] = "of "+string(n.ID), fmt.Sprint(i/2)
+			s, err := dbs[i%2].SignUp(t.Context(), n, tenant.Actor{Name: "caller:test", RequestID: fmt.Sprint("req-", i/2)})
+			if err != nil {
 				t.Errorf("sign-up %d: %v", i, err)
+				return
+			}
+			if s.Created {
+				made.Add(1)
+			}
+			if s.Tenant.ID != n.ID || s.Tenant.DisplayName != n.Attributes.DisplayName || s.Tenant.Labels["i"] != fmt.Sprint(i/2) ||
+				!bytes.Equal(s.FirstHash, n.Attributes.Hash()) {
+				t.Errorf("the sign-up of %s answers %+v", n.ID, s)
+			}
+			if s.Revealed != nil && (s.Revealed.Key.AppID != s.Tenant.AppID || string(s.Revealed.Key.Fingerprint) != string(s.Tenant.AppID)) {
+				t.Errorf("%s got the key of another: %+v", n.ID, s)
 			}
 		})
 	}
 	wg.Wait()
+	if made.Load() != 100 {
+		t.Errorf("%d sign-ups say that they made a tenant; want 100", made.Load())
+	}
 	if _, err := dbs[0].Claim(t.Context(), "default", actor); err != nil {
 		t.Fatal(err)
+	}
+	if poolMax > 0 && count(t, conn, `audit_events WHERE action = 'key.revealed'`) == 0 {
+		t.Error("no sign-up found its app at once")
 	}
 	for sql, want := range map[string]int{
 		`tenants`:                        100,
 		`tenants WHERE state = 'active'`: 50,
 		`apps WHERE state = 'held'`:      50,
 		`apps WHERE state = 'ready'`:     0,
-		`tenants JOIN apps ON apps.tenant_id = tenants.id AND apps.id = tenants.app_id`:                   50,
-		`audit_events WHERE action = 'tenant.created' AND actor = 'caller:test' AND request_id = 'req-1'`: 100,
-		`audit_events WHERE action = 'tenant.activated'`:                                                  50,
+		`tenants JOIN apps ON apps.tenant_id = tenants.id AND apps.id = tenants.app_id`: 50,
+		`audit_events e JOIN tenants t ON t.id = e.tenant_id WHERE action = 'tenant.created' AND actor = 'caller:test'
+			AND request_id = 'req-' || (t.labels->>'i')`: 100,
+		`audit_events WHERE action = 'tenant.activated' OR action = 'tenant.created' AND detail->>'state' = 'active'`: 50,
 	} {
 		if got := count(t, conn, sql); got != want {
 			t.Errorf("there are %d %s; want %d", got, sql, want)

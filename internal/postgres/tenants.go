@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"strings"
@@ -198,7 +199,7 @@ const claimSQL = `
 		SELECT id FROM current UNION ALL SELECT id FROM other
 	), waiter AS (
 		SELECT id, generation FROM tenants
-		WHERE state = 'provisioning' AND profile = $1 AND EXISTS (SELECT FROM picked)
+		WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + ` AND EXISTS (SELECT FROM picked)
 		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), given AS (
 		UPDATE apps a
@@ -218,48 +219,151 @@ const claimSQL = `
 		FROM activated
 	)`
 
-const claimable = `state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
-			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)`
+const claimable = `state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect AND NOT ` + fenced + `
+			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + `)`
 
 // claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
 // every replica.
 const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', id) FROM activated`
 
 // startBuildsSQL begins builds for the tenants that wait, as many as neither a
-// build nor a ready app is there for, with the ids given in $1. Builds for the pool do
+// build nor a ready app is there for, with the ids given in $2. Builds for the pool do
 // not count, since they take only the calls that nobody else wants; what ends first
 // serves who waited longest. Where no tenant waits, as after most sign-ups, no app is
-// counted: with many of them the planner may read the table for it. $2 is the profile,
+// counted: with many of them the planner may read the table for it. $1 is the profile,
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
 	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
-	SELECT unnest($1::text[]), $2, $3, now() WHERE NOT ` + fenced + `
+	SELECT unnest($2::text[]), $1, $3, now() WHERE NOT ` + fenced + `
 	LIMIT (SELECT CASE WHEN waiting = 0 THEN 0 ELSE greatest(0, waiting
-		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $2 AND NOT suspect LIMIT $4) ready)
+		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
-			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming)) END
-		FROM (SELECT count(*) AS waiting FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) t) waiting)
+			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND NOT suspect LIMIT $4) coming)) END
+		FROM (SELECT count(*) AS waiting FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)
 	RETURNING id`
 
-// revealNewSQL reveals the default key of a tenant that this transaction has made. The
-// attributes of one that was there before are compared first. $1 is the tenant, $2 the
-// actor, $3 the request id.
-const revealNewSQL = `
-	WITH key AS (
-		SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
-		WHERE t.id = $1 AND t.created_at = now() AND k.name = '` + tenant.DefaultKey + `' AND k.state = 'active'
+// signUpFromPoolSQL makes tenants of one profile that are new, gives each a ready app
+// and reveals its key, and passes over those for whom there is no app: all of them
+// while a tenant waits, who comes first. It neither notifies nor enqueues. The apps are
+// those that waited longest, of the revision that the pool is kept of. $1 is the
+// profile; of each tenant, $2 to $7 are the id, the display name, the labels, the hash
+// of the attributes, the actor and the request id.
+//
+// A tenant that another transaction is making is waited for, in the order of the ids, so
+// that no two wait for each other.
+const signUpFromPoolSQL = `
+	WITH asked AS MATERIALIZED (
+		SELECT n.*, row_number() OVER (ORDER BY id) AS place
+		FROM unnest($2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::text[])
+			AS n (id, display_name, labels, attributes_hash, actor, request_id)
+		WHERE NOT EXISTS (SELECT FROM tenants t WHERE t.id = n.id)
+	), picked AS MATERIALIZED (
+		SELECT id FROM apps
+		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
+			AND ` + readySince + ` AND profile_revision = (SELECT revision FROM pools WHERE profile = $1)
+			AND NOT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + `)
+		ORDER BY ready_at, id LIMIT (SELECT count(*) FROM asked) FOR UPDATE SKIP LOCKED
+	), app AS (
+		SELECT id, row_number() OVER () AS place FROM picked
+	), made AS (
+		INSERT INTO tenants (id, profile, state, app_id, display_name, labels, attributes_hash)
+		SELECT asked.id, $1, 'active', app.id, display_name, labels::jsonb, attributes_hash FROM asked JOIN app USING (place)
+		ORDER BY asked.id
+		ON CONFLICT (id) DO NOTHING
+		RETURNING id, app_id, generation, version, created_at
+	), given AS (
+		UPDATE apps a
+		SET state = 'held', tenant_id = m.id, tenant_generation = m.generation, pending = true, next_attempt_at = now(),
+			enqueued_at = '-infinity', updated_at = now()
+		FROM made m WHERE a.id = m.app_id
+	), revealed AS (
+		SELECT m.id AS tenant_id, k.* FROM made m JOIN keys k ON k.app_id = m.app_id
+		WHERE k.name = '` + tenant.DefaultKey + `' AND k.state = 'active'
 	), audited AS (
 		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
-		SELECT $2, nullif($3, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
+		SELECT actor, nullif(asked.request_id, ''), 'tenant.created', m.id, m.app_id, NULL::uuid,
+			jsonb_build_object('generation', generation, 'profile', $1::text, 'state', 'active')
+		FROM made m JOIN asked USING (id)
+		UNION ALL
+		SELECT actor, nullif(asked.request_id, ''), 'key.revealed', r.tenant_id, r.app_id, r.id, jsonb_build_object('name', name)
+		FROM revealed r JOIN asked ON asked.id = r.tenant_id
 	)
-	SELECT ` + keyColumns + `, k.ciphertext FROM key k`
+	SELECT m.id, m.app_id, m.generation, m.version, m.created_at, ` + keyColumns + `, k.ciphertext
+	FROM made m JOIN revealed k ON k.tenant_id = m.id`
 
-// SignUp makes a tenant, gives it a ready app if there is one and reveals its key, and
-// begins a build if there is none: one round trip and one transaction, which neither
-// notifies nor enqueues where an app was ready. A tenant that is there already
-// is returned as it stands; with n.Again one that is deleted, or being deleted,
-// begins its next generation.
+// readySince and waitingSince say of apps that are ready, or of tenants that wait, that they have been so
+// since there was one of their profile at all. It leaves nothing out: older entries of
+// the indexes are of apps and tenants that are so no longer, and without the bound each
+// claim walks over all of them that the last vacuum has left.
+const (
+	readySince   = `ready_at >= coalesce((SELECT ready_from FROM pools WHERE profile = $1), '-infinity')`
+	waitingSince = `state_since >= coalesce((SELECT waiting_from FROM pools WHERE profile = $1), '-infinity')`
+)
+
+// A signUp is a sign-up that may find a ready app.
+type signUp struct {
+	n     tenant.NewTenant
+	actor tenant.Actor
+}
+
+// signUpFromPool runs sign-ups of one profile. It answers nil for those that it passed
+// over: the tenant is there, or there is no app for it.
+func (db *DB) signUpFromPool(ctx context.Context, ups []signUp) ([]*tenant.SignedUp, error) {
+	var ids, names, labels, actors, requests []string
+	var hashes [][]byte
+	place := map[tenant.ID]int{}
+	for i, up := range ups {
+		if _, twice := place[up.n.ID]; twice {
+			continue // it finds the tenant there
+		}
+		place[up.n.ID] = i
+		text, err := json.Marshal(up.n.Attributes.Labels)
+		if err != nil {
+			return nil, err
+		}
+		ids, names, labels = append(ids, string(up.n.ID)), append(names, up.n.Attributes.DisplayName), append(labels, string(text))
+		hashes, actors, requests = append(hashes, up.n.Attributes.Hash()), append(actors, up.actor.Name), append(requests, up.actor.RequestID)
+	}
+	rows, _ := db.pool.Query(ctx, signUpFromPoolSQL, ups[0].n.Profile.Name, ids, names, labels, hashes, actors, requests)
+	signedUp := make([]*tenant.SignedUp, len(ups))
+	t, r := tenant.Tenant{State: tenant.Active}, tenant.RevealedKey{}
+	keyInto, keyDone := keyFields(&r.Key)
+	into := append([]any{&t.ID, &t.AppID, &t.Generation, &t.Version, &t.CreatedAt}, append(keyInto, &r.Ciphertext)...)
+	_, err := pgx.ForEachRow(rows, into, func() error {
+		keyDone()
+		up, t, r := ups[place[t.ID]].n, t, r
+		t.Profile, t.DisplayName, t.Labels, t.UpdatedAt = up.Profile.Name, up.Attributes.DisplayName, up.Attributes.Labels, t.CreatedAt
+		signedUp[place[t.ID]] = &tenant.SignedUp{Tenant: t, Created: true, FirstHash: up.Attributes.Hash(), Revealed: &r}
+		return nil
+	})
+	return signedUp, translate("sign up", err)
+}
+
+// SignUp makes a tenant, gives it a ready app if there is one and reveals its key: one
+// round trip and one statement, which sign-ups that come at the same time share, and
+// which neither notifies nor enqueues. If there is none it begins a build. A tenant
+// that is there already is returned as it stands; with n.Again one that is deleted, or
+// being deleted, begins its next generation.
 func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
+	if _, most := n.Profile.PoolBounds(); most > 0 && !n.Again {
+		found, ok := db.signUps.Load(n.Profile.Name)
+		if !ok {
+			found, _ = db.signUps.LoadOrStore(n.Profile.Name, &shared[signUp, *tenant.SignedUp]{run: db.signUpFromPool})
+		}
+		s, err := found.(*shared[signUp, *tenant.SignedUp]).do(ctx, signUp{n, actor})
+		switch {
+		case err != nil:
+			return tenant.SignedUp{}, translate("sign up", err)
+		case s != nil:
+			return *s, nil
+		}
+	}
+	return db.signUpAlone(ctx, n, actor)
+}
+
+// signUpAlone is the sign-up of a tenant that is there, or for which no app was ready.
+// What has changed since is seen: it is one transaction of its own.
+func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
 	s := tenant.SignedUp{}
 	var began []tenant.AppID
 	batch := &pgx.Batch{}
@@ -284,17 +388,7 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 		n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
 	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-	var revealed tenant.RevealedKey
-	batch.Queue(revealNewSQL, n.ID, actor.Name, actor.RequestID).QueryRow(func(row pgx.Row) error {
-		fields, done := keyFields(&revealed.Key)
-		defer done()
-		err := row.Scan(append(fields, &revealed.Ciphertext)...)
-		if errors.Is(err, pgx.ErrNoRows) {
-			return nil
-		}
-		return err
-	})
-	batch.Queue(startBuildsSQL, []tenant.AppID{n.BuildID}, n.Profile.Name, n.Profile.Revision(), n.MaxBuilds).
+	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds).
 		Query(func(rows pgx.Rows) (err error) {
 			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 			return err
@@ -308,9 +402,6 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
-	}
-	if s.Created && revealed.Ciphertext != nil {
-		s.Revealed = &revealed
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
 	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)

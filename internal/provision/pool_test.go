@@ -315,6 +315,7 @@ func TestReplicasOfTwoRevisions(t *testing.T) {
 func aDayAgo(t *testing.T, w *provisiontest.World) {
 	t.Helper()
 	exec(t, w, `UPDATE apps SET ready_at = now() - interval '2 days', proven_at = NULL WHERE state = 'ready'`)
+	exec(t, w, `UPDATE pools SET ready_from = '-infinity'`)
 }
 
 // loseKeyOf removes the key of a ready app at Clarifai, and returns the app.
