@@ -7,8 +7,8 @@
 //	bench           the tables
 //	bench growth    the same with BENCH_TENANTS tenants (10000000) beside ten thousand
 //
-// BENCH_SHORT=1 measures once, and ends within 3 minutes. BENCH_TOOL (wrk or vegeta)
-// chooses the load tool. BENCH_DIR (bench) is where the CSV and the plot go, and with
+// BENCH_SHORT=1 measures once, and ends within 3 minutes. BENCH_ROWS, a regular expression,
+// chooses rows. BENCH_TOOL (wrk or vegeta) chooses the load tool. BENCH_DIR (bench) is where the CSV and the plot go, and with
 // BENCH_PROFILE=1 the profiles of Tenantry for each row at 32 connections.
 //
 // It exits with 2 if something could not be measured.
@@ -23,6 +23,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
@@ -55,6 +56,7 @@ type bench struct {
 	pgbench string
 	results string // how the files are named that it writes
 	profile bool
+	only    *regexp.Regexp // the rows that are measured, besides the baselines
 	out     io.Writer
 	stage   *stage
 	figures []figure
@@ -64,10 +66,14 @@ func (b *bench) say(format string, args ...any) { _, _ = fmt.Fprintf(b.out, form
 
 // during is how long a row is measured at so many connections. The tools count in seconds.
 func (b *bench) during(connections int) time.Duration {
-	if b.short && connections != targetAt {
+	switch {
+	case !b.short:
+		return 3 * time.Second
+	case connections < targetAt:
 		return time.Second
+	default:
+		return 2 * time.Second
 	}
-	return 3 * time.Second
 }
 
 // rounds is how often each row is measured at each number of connections.
@@ -81,6 +87,9 @@ func (b *bench) rounds() int {
 func run(ctx context.Context, args []string, getenv func(string) string, out io.Writer) (err error) {
 	set := func(name string) bool { s := getenv(name); return s != "" && s != "0" && s != "false" }
 	b := &bench{short: set("BENCH_SHORT"), profile: set("BENCH_PROFILE"), out: out}
+	if b.only, err = regexp.Compile(getenv("BENCH_ROWS")); err != nil {
+		return fmt.Errorf("BENCH_ROWS: %w", err)
+	}
 	many, err := strconv.Atoi(cmp.Or(getenv("BENCH_TENANTS"), "10000000"))
 	if err != nil || many < few || many > 90_000_000 {
 		return fmt.Errorf("BENCH_TENANTS: %q must be a number from %d to 90000000", getenv("BENCH_TENANTS"), few)
