@@ -189,6 +189,11 @@ func (b *bench) rows(ctx context.Context, main *replica) (rows []row, closeBare 
 		return nil, nil, err
 	}
 	builder.pause()
+	batcher, err := b.stage.replica(ctx, "batcher", clarifai, noPool)
+	if err != nil {
+		return nil, nil, err
+	}
+	batcher.pause()
 	constant, closeBare, err := serveConstant(answer)
 	if err != nil {
 		return nil, nil, err
@@ -221,6 +226,7 @@ func (b *bench) rows(ctx context.Context, main *replica) (rows []row, closeBare 
 		b.row(main, "identify", pgWrite, identify(there)),
 		signUp,
 		b.builtSignUps(builder),
+		b.batches(batcher),
 	}, closeBare, nil
 }
 
@@ -302,6 +308,36 @@ func (b *bench) builtSignUps(r *replica) row {
 				err = r.conn.QueryRow(ctx, `SELECT NOT EXISTS (SELECT FROM apps WHERE state = 'building' OR state = 'held' AND pending)`).Scan(&done)
 				return done, err
 			})
+		}}
+}
+
+// batchSize is how many sign-ups are sent at once.
+const batchSize = 100
+
+// batches are of sign-ups that are accepted many at once; what is counted are the sign-ups, and
+// the times are of the batches. Their tenants wait: the rate of calls to Clarifai is another
+// matter.
+func (b *bench) batches(r *replica) row {
+	turn := 0
+	var prefix string
+	return row{name: fmt.Sprintf("sign-up in a batch of %d", batchSize), against: pgWrite, replica: r, aside: true,
+		load: func(ctx context.Context, n int, during time.Duration) (sample, error) {
+			turn++
+			prefix = fmt.Sprintf("batch_%d_", turn)
+			got, err := b.tool.load(ctx, b.stage.dir, requests{url: r.url, token: r.token, method: http.MethodPost, path: "/v1/tenants/batch",
+				body: `{"tenants":[` + slots + `]}`, item: `{"id":"` + prefix + slot + `","display_name":"User ` + slot + `"}`, items: batchSize,
+				of: 1_000_000, inOrder: true}, n, during)
+			got.requests *= batchSize
+			got.perSecond *= batchSize
+			return got, err
+		},
+		after: func(ctx context.Context, got sample) error {
+			var made int
+			err := r.conn.QueryRow(ctx, `SELECT count(*) FROM tenants WHERE id >= $1 AND id < $1 || '~'`, prefix).Scan(&made)
+			if err == nil && made < got.requests {
+				err = fmt.Errorf("of %d sign-ups %d are in the database", got.requests, made)
+			}
+			return err
 		}}
 }
 
