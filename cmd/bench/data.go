@@ -164,7 +164,7 @@ func (r *replica) fillPool(ctx context.Context, ready int) error {
 		return err
 	}
 	n := max(0, ready-there)
-	app := func(i int) string { return "ready-" + numbered(r.made+i) }
+	app := func(i int) string { return fmt.Sprintf("ready-%d-%s", r.number, numbered(r.made+i)) }
 	const atOnce = 1000
 	for from := 0; from < n; from += atOnce {
 		var apps []any

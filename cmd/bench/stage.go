@@ -40,6 +40,7 @@ type stage struct {
 	pat      string
 	keyset   string // its file
 	keys     *keyring.Keyring
+	replicas int // so far
 }
 
 // A replica is a Tenantry with a database of its own.
@@ -52,6 +53,7 @@ type replica struct {
 	token    string // of a provisioner
 	conn     *pgx.Conn
 	clarifai *program
+	number   int // among all
 	made     int // ready apps so far
 }
 
@@ -199,7 +201,8 @@ const (
 // replica makes a database with a token, and starts a Tenantry on it with settings besides
 // its own.
 func (s *stage) replica(ctx context.Context, name string, clarifai *program, settings ...string) (*replica, error) {
-	r := &replica{stage: s, name: name, clarifai: clarifai, settings: settings}
+	s.replicas++
+	r := &replica{stage: s, name: name, clarifai: clarifai, settings: settings, number: s.replicas}
 	if err := s.cluster.CreateDatabase(ctx, name); err != nil {
 		return r, err
 	}
