@@ -47,6 +47,10 @@ measure: build ## measure recovery from kill -9, the share of the upstream rate 
 bench: build ## measure look-ups, reveals, lists and sign-ups against pgbench and a bare handler; BENCH_SHORT=1 takes 3 minutes
 	bin/bench
 
+.PHONY: bench-growth
+bench-growth: build ## measure the same with BENCH_TENANTS tenants (10 million: 15 GB of disk, half an hour) beside ten thousand
+	bin/bench growth
+
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each
 	@for p in $$($(GO) list ./...); do \

@@ -55,7 +55,7 @@ tps = 3731.250000 (without initial connection time)
 // The ratio is that of the middle round, not of the middles of both.
 func TestReport(t *testing.T) {
 	t.Parallel()
-	rows := []row{{name: pgRead}, {name: bare}, {name: "look-up", against: pgRead, target: 0.5}}
+	rows := []row{{name: pgRead}, {name: bare}, {name: "look-up", against: pgRead, target: 0.5, targetOf: pgRead}}
 	var all samples
 	for round, rates := range [][]float64{{1000, 4000, 500}, {2000, 4000, 400}, {500, 4000, 450}} {
 		for i, r := range rows {
@@ -67,7 +67,7 @@ func TestReport(t *testing.T) {
 	var out bytes.Buffer
 	all.table(&out, rows, 32)
 	line := strings.Join(strings.Fields(lastLine(out.String())), " ")
-	if want := "look-up 450 1.00 1000.00 0.50 (-S) 0.11 ≥ 0.50 – – 0"; line != want {
+	if want := "look-up 450 1.00 1000.00 0.50 (-S) 0.11 ≥ 0.50 (-S) – – 0"; line != want {
 		t.Errorf("the table says %q, not %q", line, want)
 	}
 

@@ -2,10 +2,14 @@
 // moment: look-ups, reveals, lists and sign-ups, beside pgbench on the same cluster
 // and a bare handler that always answers the same. It starts a private Postgres that
 // keeps what it commits, the simulated Clarifai and Tenantry, loads them with wrk, or
-// with vegeta where there is no wrk, and prints one table.
+// with vegeta where there is no wrk, and prints tables and how far it is to the targets.
 //
-// BENCH_SHORT=1 measures once, and ends within 3 minutes. BENCH_TOOL (wrk or vegeta)
-// chooses the load tool. BENCH_DIR (bench) is where the CSV and the plot go.
+//	bench           the tables
+//	bench growth    the same with BENCH_TENANTS tenants (10000000) beside ten thousand
+//
+// BENCH_SHORT=1 measures once, and ends within 3 minutes. BENCH_ROWS, a regular expression,
+// chooses rows. BENCH_TOOL (wrk or vegeta) chooses the load tool. BENCH_DIR (bench) is where the CSV and the plot go, and with
+// BENCH_PROFILE=1 the profiles of Tenantry for each row at 32 connections.
 //
 // It exits with 2 if something could not be measured.
 package main
@@ -16,23 +20,20 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
+	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
-
-	"github.com/go-chi/chi/v5"
 )
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	context.AfterFunc(ctx, stop)
-	if err := run(ctx, os.Getenv, os.Stdout); err != nil {
+	if err := run(ctx, os.Args[1:], os.Getenv, os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(2)
 	}
@@ -42,41 +43,71 @@ func main() {
 var connections = []int{1, 8, 32, 128}
 
 const (
-	tenants  = 20_000 // that are looked up
-	listSize = 100
-	// mostSignUps is how many sign-ups a second the pool is filled for.
-	mostSignUps = 4000
+	// targetAt is at how many connections the targets are.
+	targetAt = 32
+	// there are so many tenants that are looked up, where not their number is the question.
+	there = 20_000
 )
 
-// A row is what is measured: one line of the table.
-type row struct {
-	name string
-	// against is the baseline that does what the database has to do at least for it:
-	// read, or commit. Of a baseline it is empty.
-	against string
-	// target is where the ratio to against is to be at 32 connections; 0 is anywhere.
-	target  float64
-	measure func(ctx context.Context, connections int, during time.Duration) (sample, error)
+// A bench is one run: how it measures, and what.
+type bench struct {
+	short   bool
+	tool    loader
+	pgbench string
+	results string // how the files are named that it writes
+	profile bool
+	only    *regexp.Regexp // the rows that are measured, besides the baselines
+	out     io.Writer
+	stage   *stage
+	figures []figure
 }
 
-const (
-	pgRead  = "pgbench -S"
-	pgWrite = "pgbench -N"
-	bare    = "bare handler"
-)
+func (b *bench) say(format string, args ...any) { _, _ = fmt.Fprintf(b.out, format+"\n", args...) }
 
-func run(ctx context.Context, getenv func(string) string, out io.Writer) (err error) {
-	say := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
-	rounds, during := 3, 4*time.Second
-	if s := getenv("BENCH_SHORT"); s != "" && s != "0" {
-		rounds, during = 1, 2*time.Second
+// during is how long a row is measured at so many connections. The tools count in seconds.
+func (b *bench) during(connections int) time.Duration {
+	switch {
+	case !b.short:
+		return 3 * time.Second
+	case connections < targetAt:
+		return time.Second
+	default:
+		return 2 * time.Second
 	}
-	tool, err := loadTool(ctx, getenv("BENCH_TOOL"))
-	if err != nil {
+}
+
+// rounds is how often each row is measured at each number of connections.
+func (b *bench) rounds() int {
+	if b.short {
+		return 1
+	}
+	return 3
+}
+
+func run(ctx context.Context, args []string, getenv func(string) string, out io.Writer) (err error) {
+	set := func(name string) bool { s := getenv(name); return s != "" && s != "0" && s != "false" }
+	b := &bench{short: set("BENCH_SHORT"), profile: set("BENCH_PROFILE"), out: out}
+	if b.only, err = regexp.Compile(getenv("BENCH_ROWS")); err != nil {
+		return fmt.Errorf("BENCH_ROWS: %w", err)
+	}
+	many, err := strconv.Atoi(cmp.Or(getenv("BENCH_TENANTS"), "10000000"))
+	if err != nil || many < few || many > 90_000_000 {
+		return fmt.Errorf("BENCH_TENANTS: %q must be a number from %d to 90000000", getenv("BENCH_TENANTS"), few)
+	}
+	var measure func(context.Context) error
+	settings := []string{"shared_buffers=512MB"} // all that is read fits, of Tenantry as of pgbench
+	switch {
+	case len(args) == 0:
+		measure = b.measureRows
+	case len(args) == 1 && args[0] == "growth":
+		measure, settings = func(ctx context.Context) error { return b.measureGrowth(ctx, many) }, loading
+	default:
+		return fmt.Errorf("there is no %q: bench, or bench growth", strings.Join(args, " "))
+	}
+	if b.tool, err = loadTool(ctx, getenv("BENCH_TOOL")); err != nil {
 		return err
 	}
-	pgbench, err := findPgbench(ctx)
-	if err != nil {
+	if b.pgbench, err = findPgbench(ctx); err != nil {
 		return err
 	}
 	results, err := filepath.Abs(cmp.Or(getenv("BENCH_DIR"), "bench"))
@@ -86,6 +117,7 @@ func run(ctx context.Context, getenv func(string) string, out io.Writer) (err er
 	if err := os.MkdirAll(results, 0o755); err != nil {
 		return err
 	}
+	b.results = filepath.Join(results, time.Now().UTC().Format("20060102-150405"))
 	dir, err := os.MkdirTemp("", "tenantry-bench-")
 	if err != nil {
 		return err
@@ -93,137 +125,19 @@ func run(ctx context.Context, getenv func(string) string, out io.Writer) (err er
 	if err := os.Chmod(dir, 0o755); err != nil { // Postgres may run as another user
 		return err
 	}
-	say("starting Postgres, the simulated Clarifai and Tenantry; logs in %s", dir)
-	s, err := raise(ctx, dir)
+	b.say("starting Postgres, the simulated Clarifai and Tenantry; logs in %s", dir)
+	b.stage, err = raise(ctx, dir, settings...)
 	defer func() {
 		// The logs are kept for whoever has to find out what went wrong.
-		if err = errors.Join(err, s.strike()); err == nil || ctx.Err() != nil {
+		if err = errors.Join(err, b.stage.strike()); err == nil || ctx.Err() != nil {
 			_ = os.RemoveAll(dir)
 		}
 	}()
 	if err != nil {
 		return err
 	}
-	if err := s.fill(ctx, pgbench); err != nil {
-		return fmt.Errorf("fill the database: %w", err)
-	}
-	rows, closeBare, err := s.rows(ctx, tool, pgbench)
-	if err != nil {
-		return err
-	}
-	defer closeBare()
-
-	say("%d cores, shared with the load: %s and pgbench; %d round(s) of %s each", runtime.NumCPU(), tool, rounds, during)
-	for _, r := range rows { // once unseen: connections are opened, statements prepared, pages read
-		if _, err := r.measure(ctx, 8, time.Second); err != nil {
-			return fmt.Errorf("%s: %w", r.name, err)
-		}
-	}
-	var taken samples
-	began := time.Now()
-	for _, n := range connections {
-		for round := range rounds {
-			for _, r := range rows {
-				got, err := r.measure(ctx, n, during)
-				if err != nil {
-					return fmt.Errorf("%s at %d connections: %w", r.name, n, err)
-				}
-				got.row, got.connections, got.round = r, n, round+1
-				taken = append(taken, got)
-			}
-		}
-		taken.table(out, rows, n)
-	}
-	name := filepath.Join(results, began.UTC().Format("20060102-150405"))
-	if err := taken.writeFiles(name, tool.String(), rows); err != nil {
-		return err
-	}
-	say("\nwritten: %s.csv and .svg", name)
-	return nil
+	return measure(ctx)
 }
-
-// rows are what is measured, in the order in which it is: what is compared stands
-// near its baseline.
-func (s *stage) rows(ctx context.Context, tool loader, pgbench string) (rows []row, closeBare func(), err error) {
-	load := func(url string, shape requests) func(context.Context, int, time.Duration) (sample, error) {
-		shape.url, shape.token = url, s.token
-		return func(ctx context.Context, n int, during time.Duration) (sample, error) {
-			return s.withCPU(func() (sample, error) { return tool.load(ctx, s.dir, shape, n, during) })
-		}
-	}
-	pg := func(mode string) func(context.Context, int, time.Duration) (sample, error) {
-		return func(ctx context.Context, n int, during time.Duration) (sample, error) {
-			return s.withCPU(func() (sample, error) { return s.pgbench(ctx, pgbench, mode, n, during) })
-		}
-	}
-	tenantry := s.tenantry.url
-	answer, err := s.get(ctx, "/v1/tenants/"+tenantID(0))
-	if err != nil {
-		return nil, nil, err
-	}
-	constant, closeBare, err := serveConstant(answer)
-	if err != nil {
-		return nil, nil, err
-	}
-	perTenant := requests{head: "/v1/tenants/" + tenantPrefix, of: tenants}
-	reveal := perTenant
-	reveal.tail = "/keys/default/secret"
-	return []row{
-		{name: pgRead, measure: pg("-S")},
-		{name: bare, measure: load(constant, perTenant)},
-		{name: "look-up by tenant", against: pgRead, target: 0.45, measure: load(tenantry, perTenant)},
-		{name: "look-up by app", against: pgRead, measure: load(tenantry, requests{head: "/v1/apps/" + appPrefix, of: tenants})},
-		{name: "list of 100", against: pgRead, measure: load(tenantry, requests{head: fmt.Sprint("/v1/tenants?limit=", listSize)})},
-		{name: pgWrite, measure: pg("-N")},
-		{name: "secret reveal", against: pgWrite, measure: load(tenantry, reveal)},
-		{name: "pooled sign-up", against: pgWrite, target: 0.60, measure: s.signUps(tenantry, tool)},
-	}, closeBare, nil
-}
-
-// signUps measures sign-ups that find a ready app, each of a tenant that is new.
-func (s *stage) signUps(url string, tool loader) func(context.Context, int, time.Duration) (sample, error) {
-	turn := 0
-	return func(ctx context.Context, n int, during time.Duration) (got sample, err error) {
-		ready := int(during.Seconds() * mostSignUps)
-		if err := s.fillPool(ctx, ready); err != nil {
-			return got, err
-		}
-		turn++
-		shape := requests{url: url, token: s.token, put: true, head: fmt.Sprintf("/v1/tenants/new_%d_", turn), of: ready}
-		if got, err = s.withCPU(func() (sample, error) { return tool.load(ctx, s.dir, shape, n, during) }); err != nil {
-			return got, err
-		}
-		return got, s.allPooled(ctx)
-	}
-}
-
-// serveConstant serves a constant answer, as chi does it without anything of ours.
-func serveConstant(answer []byte) (url string, stop func(), err error) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", nil, err
-	}
-	r := chi.NewRouter()
-	r.Get("/v1/tenants/{tenant_id}", func(w http.ResponseWriter, _ *http.Request) {
-		w.Header().Set("Content-Type", "application/json")
-		_, _ = w.Write(answer)
-	})
-	srv := &http.Server{Handler: r, ReadHeaderTimeout: 5 * time.Second}
-	done := make(chan struct{})
-	go func() { defer close(done); _ = srv.Serve(l) }()
-	return "http://" + l.Addr().String(), func() { _ = srv.Close(); <-done }, nil
-}
-
-// tenantID is one of those that are there from the beginning.
-func tenantID(i int) string { return tenantPrefix + numbered(i) }
-
-const (
-	tenantPrefix = "there_"
-	appPrefix    = "there-"
-)
-
-// numbered is how ids are told apart: of one length, as ids are.
-func numbered(i int) string { return fmt.Sprintf("%06d", i) }
 
 // lastLine is where programs say what went wrong.
 func lastLine(text string) string {

@@ -76,6 +76,11 @@ var (
 	postgresCPU = perRequest(func(s sample) time.Duration { return s.postgresCPU })
 )
 
+// short names a baseline in a cell.
+func short(baseline string) string {
+	return strings.TrimSuffix(strings.TrimPrefix(baseline, "pgbench "), " handler")
+}
+
 // table prints what was measured at one number of connections: medians of the rounds.
 // The ratios are taken within each round.
 func (all samples) table(out io.Writer, rows []row, connections int) {
@@ -93,15 +98,17 @@ func (all samples) table(out io.Writer, rows []row, connections int) {
 		against, toBare, target := "–", "–", "–"
 		var own, postgres float64
 		if r.against != "" {
-			against = fmt.Sprintf("%.2f (%s)", of.median(func(s sample) float64 { return all.ratio(s, r.against) }), strings.TrimPrefix(r.against, "pgbench "))
+			against = fmt.Sprintf("%.2f (%s)", of.median(func(s sample) float64 { return all.ratio(s, r.against) }), short(r.against))
 			toBare = fmt.Sprintf("%.2f", of.median(func(s sample) float64 { return all.ratio(s, bare) }))
+		}
+		if r.replica != nil {
 			own = of.median(tenantryCPU)
 		}
 		if r.name != bare {
 			postgres = of.median(postgresCPU)
 		}
-		if r.target > 0 && connections == 32 {
-			target = fmt.Sprintf("≥ %.2f", r.target)
+		if r.target > 0 && connections == targetAt {
+			target = fmt.Sprintf("≥ %.2f (%s)", r.target, short(r.targetOf))
 		}
 		_, _ = fmt.Fprintf(w, "%s\t%.0f\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%.0f\t\n", r.name, of.median(perSecond), number(of.median(p50), 2), number(of.median(p99), 2),
 			against, toBare, target, number(own, 0), number(postgres, 0), of.median(toolCPU))
@@ -143,7 +150,8 @@ const (
 	plotLeft, plotTop     = 60, 40
 )
 
-var plotColors = []string{"#222222", "#999999", "#1f77b4", "#17becf", "#9467bd", "#8c564b", "#2ca02c", "#d62728"}
+var plotColors = []string{"#222222", "#999999", "#1f77b4", "#17becf", "#9467bd", "#8c564b", "#2ca02c", "#d62728", "#ff7f0e", "#e377c2", "#bcbd22",
+	"#aec7e8", "#98df8a"}
 
 // plot draws requests a second, and the ratios to pgbench, by connections.
 func (all samples) plot(rows []row) string {

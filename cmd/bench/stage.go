@@ -14,11 +14,12 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 
-	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/keyring"
@@ -35,12 +36,24 @@ const (
 type stage struct {
 	dir, bin string
 	cluster  *localpg.Cluster
-	clarifai *program
-	tenantry *program
+	programs []*program // that were started
 	pat      string
+	keyset   string // its file
+	keys     *keyring.Keyring
+	replicas int // so far
+}
+
+// A replica is a Tenantry with a database of its own.
+type replica struct {
+	*program
+	stage    *stage
+	name     string
+	internal string // URL of its internal listener
+	settings []string
 	token    string // of a provisioner
 	conn     *pgx.Conn
-	keys     *keyring.Keyring
+	clarifai *program
+	number   int // among all
 	made     int // ready apps so far
 }
 
@@ -52,32 +65,44 @@ type program struct {
 	done <-chan struct{}
 }
 
-// start starts a program of ours, and waits until it answers at path.
-func (s *stage) start(ctx context.Context, name, path string, env []string, args ...string) (*program, error) {
+// freeAddr is an address of this machine that nobody listens on.
+func freeAddr() (string, error) {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
-		return nil, err
+		return "", err
 	}
-	addr := l.Addr().String()
-	_ = l.Close()
-	p := &program{url: "http://" + addr, log: filepath.Join(s.dir, name+".log"),
-		cmd: exec.Command(filepath.Join(s.bin, name), append(args, "--addr", addr)...)}
-	log, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	return l.Addr().String(), l.Close()
+}
+
+// run starts a program of ours, which need not answer yet.
+func (s *stage) run(name, log string, env []string, args ...string) (*program, error) {
+	addr, err := freeAddr()
 	if err != nil {
 		return nil, err
 	}
-	defer func() { _ = log.Close() }()
-	p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = env, log, log
+	p := &program{url: "http://" + addr, log: filepath.Join(s.dir, log+".log"), cmd: exec.Command(filepath.Join(s.bin, name), append(args, "--addr", addr)...)}
+	out, err := os.OpenFile(p.log, os.O_CREATE|os.O_WRONLY|os.O_APPEND, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = out.Close() }()
+	p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = env, out, out
 	if p.done, err = localpg.StartChild(p.cmd); err != nil {
 		return nil, fmt.Errorf("%w (`make build` puts the programs beside this one)", err)
 	}
-	err = await(ctx, name+" answers; its log is "+p.log, func() (bool, error) {
+	s.programs = append(s.programs, p)
+	return p, nil
+}
+
+// answers waits until the program answers at url.
+func (p *program) answers(ctx context.Context, url string, pause time.Duration) error {
+	return await(ctx, url+" answers; the log is "+p.log, pause, patience, func() (bool, error) {
 		select {
 		case <-p.done:
 			return false, fmt.Errorf("it has ended: %s", p.cmd.ProcessState)
 		default:
 		}
-		req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.url+path, nil)
+		req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 		if err != nil {
 			return false, err
 		}
@@ -86,13 +111,23 @@ func (s *stage) start(ctx context.Context, name, path string, env []string, args
 			return false, err
 		}
 		_ = resp.Body.Close()
-		return resp.StatusCode == http.StatusOK || resp.StatusCode == http.StatusUnauthorized, nil
+		return resp.StatusCode == http.StatusOK, nil
 	})
-	return p, err
+}
+
+// end stops a program as an operator does.
+func (p *program) end() {
+	_ = p.cmd.Process.Signal(syscall.SIGTERM)
+	select {
+	case <-p.done:
+	case <-time.After(patience):
+		_ = p.cmd.Process.Kill()
+		<-p.done
+	}
 }
 
 // await waits until ok, and says what it last heard if it waits in vain.
-func await(ctx context.Context, what string, ok func() (bool, error)) error {
+func await(ctx context.Context, what string, pause, patience time.Duration, ok func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	for {
@@ -103,15 +138,15 @@ func await(ctx context.Context, what string, ok func() (bool, error)) error {
 		select {
 		case <-ctx.Done():
 			return errors.Join(fmt.Errorf("waited in vain: %s", what), err)
-		case <-time.After(50 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }
 
-// raise starts everything, and waits until sign-ups are served. What it returns is to
-// be struck also where it fails.
-func raise(ctx context.Context, dir string) (*stage, error) {
-	s := &stage{dir: dir}
+// raise starts Postgres, with the databases of pgbench and nothing else. What it returns is
+// to be struck also where it fails.
+func raise(ctx context.Context, dir string, settings ...string) (*stage, error) {
+	s := &stage{dir: dir, keyset: filepath.Join(dir, "keyset.json")}
 	self, err := os.Executable()
 	if err != nil {
 		return s, err
@@ -120,54 +155,96 @@ func raise(ctx context.Context, dir string) (*stage, error) {
 	secret := make([]byte, 16)
 	_, _ = rand.Read(secret) // never fails
 	s.pat = hex.EncodeToString(secret)
-	// Not a throwaway: a sign-up that is answered is on disk. All that is read fits into
-	// the buffers, of Tenantry as of pgbench.
-	if s.cluster, err = localpg.Open(ctx, localpg.Config{Dir: filepath.Join(dir, "postgres"),
-		Settings: []string{"max_connections=250", "shared_buffers=512MB"}}); err != nil {
+	if err := s.openCluster(ctx, settings...); err != nil {
 		return s, err
 	}
-	for _, name := range []string{"tenantry", "pgbench"} {
-		if err := s.cluster.CreateDatabase(ctx, name); err != nil {
-			return s, err
-		}
-	}
-	if s.clarifai, err = s.start(ctx, "clarifaisim", "/_sim/state", []string{"CLARIFAISIM_PAT=" + s.pat},
-		"--user-id", operator, "--rate-limit", "0", "--latency", "50ms"); err != nil {
+	if _, err := s.command(ctx, []string{"TENANTRY_KEYSET_FILE=" + s.keyset}, "keyset", "create"); err != nil {
 		return s, err
 	}
-	keyset := filepath.Join(dir, "keyset.json")
-	env := []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
-		"TENANTRY_KEYSET_FILE=" + keyset}
-	command := func(args ...string) (string, error) {
-		cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "tenantry"), args...)
-		var stderr bytes.Buffer
-		cmd.Env, cmd.Stderr = env, &stderr
-		out, err := cmd.Output()
-		if err != nil {
-			err = fmt.Errorf("tenantry %s: %w: %s", args[0], err, stderr.Bytes())
-		}
-		return strings.TrimSpace(string(out)), err
+	s.keys, err = keyring.Load(s.keyset)
+	return s, err
+}
+
+// openCluster starts Postgres with settings. It is no throwaway unless they say so: a sign-up
+// that is answered is on disk.
+func (s *stage) openCluster(ctx context.Context, settings ...string) (err error) {
+	s.cluster, err = localpg.Open(ctx, localpg.Config{Dir: filepath.Join(s.dir, "postgres"), Settings: append([]string{"max_connections=250"}, settings...)})
+	return err
+}
+
+// command runs a command of tenantry.
+func (s *stage) command(ctx context.Context, env []string, args ...string) (string, error) {
+	cmd := exec.CommandContext(ctx, filepath.Join(s.bin, "tenantry"), args...)
+	var stderr bytes.Buffer
+	cmd.Env, cmd.Stderr = env, &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		err = fmt.Errorf("tenantry %s: %w: %s", args[0], err, stderr.Bytes())
 	}
-	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
-		if _, err := command(args...); err != nil {
-			return s, err
-		}
+	return strings.TrimSpace(string(out)), err
+}
+
+// clarifai starts a simulated Clarifai that takes so long for each call.
+func (s *stage) clarifai(ctx context.Context, log string, latency time.Duration) (*program, error) {
+	p, err := s.run("clarifaisim", log, []string{"CLARIFAISIM_PAT=" + s.pat}, "--user-id", operator, "--rate-limit", "0", "--latency", latency.String())
+	if err != nil {
+		return nil, err
 	}
-	if s.token, err = command("token", "create", "--name", "bench", "--role", "provisioner"); err != nil {
-		return s, err
+	return p, p.answers(ctx, p.url+"/_sim/state", answerPause)
+}
+
+const (
+	answerPause = 50 * time.Millisecond // between looks whether a program answers
+	startPause  = 2 * time.Millisecond  // where the time until then is measured
+)
+
+// replica makes a database with a token, and starts a Tenantry on it with settings besides
+// its own.
+func (s *stage) replica(ctx context.Context, name string, clarifai *program, settings ...string) (*replica, error) {
+	s.replicas++
+	r := &replica{stage: s, name: name, clarifai: clarifai, settings: settings, number: s.replicas}
+	if err := s.cluster.CreateDatabase(ctx, name); err != nil {
+		return r, err
 	}
-	if s.keys, err = keyring.Load(keyset); err != nil {
-		return s, err
+	if _, err := s.command(ctx, r.env(), "migrate", "up"); err != nil {
+		return r, err
 	}
-	if s.tenantry, err = s.start(ctx, "tenantry", "/v1/upstream", env, "serve", "--internal-addr", "127.0.0.1:0"); err != nil {
-		return s, err
+	var err error
+	if r.token, err = s.command(ctx, r.env(), "token", "create", "--name", "bench", "--role", "provisioner"); err != nil {
+		return r, err
 	}
-	if s.conn, err = pgx.Connect(ctx, s.cluster.URL("tenantry")); err != nil {
-		return s, err
+	if r.conn, err = pgx.Connect(ctx, s.cluster.URL(name)); err != nil {
+		return r, err
 	}
-	return s, await(ctx, "the fence of the new database is down, and its pool is planned", func() (bool, error) {
+	if err := r.start(ctx, answerPause); err != nil {
+		return r, err
+	}
+	return r, r.settled(ctx)
+}
+
+func (r *replica) env() []string {
+	return append([]string{"DATABASE_URL=" + r.stage.cluster.URL(r.name), "CLARIFAI_PAT=" + r.stage.pat, "CLARIFAI_API_BASE=" + r.clarifai.url,
+		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true"}, r.settings...)
+}
+
+// start starts its Tenantry, and waits until it is ready, of which it asks with pauses.
+func (r *replica) start(ctx context.Context, pause time.Duration) error {
+	internal, err := freeAddr()
+	if err != nil {
+		return err
+	}
+	r.internal = "http://" + internal
+	if r.program, err = r.stage.run("tenantry", r.name, r.env(), "serve", "--internal-addr", internal); err != nil {
+		return err
+	}
+	return r.answers(ctx, r.internal+"/readyz", pause)
+}
+
+// settled waits until the fence of a new database is down and its pools are planned.
+func (r *replica) settled(ctx context.Context) error {
+	return await(ctx, "the fence of a new database is down, and its pool is planned; the log is "+r.log, answerPause, patience, func() (bool, error) {
 		var up struct{ Fence *struct{} }
-		answer, err := s.get(ctx, "/v1/upstream")
+		answer, err := r.get(ctx, "/v1/upstream")
 		if err == nil {
 			err = json.Unmarshal(answer, &up)
 		}
@@ -175,23 +252,26 @@ func raise(ctx context.Context, dir string) (*stage, error) {
 			return false, err
 		}
 		var planned bool
-		err = s.conn.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pools WHERE profile = $1)`, tenant.DefaultProfile).Scan(&planned)
-		return planned, err
+		err = r.conn.QueryRow(ctx, `SELECT EXISTS (SELECT FROM pools WHERE profile = $1)`, tenant.DefaultProfile).Scan(&planned)
+		return planned || slices.Contains(r.settings, noPool), err
 	})
 }
+
+// noPool is the setting of a Tenantry that keeps no app ready.
+const noPool = "TENANTRY_POOL_MAX=0"
+
+// Paused, a replica takes nothing of the processors: the others are measured.
+func (r *replica) pause() { _ = r.cmd.Process.Signal(syscall.SIGSTOP) }
+
+func (r *replica) goOn() { _ = r.cmd.Process.Signal(syscall.SIGCONT) }
 
 // strike stops everything.
 func (s *stage) strike() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
-	if s.conn != nil {
-		_ = s.conn.Close(ctx)
-	}
-	for _, p := range []*program{s.tenantry, s.clarifai} {
-		if p != nil && p.done != nil {
-			_ = p.cmd.Process.Kill()
-			<-p.done
-		}
+	for _, p := range slices.Backward(s.programs) {
+		_ = p.cmd.Process.Kill()
+		<-p.done
 	}
 	if s.cluster == nil {
 		return nil
@@ -199,12 +279,12 @@ func (s *stage) strike() error {
 	return errors.Join(s.cluster.Stop(ctx), s.cluster.Remove())
 }
 
-func (s *stage) get(ctx context.Context, path string) ([]byte, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, s.tenantry.url+path, nil)
+func (r *replica) get(ctx context.Context, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, r.url+path, nil)
 	if err != nil {
 		return nil, err
 	}
-	req.Header.Set("Authorization", "Bearer "+s.token)
+	req.Header.Set("Authorization", "Bearer "+r.token)
 	return answerOf(req)
 }
 
@@ -221,117 +301,18 @@ func answerOf(req *http.Request) ([]byte, error) {
 	return body, err
 }
 
-// fill makes the tenants that are looked up, and the tables of pgbench.
-func (s *stage) fill(ctx context.Context, pgbench string) error {
-	hash := tenant.Attributes{}.Hash()
-	longAgo := time.Now().Add(-24 * time.Hour) // not demand that the pool is planned for
-	app := func(i int) string { return appPrefix + numbered(i) }
-	if err := s.copyApps(ctx, tenants, app, func(i int) []any {
-		return []any{app(i), tenant.DefaultProfile, "held", longAgo, longAgo, longAgo, longAgo, tenantID(i), 1}
-	}); err != nil {
-		return err
-	}
-	if _, err := s.conn.CopyFrom(ctx, pgx.Identifier{"tenants"},
-		[]string{"id", "profile", "state", "state_since", "app_id", "attributes_hash", "created_at"},
-		pgx.CopyFromSlice(tenants, func(i int) ([]any, error) {
-			return []any{tenantID(i), tenant.DefaultProfile, "active", longAgo, app(i), hash, longAgo.Add(time.Duration(i) * time.Microsecond)}, nil
-		})); err != nil {
-		return err
-	}
-	if _, err := s.conn.Exec(ctx, `VACUUM ANALYZE`); err != nil {
-		return err
-	}
-	_, err := s.runPgbench(ctx, pgbench, "-i", "-q", "-s", "5")
-	return err
-}
-
-// copyApps copies n apps with a key each.
-func (s *stage) copyApps(ctx context.Context, n int, app func(int) string, values func(int) []any) error {
-	var revision string // of the pool: the apps are as Tenantry would make them
-	if err := s.conn.QueryRow(ctx, `SELECT revision FROM pools WHERE profile = $1`, tenant.DefaultProfile).Scan(&revision); err != nil {
-		return err
-	}
-	if _, err := s.conn.CopyFrom(ctx, pgx.Identifier{"apps"},
-		[]string{"id", "profile", "state", "made_at", "ready_at", "proven_at", "marked_at", "tenant_id", "tenant_generation", "profile_revision"},
-		pgx.CopyFromSlice(n, func(i int) ([]any, error) { return append(values(i), revision), nil })); err != nil {
-		return err
-	}
-	_, err := s.conn.CopyFrom(ctx, pgx.Identifier{"keys"},
-		[]string{"id", "app_id", "name", "state", "scopes", "ciphertext", "fingerprint", "hint", "activated_at"},
-		pgx.CopyFromSlice(n, func(i int) ([]any, error) {
-			id, err := uuid.NewV7()
-			if err != nil {
-				return nil, err
-			}
-			text := make([]byte, 16)
-			_, _ = rand.Read(text)
-			secret := tenant.NewSecret(hex.EncodeToString(text))
-			sealed, err := s.keys.Seal(id, secret)
-			return []any{id, app(i), tenant.DefaultKey, "active", []string{tenant.ScopeAll}, sealed, s.keys.Fingerprint(secret),
-				s.keys.Hint(secret), time.Now()}, err
-		}))
-	return err
-}
-
-// fillPool makes apps until so many are ready. They are put where a build would have
-// left them, since builds keep to the rate of calls to Clarifai.
-func (s *stage) fillPool(ctx context.Context, ready int) error {
-	var there int
-	if err := s.conn.QueryRow(ctx, `SELECT count(*) FROM apps WHERE state = 'ready'`).Scan(&there); err != nil {
-		return err
-	}
-	n := max(0, ready-there)
-	app := func(i int) string { return fmt.Sprint("ready-", numbered(s.made+i)) }
-	const atOnce = 1000
-	for from := 0; from < n; from += atOnce {
-		var apps []any
-		for i := from; i < min(n, from+atOnce); i++ {
-			apps = append(apps, map[string]string{"id": app(i)})
-		}
-		body, err := json.Marshal(map[string]any{"apps": apps})
-		if err != nil {
-			return err
-		}
-		req, err := http.NewRequestWithContext(ctx, http.MethodPost, s.clarifai.url+"/v2/users/"+operator+"/apps", bytes.NewReader(body))
-		if err != nil {
-			return err
-		}
-		req.Header.Set("Authorization", "Key "+s.pat)
-		if _, err := answerOf(req); err != nil {
-			return err
-		}
-	}
-	now := time.Now()
-	if err := s.copyApps(ctx, n, app, func(i int) []any {
-		return []any{app(i), tenant.DefaultProfile, "ready", now, now, now, nil, nil, nil}
-	}); err != nil {
-		return err
-	}
-	s.made += n
-	_, err := s.conn.Exec(ctx, `ANALYZE apps, keys`)
-	return err
-}
-
-// allPooled reports whether no sign-up had to wait for an app to be built.
-func (s *stage) allPooled(ctx context.Context) error {
-	var waited, ready int
-	if err := s.conn.QueryRow(ctx, `SELECT (SELECT count(*) FROM tenants WHERE state <> 'active' OR state_since <> created_at AND id LIKE 'new%'),
-		(SELECT count(*) FROM apps WHERE state = 'ready')`).Scan(&waited, &ready); err != nil {
-		return err
-	}
-	if waited > 0 || ready == 0 {
-		return fmt.Errorf("%d sign-ups found no ready app, %d are left: that is no measure of pooled ones", waited, ready)
-	}
-	return nil
-}
-
 // withCPU adds to a measurement what Tenantry and Postgres used of the processors
-// meanwhile.
-func (s *stage) withCPU(measure func() (sample, error)) (sample, error) {
-	tenantry, postgres := s.tenantry.cmd.Process.Pid, s.cluster.PID()
-	tenantryBefore, postgresBefore := cpuOf(tenantry), cpuOf(postgres)
+// meanwhile. A nil replica used nothing.
+func (s *stage) withCPU(r *replica, measure func() (sample, error)) (sample, error) {
+	tenantry := func() time.Duration {
+		if r == nil {
+			return 0
+		}
+		return cpuOf(r.cmd.Process.Pid)
+	}
+	tenantryBefore, postgresBefore := tenantry(), cpuOf(s.cluster.PID())
 	got, err := measure()
-	got.tenantryCPU, got.postgresCPU = cpuOf(tenantry)-tenantryBefore, cpuOf(postgres)-postgresBefore
+	got.tenantryCPU, got.postgresCPU = tenantry()-tenantryBefore, cpuOf(s.cluster.PID())-postgresBefore
 	return got, err
 }
 

@@ -26,6 +26,7 @@ type sample struct {
 	row         row
 	connections int
 	round       int
+	tenants     int // in the database, where that is the question
 
 	requests  int
 	perSecond float64
@@ -34,14 +35,45 @@ type sample struct {
 	toolCPU, tenantryCPU, postgresCPU time.Duration
 }
 
-// requests are what a load tool sends: GETs of the numbers below of, at random, or
-// PUTs of one after the other.
+// requests are what a load tool sends: each is about one number, or about several in a
+// row, which stands where slot is.
 type requests struct {
 	url, token string
-	put        bool
-	head, tail string // of the path, around the number
-	of         int    // 0: the path has no number
+	method     string // GET if it is empty
+	path       string
+	header     string // one more, such as Cache-Control: no-cache
+	body       string
+	item       string // what stands in the body, by comma, instead of slots: once for each of items numbers
+	items      int    // of one request; 0 is one number, outside of slots
+	of         int    // the numbers are below; 0: there is none in the request
+	inOrder    bool   // one after the other from 0, and not at random
+	created    bool   // 201 is expected, and not 200
 }
+
+const (
+	slot  = "{n}"     // where a number goes
+	slots = "{items}" // where items go
+	// digits are the length of all numbers, so that requests are of one length.
+	digits = 8
+)
+
+// numbered is how ids are told apart: of one length, as ids are.
+func numbered(i int) string { return fmt.Sprintf("%0*d", digits, i) }
+
+// with fills numbers in, which begin with first.
+func (r requests) with(text string, first int) string {
+	if r.items > 0 {
+		list := make([]string, r.items)
+		for i := range list {
+			list[i] = strings.ReplaceAll(r.item, slot, numbered(first+i))
+		}
+		return strings.Replace(text, slots, strings.Join(list, ","), 1)
+	}
+	return strings.ReplaceAll(text, slot, numbered(first))
+}
+
+// numbers is how many numbers a request takes.
+func (r requests) numbers() int { return max(1, r.items) }
 
 // A loader is a load tool. It keeps connections busy for a while, with the next
 // request of each when the answer before has come.
@@ -86,15 +118,23 @@ type wrk string
 
 func (wrk) String() string { return "wrk" }
 
-// wrkScript is completed with the request before and after the number.
+// wrkScript is completed with what is before and after the numbers of a request, and around
+// each.
 const wrkScript = `
-local head, tail, of, inOrder = %q, %q, %d, %t
-local i = 0
+local before, head, tail, after = %q, %q, %q, %q
+local of, items, inOrder = %d, %d, %t
+local i = -1
 math.randomseed(%d)
-function request()
-	if of == 0 then return head .. tail end
+local function one()
 	if inOrder then i = i + 1 else i = math.random(0, of - 1) end
-	return head .. string.format("%%06d", i) .. tail
+	return head .. string.format("%%0%dd", i) .. tail
+end
+function request()
+	if of == 0 then return before .. after end
+	if items == 1 then return one() end
+	local list = {}
+	for k = 1, items do list[k] = one() end
+	return before .. table.concat(list, ",") .. after
 end
 function done(summary, latency)
 	local e = summary.errors
@@ -103,19 +143,34 @@ function done(summary, latency)
 end
 `
 
+// script is what wrk sends.
+func (r requests) script(host string, seed int32) string {
+	text := cmp.Or(r.method, "GET") + " " + r.path + " HTTP/1.1\r\nHost: " + host + "\r\nAuthorization: Bearer " + r.token + "\r\n"
+	if r.header != "" {
+		text += r.header + "\r\n"
+	}
+	if r.body != "" {
+		text += "Content-Type: application/json\r\n"
+	}
+	if r.method != "" {
+		text += fmt.Sprintf("Content-Length: %d\r\n", len(r.with(r.body, 0)))
+	}
+	text += "\r\n" + r.body
+	before, after, _ := strings.Cut(text, slots)
+	head, tail, _ := strings.Cut(r.item, slot)
+	if r.items == 0 {
+		head, tail, _ = strings.Cut(text, slot)
+	}
+	return fmt.Sprintf(wrkScript, before, head, tail, after, r.of, r.numbers(), r.inOrder, seed, digits)
+}
+
 func (w wrk) load(ctx context.Context, dir string, shape requests, connections int, during time.Duration) (got sample, err error) {
 	u, err := url.Parse(shape.url)
 	if err != nil {
 		return got, err
 	}
-	method, end := "GET ", "\r\n\r\n"
-	if shape.put {
-		method, end = "PUT ", "\r\nContent-Length: 0\r\n\r\n"
-	}
 	script := filepath.Join(dir, "load.lua")
-	text := fmt.Sprintf(wrkScript, method+shape.head, shape.tail+" HTTP/1.1\r\nHost: "+u.Host+"\r\nAuthorization: Bearer "+shape.token+end,
-		shape.of, shape.put, rand.Int32())
-	if err := os.WriteFile(script, []byte(text), 0o600); err != nil {
+	if err := os.WriteFile(script, []byte(shape.script(u.Host, rand.Int32())), 0o600); err != nil {
 		return got, err
 	}
 	// One thread of it loads two cores.
@@ -146,28 +201,40 @@ type vegeta string
 
 func (vegeta) String() string { return "vegeta" }
 
+// mostTargets is how many requests vegeta is given: it begins again with the first.
+const mostTargets = 50_000
+
 func (v vegeta) load(ctx context.Context, dir string, shape requests, connections int, during time.Duration) (got sample, err error) {
-	method, order := "GET", rand.Perm(max(1, shape.of))
-	if shape.put {
-		method = "PUT"
-	}
 	var text bytes.Buffer
-	for i, number := range order {
-		path := shape.head + shape.tail
-		if shape.put {
-			number = i
+	encoder := json.NewEncoder(&text)
+	for i := range max(1, min(shape.of/shape.numbers(), mostTargets)) {
+		first := i * shape.numbers()
+		if shape.of > 0 && !shape.inOrder {
+			first = rand.IntN(shape.of)
 		}
-		if shape.of > 0 {
-			path = shape.head + numbered(number) + shape.tail
+		target := struct {
+			Method string              `json:"method"`
+			URL    string              `json:"url"`
+			Body   []byte              `json:"body,omitempty"`
+			Header map[string][]string `json:"header"`
+		}{cmp.Or(shape.method, "GET"), shape.url + shape.with(shape.path, first), []byte(shape.with(shape.body, first)),
+			map[string][]string{"Authorization": {"Bearer " + shape.token}}}
+		if shape.body != "" {
+			target.Header["Content-Type"] = []string{"application/json"}
 		}
-		fmt.Fprintf(&text, "%s %s%s\nAuthorization: Bearer %s\n\n", method, shape.url, path, shape.token)
+		if name, value, ok := strings.Cut(shape.header, ": "); ok {
+			target.Header[name] = []string{value}
+		}
+		if err := encoder.Encode(target); err != nil {
+			return got, err
+		}
 	}
 	targets, results := filepath.Join(dir, "targets"), filepath.Join(dir, "results")
 	if err := os.WriteFile(targets, text.Bytes(), 0o600); err != nil {
 		return got, err
 	}
 	n := strconv.Itoa(connections)
-	_, cpu, err := output(exec.CommandContext(ctx, string(v), "attack", "-targets", targets, "-output", results, "-rate", "0", "-workers", n,
+	_, cpu, err := output(exec.CommandContext(ctx, string(v), "attack", "-format", "json", "-targets", targets, "-output", results, "-rate", "0", "-workers", n,
 		"-max-workers", n, "-connections", n, "-keepalive", "-max-body", "0", "-timeout", "10s", "-duration", during.String()))
 	if err != nil {
 		return got, err
@@ -177,10 +244,10 @@ func (v vegeta) load(ctx context.Context, dir string, shape requests, connection
 		return got, err
 	}
 	got.toolCPU = cpu
-	return got, got.readVegeta(out, shape.put)
+	return got, got.readVegeta(out, shape.created)
 }
 
-func (s *sample) readVegeta(out string, put bool) error {
+func (s *sample) readVegeta(out string, created bool) error {
 	var report struct {
 		Requests  int
 		Rate      float64
@@ -195,7 +262,7 @@ func (s *sample) readVegeta(out string, put bool) error {
 		return err
 	}
 	expected := "200"
-	if put {
+	if created {
 		expected = "201"
 	}
 	if good := report.StatusCodes[expected]; good == 0 || good != report.Requests {
@@ -240,7 +307,8 @@ func (s *stage) runPgbench(ctx context.Context, path string, args ...string) (go
 	return got, got.readPgbench(out)
 }
 
-func (s *stage) pgbench(ctx context.Context, path, mode string, clients int, during time.Duration) (sample, error) {
+// runPgbenchMode measures one of the transactions that pgbench has, prepared.
+func (s *stage) runPgbenchMode(ctx context.Context, path, mode string, clients int, during time.Duration) (sample, error) {
 	return s.runPgbench(ctx, path, mode, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", strconv.Itoa(min(clients, runtime.NumCPU())),
 		"-T", strconv.Itoa(int(during.Seconds())))
 }

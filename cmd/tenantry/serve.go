@@ -31,6 +31,7 @@ type serveCmd struct {
 	databaseFlags
 	Addr            string        `env:"TENANTRY_ADDR" default:":8080" help:"Where the API listens; port 0 takes a free one."`
 	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen."`
+	Pprof           bool          `env:"TENANTRY_PPROF" help:"Serve profiles of the process at /debug/pprof/ of the internal listener, for go tool pprof."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
 	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"0s" help:"On SIGTERM, how long to go on taking requests while /readyz says no; for load balancers that learn slowly."`
 	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end."`
@@ -357,6 +358,10 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	httpapi.Limit(apiServer)
 	internalServer := &http.Server{Handler: httpapi.NewInternal(s.reg, s.checks()), ErrorLog: apiServer.ErrorLog,
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
+	if s.Pprof {
+		internalServer.Handler = httpapi.WithProfiles(internalServer.Handler)
+		internalServer.WriteTimeout = 5 * time.Minute // of what measures for as long as it is told to
+	}
 
 	// What runs in the background must outlive the requests under way.
 	background, stopBackground := context.WithCancel(context.WithoutCancel(ctx))

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net/http"
+	"net/http/pprof"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -57,5 +58,23 @@ func NewInternal(reg *prometheus.Registry, checks map[string]Check) http.Handler
 		_ = respond(w, status, body)
 	})
 	r.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
+	return r
+}
+
+// WithProfiles adds the profiles of the running process to the internal listener's
+// handler, as `go tool pprof` reads them. They hold the names of functions, counts and
+// sizes, and nothing of what is in memory; the command line is left out, since the
+// handler of it would show what somebody may have put there.
+func WithProfiles(internal http.Handler) http.Handler {
+	r := chi.NewRouter()
+	r.Get("/debug/pprof/", pprof.Index)
+	r.Get("/debug/pprof/profile", pprof.Profile)
+	r.Get("/debug/pprof/trace", pprof.Trace)
+	r.Get("/debug/pprof/symbol", pprof.Symbol)
+	r.Post("/debug/pprof/symbol", pprof.Symbol)
+	for _, name := range []string{"allocs", "block", "goroutine", "heap", "mutex", "threadcreate"} {
+		r.Handle("/debug/pprof/"+name, pprof.Handler(name))
+	}
+	r.Mount("/", internal)
 	return r
 }
