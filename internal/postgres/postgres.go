@@ -43,6 +43,8 @@ type Config struct {
 	DirectURL tenant.Secret
 	// MaxConns bounds each of the two pools. Zero means 16.
 	MaxConns int32
+
+	tracer pgx.QueryTracer // sees each statement, in tests
 }
 
 // connectTimeout bounds one attempt to connect, so that a request learns in
@@ -98,6 +100,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
+	pc.ConnConfig.Tracer = cfg.tracer
 	pool, err := pgxpool.NewWithConfig(ctx, pc)
 	if err != nil {
 		return nil, fmt.Errorf("open pool: %w", err)
