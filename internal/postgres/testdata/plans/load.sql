@@ -4,7 +4,7 @@ SET session_replication_role = replica; -- neither triggers nor foreign keys: al
 SET synchronous_commit = off;
 
 INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline)
-VALUES (repeat('d', 16), 'acme', '\x0101020304', 1, 1);
+SELECT repeat('d', 16), 'acme', '\x0101020304', s.system_identifier, c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c;
 INSERT INTO callers (token_id, name, role, secret_sha256)
 SELECT 'token' || i, 'caller ' || i, 'provisioner', sha256(i::text::bytea) FROM generate_series(1, 100) i;
 
@@ -15,7 +15,7 @@ SELECT i, format('user_%s', lpad(i::text, 8, '0')) AS tenant, format('tny-%s', l
 	CASE WHEN i % 100 = 1 THEN 'suspended' WHEN i % 100 = 2 THEN 'deleted' WHEN i % 200 = 3 THEN 'deleting'
 		WHEN i % (:n / 5) = 4 THEN 'suspending' WHEN i % (:n / 5) = 5 THEN 'resuming' WHEN i % (:n / 5) = 6 THEN 'purging'
 		WHEN i % (:n / 5) = 7 THEN 'provisioning' ELSE 'active' END AS state,
-	CASE WHEN i % 10 = 0 THEN 'pro' ELSE 'default' END AS profile
+	CASE WHEN i % (:n / 5) = 7 THEN 'slow' WHEN i % 10 = 0 THEN 'pro' ELSE 'default' END AS profile
 FROM generate_series(1, :n) i;
 
 INSERT INTO tenants (id, profile, state, state_since, app_id, display_name, labels, attributes_hash, created_at, updated_at)
@@ -34,7 +34,7 @@ FROM made WHERE state <> 'provisioning';
 INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at, for_pool)
 SELECT 'pool-' || p || i, p, 'revision', CASE WHEN i <= 20 THEN 'ready' ELSE 'building' END, now(), now() - i * interval '1 minute', true
 FROM generate_series(1, 25) i, unnest(ARRAY['default', 'pro']) p;
-UPDATE apps SET ready_at = NULL, for_pool = false WHERE state = 'building';
+UPDATE apps SET made_at = NULL, ready_at = NULL, for_pool = false WHERE state = 'building';
 INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses)
 SELECT p, 'revision', 20, now(), 0, 0, 0 FROM unnest(ARRAY['default', 'pro']) p;
 
