@@ -35,6 +35,10 @@ check: ## format, vet, staticcheck, the contract, generated code, modules
 generate: ## generate api/client from api/openapi.yaml
 	$(GO) generate ./...
 
+.PHONY: plans
+plans: ## write the plan shapes of the statements on the hot paths anew
+	$(GO) test ./internal/postgres -run ^TestPlans$$ -update
+
 .PHONY: chaos
 chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), and count what was lost
 	bin/chaos

@@ -84,7 +84,7 @@ func (db *DB) AuditEvents(ctx context.Context, f AuditFilter, from AuditPosition
 	}
 	args = append(args, limit)
 	sql += fmt.Sprintf(` ORDER BY at %s, id %s LIMIT $%d`, direction, direction, len(args))
-	rows, _ := db.pool.Query(ctx, sql, args...)
+	rows, _ := db.pool.Query(ctx, sql, append([]any{planForValues}, args...)...)
 	events, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (tenant.AuditEvent, error) {
 		var e tenant.AuditEvent
 		err := row.Scan(&e.ID, &e.At, &e.Actor, &e.Action, &e.TenantID, &e.AppID, &e.KeyID, &e.RequestID, &e.UpstreamRequestID, &e.Detail)

@@ -95,12 +95,16 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 		if _, err := pgx.ForEachRow(rows, []any{&resumed}, func() error { return nil }); err != nil || !resumed {
 			return err
 		}
-		for _, table := range []string{"apps", "keys"} {
+		// By the indexes of what there is work on: every call waits until this is committed.
+		for _, work := range []struct{ table, is string }{
+			{"apps", `state = 'building' OR state = 'purging' OR state = 'held' AND pending OR state = 'ready'`},
+			{"keys", `state IN ('creating', 'revoking')`},
+		} {
 			if _, err := tx.Exec(ctx, `
-				UPDATE `+table+` SET next_attempt_at = now(), enqueued_at = '-infinity'
-				WHERE id IN (SELECT id FROM `+table+`
-					WHERE next_attempt_at > now() AND problem ->> 'code' IN ('upstream_unavailable', 'upstream_throttled')
-					FOR UPDATE SKIP LOCKED)`); err != nil {
+				UPDATE `+work.table+` SET next_attempt_at = now(), enqueued_at = '-infinity'
+				WHERE id = ANY (ARRAY(SELECT id FROM `+work.table+`
+					WHERE (`+work.is+`) AND next_attempt_at > now() AND problem ->> 'code' IN ('upstream_unavailable', 'upstream_throttled')
+					FOR UPDATE SKIP LOCKED))`); err != nil {
 				return err
 			}
 		}

@@ -1,4 +1,12 @@
 package postgres
 
+import "github.com/jackc/pgx/v5"
+
 // AuditColumnNames are the columns that seals cover.
 var AuditColumnNames = auditColumnNames
+
+// Traced returns cfg with a tracer of what is sent to its URL.
+func (cfg Config) Traced(by pgx.QueryTracer) Config {
+	cfg.tracer = by
+	return cfg
+}

@@ -38,7 +38,7 @@ func raiseFence(ctx context.Context, tx pgx.Tx, reason string) error {
 			UPDATE deployment SET fence_since = now(), fence_reason = $1, fence_behind = false WHERE fence_since IS NULL
 			RETURNING 1
 		), suspect AS (
-			UPDATE apps SET suspect = true WHERE state IN ('building', 'ready') AND EXISTS (SELECT FROM raised)
+			UPDATE apps SET suspect = true WHERE (state = 'building' OR state = 'ready') AND EXISTS (SELECT FROM raised)
 		)
 		INSERT INTO audit_events (actor, action, detail)
 		SELECT 'worker', 'fence.raised', jsonb_build_object('reason', $1::text) FROM raised`, reason)

@@ -65,15 +65,15 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	batch := &pgx.Batch{}
 	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
-		WHERE id IN (
+		WHERE id = ANY (ARRAY(
 			SELECT id FROM apps WHERE state = 'building' AND NOT for_pool AND `+dueApp+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id`, requeueAfter, most)
 	batch.Queue(`
 		UPDATE keys SET enqueued_at = now()
-		WHERE id IN (
+		WHERE id = ANY (ARRAY(
 			SELECT id FROM keys k WHERE `+dueKey+` AND `+notQueued+`
-			ORDER BY lane, next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+			ORDER BY lane, next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id, lane`, requeueAfter, most).Query(func(rows pgx.Rows) (err error) {
 		keys, err = pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
 		return err
@@ -84,9 +84,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		RETURNING id`, requeueAfter)
 	collect(batch, &adoptions, `
 		UPDATE adoptions SET enqueued_at = now()
-		WHERE id IN (
+		WHERE id = ANY (ARRAY(
 			SELECT id FROM adoptions WHERE `+dueAdoption+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED)
+			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id`, requeueAfter, most)
 	forgetAdoptions(batch)
 	collect(batch, &campaigns, `
@@ -96,11 +96,11 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		"state = 'ready' AND coalesce(proven_at, ready_at) < now() - " + poolAge} {
 		collect(batch, &later, `
 			UPDATE apps SET enqueued_at = now()
-			WHERE id IN (
+			WHERE id = ANY (ARRAY(
 				SELECT id FROM apps WHERE `+which+` AND `+dueApp+` AND `+notQueued+`
 				ORDER BY next_attempt_at
 				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3))
-				FOR UPDATE SKIP LOCKED)
+				FOR UPDATE SKIP LOCKED))
 			RETURNING id`, requeueAfter, mostBackground, tenant.QueueBackground)
 	}
 	// Without BEGIN, the statements of a batch are one transaction.

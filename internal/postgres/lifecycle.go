@@ -83,6 +83,9 @@ func move(ctx context.Context, tx pgx.Tx, t tenant.Tenant, to tenant.State, acto
 	return audit(ctx, tx, actor, event{action: "tenant." + string(to), tenant: t.ID, app: t.AppID, detail: detail})
 }
 
+// noneCreating says of the tenant t that none of its keys is being made.
+const noneCreating = `NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating')`
+
 // settle ends the change of a tenant that its keys were waited for, and wakes who
 // waits for it. The tenant is locked; "" is none.
 func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) error {
@@ -95,7 +98,7 @@ func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) er
 		), was AS (
 			SELECT id, state FROM tenants t WHERE id = $1 AND (
 				state = 'suspending' AND `+keysDead+`
-				OR state = 'resuming' AND NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating'))
+				OR state = 'resuming' AND `+noneCreating+`)
 		), settled AS (
 			UPDATE tenants t
 			SET state = CASE was.state WHEN 'suspending' THEN 'suspended' ELSE 'active' END, state_since = now(), problem = NULL,
@@ -115,7 +118,7 @@ func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) er
 func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT id FROM tenants t WHERE state = 'suspending' AND `+keysDead+`
-			OR state = 'resuming' AND NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating')
+			OR state = 'resuming' AND `+noneCreating+`
 		LIMIT 100`)
 	ids, err := pgx.CollectRows(rows, pgx.RowTo[tenant.ID])
 	if err != nil {

@@ -8,6 +8,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,6 +24,7 @@ import (
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/riverqueue/river"
 	"github.com/riverqueue/river/riverdriver/riverpgxv5"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -46,6 +48,9 @@ type Config struct {
 	DirectURL tenant.Secret
 	// MaxConns bounds each of the two pools. Zero means 16.
 	MaxConns int32
+	Log      *zap.Logger // nil logs nothing
+
+	tracer pgx.QueryTracer // sees each statement, in tests
 }
 
 // connectTimeout bounds one attempt to connect, so that a request learns in
@@ -101,10 +106,14 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, err
 	}
+	pc.ConnConfig.Tracer = cfg.tracer
+	prepares := preparer{log: cmp.Or(cfg.Log, zap.NewNop())}
+	prepares.watch(pc)
 	pool, err := pgxpool.NewWithConfig(ctx, pc)
 	if err != nil {
 		return nil, fmt.Errorf("open pool: %w", err)
 	}
+	prepares.pool.Store(pool)
 	direct := pool
 	if cfg.DirectURL.IsSet() && cfg.DirectURL.Reveal() != cfg.URL.Reveal() {
 		pc, err := poolConfig(cfg.DirectURL, cfg.MaxConns)
@@ -190,7 +199,7 @@ func away(err error) bool {
 		case "25006", "40001", "40P01": // read-only after a fail-over, serialisation, deadlock
 			return true
 		}
-		return false
+		return statementLost(pg) || planStale(pg)
 	}
 	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
 		return true

@@ -85,12 +85,12 @@ func (db *DB) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.
 func (db *DB) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'
-		WHERE id IN (
+		WHERE id = ANY (ARRAY(
 			SELECT id FROM apps
 			WHERE state = 'held' AND marked_at IS NOT NULL AND (marker_key_id = ANY ($1::bigint[]) OR marker_key_id IS NULL)
 			LIMIT greatest(0, $2 - (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'held' AND pending LIMIT $2) busy))
-			FOR UPDATE SKIP LOCKED)
-			AND marked_at IS NOT NULL`, bigints(by), most)
+			FOR UPDATE SKIP LOCKED))
+			AND marked_at IS NOT NULL`, planForValues, bigints(by), most)
 	return int(tag.RowsAffected()), translate("have apps marked anew", err)
 }
 

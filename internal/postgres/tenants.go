@@ -43,8 +43,10 @@ const problemSQL = `coalesce(t.problem, CASE
 const upstreamHalted = `(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
 	(SELECT pause_reason FROM upstream_budget WHERE pauses > 0)`
 
-// keysDead says of the tenant t that none of its keys works, as far as is known.
-const keysDead = `NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking'))`
+// keysDead says of the tenant t that none of its keys works, as far as is known. Not by
+// NOT EXISTS: for a page of tenants the planner would rather read all keys there are
+// once than those of each.
+const keysDead = `(SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking') LIMIT 1) IS NULL`
 
 const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), coalesce(t.app_user_id, ''), t.display_name, t.labels,
 	t.deletion_protection, CASE WHEN t.state = 'deleting' THEN (SELECT a.purge_after FROM apps a WHERE a.id = t.app_id) END,
@@ -111,6 +113,23 @@ type Position struct {
 	ID        tenant.ID
 }
 
+// planForValues has a statement planned each time for the values that it is sent with.
+// Which index finds a page of a list soonest depends on how many rows a filter selects,
+// and Postgres would by and by take one plan for all.
+const planForValues = pgx.QueryExecModeCacheDescribe
+
+// mayHaveProblem selects the tenants of which problemSQL may say something, each state
+// in the order of lists: those that nothing is the matter with, nearly all, are not read.
+var mayHaveProblem = func() string {
+	selects := []string{`SELECT * FROM tenants WHERE problem IS NOT NULL AND state IN ('active', 'deleted')`}
+	for _, s := range tenant.States {
+		if s != tenant.Active && s != tenant.Deleted {
+			selects = append(selects, `SELECT * FROM tenants WHERE state = '`+string(s)+`'`)
+		}
+	}
+	return strings.Join(selects, ` UNION ALL `)
+}()
+
 // Tenants lists up to limit tenants that f selects, oldest first, after a
 // position. Its cost does not grow with the position.
 func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit int) ([]tenant.Tenant, error) {
@@ -144,30 +163,51 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	if !f.CreatedBefore.IsZero() {
 		add("t.created_at < ?", f.CreatedBefore)
 	}
-	if f.HasProblem != nil {
-		condition := `(t.problem IS NOT NULL OR t.state NOT IN ('active', 'deleted') AND ` + problemSQL + ` IS NOT NULL)`
-		if !*f.HasProblem {
-			condition = "NOT " + condition
-		}
-		add(condition)
+	from := `tenants t`
+	switch {
+	case f.HasProblem == nil:
+	case *f.HasProblem:
+		from = `(` + mayHaveProblem + `) t`
+		add(problemSQL + ` IS NOT NULL`)
+	default:
+		add(problemSQL + ` IS NULL`)
 	}
 	if after != (Position{}) {
 		add("(t.created_at, t.id) > (?, ?)", after.CreatedAt, after.ID)
 	}
-	sql := `SELECT ` + tenantColumns + ` FROM tenants t`
+	sql := `SELECT ` + tenantColumns + ` FROM ` + from
 	if len(where) > 0 {
 		sql += ` WHERE ` + strings.Join(where, " AND ")
 	}
 	args = append(args, limit)
 	sql += fmt.Sprintf(` ORDER BY t.created_at, t.id LIMIT $%d`, len(args))
-	rows, _ := db.pool.Query(ctx, sql, args...)
+	rows, _ := db.pool.Query(ctx, sql, append([]any{planForValues}, args...)...)
 	tenants, err := pgx.CollectRows(rows, scanTenant)
 	return tenants, translate("list tenants", err)
 }
 
-// CountTenants counts tenants by state.
+// countedTenants is how many tenants of a state CountTenants counts.
+const countedTenants = 10_000
+
+// CountTenants counts tenants by state. Of a state with more than countedTenants it
+// estimates how many: its share in Postgres's last look at the table, times how many
+// rows the table has by its size now. So it reads as much of ten million as of a
+// hundred thousand.
 func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT state, count(*) FROM tenants GROUP BY state`)
+	rows, _ := db.pool.Query(ctx, `
+		WITH counted AS (
+			SELECT s.state, (SELECT count(*) FROM (
+				SELECT FROM tenants t WHERE t.state = s.state ORDER BY t.created_at, t.id LIMIT $2) few) AS n
+			FROM unnest($1::text[]) AS s (state)
+		), estimated AS (
+			SELECT v.state, (v.share * greatest(c.reltuples, 0) / greatest(c.relpages, 1)
+				* (pg_relation_size(c.oid) / current_setting('block_size')::int))::bigint AS n
+			FROM pg_class c JOIN pg_stats st ON st.schemaname = c.relnamespace::regnamespace::text AND st.tablename = c.relname AND st.attname = 'state',
+				unnest(st.most_common_vals::text::text[], st.most_common_freqs) AS v (state, share)
+			WHERE c.oid = 'tenants'::regclass
+		)
+		SELECT state, CASE WHEN c.n < $2 THEN c.n ELSE greatest(c.n, e.n) END
+		FROM counted c LEFT JOIN estimated e USING (state) WHERE c.n > 0`, tenant.States, countedTenants)
 	counts := map[tenant.State]int{}
 	var s tenant.State
 	var n int

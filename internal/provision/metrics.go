@@ -41,7 +41,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Buckets: []float64{.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10, 15},
 		}),
 		tenants: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds.",
+			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds; of a state with more than 10,000, an estimate.",
 		}, []string{"state"}),
 	}
 	m.fence = prometheus.NewGauge(prometheus.GaugeOpts{

@@ -210,6 +210,8 @@ type Options struct {
 	// Unwatched leaves the watching out: the file is read again only when something
 	// cannot be opened.
 	Unwatched bool
+	// Through leads to the world's database by a pooler; unset means straight.
+	Through tenant.Secret
 	// Workers is how many builds run at once; 0 means 8.
 	Workers int
 	// Store and Upstream, unless nil, come between the engine and what it uses.
@@ -236,8 +238,15 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		return nil, err
 	}
 	core, logs := observer.New(zapcore.DebugLevel)
-	r := &Replica{DB: pgtest.OpenURL(w.t, w.URL), Reg: prometheus.NewRegistry(), Logs: logs}
 	log := zap.New(core)
+	db := pgtest.OpenURL(w.t, w.URL)
+	if o.Through.IsSet() {
+		if db, err = postgres.Open(ctx, postgres.Config{URL: o.Through, DirectURL: w.URL, MaxConns: 8, Log: log}); err != nil {
+			return nil, err
+		}
+		w.t.Cleanup(db.Close)
+	}
+	r := &Replica{DB: db, Reg: prometheus.NewRegistry(), Logs: logs}
 	pat := provision.NewPAT(tenant.NewSecret(cmp.Or(o.PAT, PAT)), keys)
 	if o.Clarifai == "" {
 		o.Clarifai = w.Clarifai
