@@ -169,14 +169,17 @@ func hotPaths(n int) []hotPath {
 		{name: "audit_request", do: audit(postgres.AuditFilter{RequestID: "request-7"}, postgres.AuditPosition{}, false)},
 
 		{name: "sign_up_hit", do: func(ctx context.Context, db *postgres.DB) error {
-			s, err := db.SignUp(ctx, newTenant("new_1"), actor)
-			if err == nil && s.Tenant.AppID == "" {
+			n := newTenant("new_1")
+			n.Profile.PoolMax = 20
+			s, err := db.SignUp(ctx, n, actor)
+			if err == nil && s.Revealed == nil {
 				err = errors.New("it found no app")
 			}
 			return err
 		}},
 		{name: "sign_up_there", do: func(ctx context.Context, db *postgres.DB) error {
 			n := newTenant("new_1")
+			n.Profile.PoolMax = 20
 			return ignore(db.SignUp(ctx, n, actor))
 		}},
 		{name: "sign_up_again", do: func(ctx context.Context, db *postgres.DB) error {
