@@ -162,7 +162,9 @@ func (s benched) fillPool(b *testing.B, conn *pgx.Conn, from, n int) {
 	now := time.Now()
 	_, err := conn.CopyFrom(b.Context(), pgx.Identifier{"apps"},
 		[]string{"id", "profile", "profile_revision", "state", "made_at", "ready_at", "proven_at"},
-		pgx.CopyFromSlice(n, func(i int) ([]any, error) { return []any{app(i), tenant.DefaultProfile, "any", "ready", now, now, now}, nil }))
+		pgx.CopyFromSlice(n, func(i int) ([]any, error) {
+			return []any{app(i), tenant.DefaultProfile, "any", "ready", now, now, now}, nil
+		}))
 	if err != nil {
 		b.Fatal(err)
 	}
