@@ -34,6 +34,7 @@ tps = 3731.250000 (without initial connection time)
 		"wrk, without an end":   {read: (*sample).readWrk, out: "unable to connect\n", failed: true},
 		"pgbench":               {read: (*sample).readPgbench, out: pgbench, want: sample{requests: 7331, perSecond: 3731.25}},
 		"pgbench, some failed":  {read: (*sample).readPgbench, out: strings.Replace(pgbench, "transactions: 0", "transactions: 3", 1), failed: true},
+		"pgbench, none done":    {read: (*sample).readPgbench, out: "number of transactions actually processed: 0\nnumber of failed transactions: 0 (NaN%)\n", failed: true},
 		"pgbench, without rate": {read: (*sample).readPgbench, out: "pgbench: error\n", failed: true},
 		"vegeta": {read: func(s *sample, out string) error { return s.readVegeta(out, true) },
 			out:  `{"requests":10,"rate":5.5,"latencies":{"50th":1000,"99th":2000},"status_codes":{"201":10},"errors":[]}`,

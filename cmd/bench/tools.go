@@ -307,11 +307,21 @@ func (s *stage) runPgbench(ctx context.Context, path string, args ...string) (go
 	return got, got.readPgbench(out)
 }
 
-// runPgbenchMode measures one of the transactions that pgbench has, prepared.
-func (s *stage) runPgbenchMode(ctx context.Context, path, mode string, clients int, during time.Duration) (sample, error) {
-	return s.runPgbench(ctx, path, mode, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", strconv.Itoa(min(clients, runtime.NumCPU())),
-		"-T", strconv.Itoa(int(during.Seconds())))
+// runPgbenchMode measures one of the transactions that pgbench has, prepared. Where the time is
+// over before all clients are connected, as with many on a slow machine, it takes longer.
+func (s *stage) runPgbenchMode(ctx context.Context, path, mode string, clients int, during time.Duration) (got sample, err error) {
+	for range 3 {
+		got, err = s.runPgbench(ctx, path, mode, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", strconv.Itoa(min(clients, runtime.NumCPU())),
+			"-T", strconv.Itoa(int(during.Seconds())))
+		if !errors.Is(err, errNothingDone) {
+			break
+		}
+		during *= 2
+	}
+	return got, err
 }
+
+var errNothingDone = errors.New("pgbench has done nothing")
 
 var (
 	pgbenchDone   = regexp.MustCompile(`(?m)^number of transactions actually processed: (\d+)`)
@@ -321,6 +331,9 @@ var (
 
 func (s *sample) readPgbench(out string) error {
 	done, rate := pgbenchDone.FindStringSubmatch(out), pgbenchRate.FindStringSubmatch(out)
+	if done != nil && done[1] == "0" {
+		return errNothingDone
+	}
 	if done == nil || rate == nil || pgbenchFailed.MatchString(out) {
 		return fmt.Errorf("pgbench ends with %q", lastLine(out))
 	}

@@ -255,7 +255,8 @@ func trimmed(list []string) []string {
 	return out
 }
 
-func (c serveCmd) logger(e env) *zap.Logger {
+// logger returns the log, and what writes the rest of it.
+func (c serveCmd) logger(e env) (log *zap.Logger, flush func()) {
 	level, _ := zapcore.ParseLevel(c.LogLevel) // kong has checked it
 	cfg := zap.NewProductionEncoderConfig()
 	cfg.EncodeTime = zapcore.ISO8601TimeEncoder
@@ -264,7 +265,8 @@ func (c serveCmd) logger(e env) *zap.Logger {
 	if c.LogFormat == "console" {
 		encoder = zapcore.NewConsoleEncoder(cfg)
 	}
-	return zap.New(zapcore.NewCore(encoder, zapcore.Lock(zapcore.AddSync(e.stderr)), level))
+	out := &lateWriter{to: e.stderr}
+	return zap.New(promptCore{zapcore.NewCore(encoder, out, level), out}), out.flush
 }
 
 func (c serveCmd) Run(ctx context.Context, e env) error {
@@ -275,8 +277,8 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	}
 	defer p.upstream.Close()
 	defer closeKeeper(p.keyset.Keeper)
-	log := c.logger(e)
-	defer func() { _ = log.Sync() }()
+	log, flushLog := c.logger(e)
+	defer flushLog()
 	for _, w := range p.warnings {
 		log.Warn("the profiles", zap.String("warning", w))
 	}

@@ -252,6 +252,9 @@ const maxParam = 1024
 // repeated or not known: r.URL.Query drops a pair with a mistake, and a filter that
 // is dropped selects everything.
 func params(r *http.Request, known ...string) (url.Values, error) {
+	if r.URL.RawQuery == "" {
+		return nil, nil
+	}
 	q, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, invalid("query", "is not made of name=value pairs, percent-encoded, with & between them (a %% is %%25, a ; is %%3B)")

@@ -9,10 +9,12 @@ import (
 	"time"
 
 	"github.com/go-chi/chi/v5"
+	"github.com/go-chi/chi/v5/middleware"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
@@ -67,3 +69,46 @@ func (l *Limiters) Take(c tenant.Caller, now time.Time) error {
 
 // Len is how many callers are remembered.
 func (l *Limiters) Len() int { return len(l.limiters.byToken) }
+
+// Layers are what a look-up passes through before it is authorised, and after it is
+// found, each on top of those before.
+var Layers = []string{"routing", "observing, no log", "log", "time limit", "encoding"}
+
+// Peeled returns a handler of look-ups that has the first layers only: it knows its
+// answer.
+func Peeled(layers int, log *zap.Logger, t tenant.Tenant) http.Handler {
+	s := &server{Config: Config{Service: &provision.Service{}, Log: log, Metrics: NewMetrics(prometheus.NewRegistry())}}
+	if layers < 3 {
+		s.Log = zap.NewNop()
+	}
+	constant := httptest.NewRecorder()
+	_ = respond(constant, http.StatusOK, s.tenantBody(t))
+	answer := constant.Body.Bytes()
+	plain := func(w http.ResponseWriter, _ *http.Request) error {
+		w.Header().Set("Content-Type", "application/json")
+		_, err := w.Write(answer)
+		return err
+	}
+	r := chi.NewRouter()
+	if layers >= 2 {
+		r.Use(s.observe)
+	}
+	r.Use(routeByEscapedPath, middleware.GetHead)
+	switch {
+	case layers >= 5:
+		r.Get("/v1/tenants/{tenant_id}", s.handle(func(w http.ResponseWriter, req *http.Request) error {
+			if _, err := pathTenantID(req); err != nil {
+				return err
+			}
+			if _, err := params(req, "wait"); err != nil {
+				return err
+			}
+			return s.respondTenant(w, req, t)
+		}))
+	case layers == 4:
+		r.Get("/v1/tenants/{tenant_id}", s.handle(plain))
+	default:
+		r.Get("/v1/tenants/{tenant_id}", func(w http.ResponseWriter, req *http.Request) { _ = plain(w, req) })
+	}
+	return r
+}

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"regexp"
 	"runtime/debug"
-	"strconv"
 	"strings"
 	"time"
 
@@ -46,7 +45,7 @@ func (s *server) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		began := time.Now()
 		info := &requestInfo{id: r.Header.Get("X-Request-Id")}
-		if !saneRequestID.MatchString(info.id) || isTokenLike(info.id) {
+		if info.id == "" || !saneRequestID.MatchString(info.id) || isTokenLike(info.id) {
 			info.id = uuid.NewString()
 		}
 		info.base = context.WithValue(r.Context(), infoKey{}, info)
@@ -93,8 +92,7 @@ func (s *server) finish(w middleware.WrapResponseWriter, r *http.Request, info *
 	if !isKnownMethod(method) {
 		method = "other"
 	}
-	s.Metrics.requests.WithLabelValues(method, route, strconv.Itoa(status)).Inc()
-	s.Metrics.seconds.WithLabelValues(method, route).Observe(took.Seconds())
+	s.Metrics.count(method, route, status, took)
 
 	level := zapcore.InfoLevel
 	if status >= 500 {

@@ -9,7 +9,9 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -35,6 +37,30 @@ type Config struct {
 type Metrics struct {
 	requests *prometheus.CounterVec
 	seconds  *prometheus.HistogramVec
+
+	// Those of each kind of request that there was: to find them by their labels costs more
+	// than to count. They are as few as there are routes, methods and statuses.
+	kinds sync.Map // requestKind → measured
+}
+
+type requestKind struct {
+	method, route string
+	status        int
+}
+
+type measured struct {
+	requests prometheus.Counter
+	seconds  prometheus.Observer
+}
+
+func (m *Metrics) count(method, route string, status int, took time.Duration) {
+	kind := requestKind{method, route, status}
+	of, ok := m.kinds.Load(kind)
+	if !ok {
+		of, _ = m.kinds.LoadOrStore(kind, measured{m.requests.WithLabelValues(method, route, strconv.Itoa(status)), m.seconds.WithLabelValues(method, route)})
+	}
+	of.(measured).requests.Inc()
+	of.(measured).seconds.Observe(took.Seconds())
 }
 
 // NewMetrics makes the metrics and registers them.
@@ -273,8 +299,11 @@ func allowedMethods(mux *chi.Mux, r *http.Request) string {
 
 // waiting returns a request's context with wait more time, and lifts the
 // server's limits on reading and writing for as long. The body must have been
-// read.
+// read. Without a wait the limits are as they are.
 func waiting(w http.ResponseWriter, r *http.Request, wait time.Duration) (context.Context, context.CancelFunc) {
+	if wait <= 0 {
+		return r.Context(), func() {}
+	}
 	rc := http.NewResponseController(w)
 	end := time.Now().Add(wait + workTimeout)
 	// Unsupported only outside a server, where there are no limits to lift.

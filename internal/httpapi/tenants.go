@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/url"
 	"regexp"
+	"strconv"
 	"strings"
 	"time"
 
@@ -71,7 +72,7 @@ func (s *server) tenantBody(t tenant.Tenant) tenantBody {
 // a new one, as the problem of a tenant that waits.
 func etagOf(t tenant.Tenant) string {
 	if t.Problem == nil && t.State != tenant.Deleting {
-		return fmt.Sprintf(`"%d.%d"`, t.Generation, t.Version)
+		return `"` + strconv.Itoa(t.Generation) + "." + strconv.FormatInt(t.Version, 10) + `"`
 	}
 	var problem tenant.Problem
 	if t.Problem != nil {
@@ -206,6 +207,9 @@ func (s *server) respondTenant(w http.ResponseWriter, r *http.Request, t tenant.
 // matches reports whether an If-None-Match names etag. One that is not as RFC 9110
 // has it names nothing: the answer is then in full, which is never wrong.
 func matches(headers []string, etag string) bool {
+	if len(headers) == 0 {
+		return false
+	}
 	header := strings.Join(headers, ",")
 	if strings.TrimSpace(header) == "*" {
 		return true
