@@ -296,6 +296,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 		}
 		defer func() { _ = os.Remove(c.AddrFile) }()
 	}
+	p.database.Log = log
 	db, err := postgres.Open(ctx, p.database)
 	if err != nil {
 		return err
