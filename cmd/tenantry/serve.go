@@ -299,6 +299,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 		}
 		defer func() { _ = os.Remove(c.AddrFile) }()
 	}
+	p.database.Log = log
 	db, err := postgres.Open(ctx, p.database)
 	if err != nil {
 		return err

@@ -313,8 +313,13 @@ func (db *DB) CountCampaign(ctx context.Context, c tenant.Campaign) (tenant.Camp
 		if w, err = db.walk(ctx, c.Filter, c.CreatedAt, after, 0); err != nil {
 			return c, err
 		}
-	} else if err := db.pool.QueryRow(ctx, `SELECT count(*) FROM apps a JOIN tenants t ON t.app_id = a.id WHERE `+campaignMisfit,
-		c.Filter.Profile, c.Revision, c.CreatedAt).Scan(&w.count); err != nil {
+	} else if err := db.pool.QueryRow(ctx, `
+		WITH seen AS MATERIALIZED (
+			SELECT * FROM apps WHERE id > $4 ORDER BY id LIMIT $5
+		)
+		SELECT (SELECT count(*) FROM seen a JOIN tenants t ON t.app_id = a.id WHERE `+campaignMisfit+`),
+			coalesce((SELECT id FROM seen ORDER BY id DESC LIMIT 1), '')`,
+		c.Filter.Profile, c.Revision, c.CreatedAt, after, walkWindow).Scan(&w.count, &w.last); err != nil {
 		return c, translate("count apps", err)
 	}
 	return db.leasedCampaign(ctx, "count what a campaign takes", c, `
@@ -570,12 +575,26 @@ func (db *DB) NextMisfit(ctx context.Context, c tenant.Campaign) (tenant.Misfit,
 	if err := db.pool.QueryRow(ctx, `SELECT cursor FROM campaigns WHERE id = $1`, c.ID).Scan(&after); err != nil {
 		return tenant.Misfit{}, translate("read campaign", err)
 	}
-	found, err := db.misfits(ctx, db.pool, campaignMisfit+` AND a.id > $4 ORDER BY a.id LIMIT 1`, c.Filter.Profile, c.Revision, c.CreatedAt, after)
-	if err != nil {
-		return tenant.Misfit{}, err
-	}
-	if len(found) > 0 {
-		return found[0], nil
+	for after < pastApps {
+		to := pastApps
+		if err := db.pool.QueryRow(ctx, `SELECT coalesce((SELECT id FROM apps WHERE id > $1 ORDER BY id OFFSET $2 LIMIT 1), $3)`,
+			after, walkWindow-1, pastApps).Scan(&to); err != nil {
+			return tenant.Misfit{}, translate("walk over apps", err)
+		}
+		found, err := db.misfits(ctx, db.pool, campaignMisfit+` AND a.id > $4 AND a.id <= $5 ORDER BY a.id LIMIT 1`,
+			planForValues, c.Filter.Profile, c.Revision, c.CreatedAt, after, to)
+		if err != nil {
+			return tenant.Misfit{}, err
+		}
+		if len(found) > 0 {
+			return found[0], nil
+		}
+		if after = to; after < pastApps { // what was looked at is not looked at again
+			if _, err := db.leasedCampaign(ctx, "walk over apps", c, `
+				UPDATE campaigns c SET cursor = $3 WHERE id = $1 AND leased_until = $2 RETURNING `+campaignColumns, after); err != nil {
+				return tenant.Misfit{}, err
+			}
+		}
 	}
 	if _, err := db.leasedCampaign(ctx, "end the walk of a campaign", c, `
 		UPDATE campaigns c SET walked = true WHERE id = $1 AND leased_until = $2 RETURNING `+campaignColumns); err != nil {

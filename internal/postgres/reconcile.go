@@ -290,8 +290,20 @@ func (db *DB) SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenan
 // longDoubt is how long a call's outcome may be unknown before a report names it.
 const longDoubt = 10 * time.Minute
 
-// compareSQL finds the differences. $1 is the reconciliation, $2 when it began:
-// rows that changed since are passed over, for the listing may be older.
+// compareWindow is how many apps are compared at once, as they are listed and as the
+// rows have them: a comparison of millions must neither outlast its lease nor hold a
+// snapshot for long. dropAtOnce is how many entries of the lists are dropped then.
+const (
+	compareWindow = 5_000
+	dropAtOnce    = 50_000
+)
+
+// pastApps is past every app's id.
+const pastApps = tenant.AppID("\U0010FFFF")
+
+// compareSQL finds the differences among apps after $3 and up to $4. $1 is the
+// reconciliation, $2 when it began: rows that changed since are passed over, for the
+// listing may be older.
 var compareSQL = []string{
 	// Apps that are listed. By R4 a marked app has a row: if it has none, it is the row that was lost.
 	`SELECT
@@ -314,7 +326,7 @@ var compareSQL = []string{
 			ELSE '' END,
 		CASE WHEN a.state = 'deleted' AND s.marker_app = s.app_id THEN 'doubted' ELSE 'open' END
 	FROM reconciliation_apps s LEFT JOIN apps a ON a.id = s.app_id
-	WHERE s.reconciliation_id = $1 AND s.marker_app <> '' AND (
+	WHERE s.reconciliation_id = $1 AND s.app_id > $3 AND s.app_id <= $4 AND s.marker_app <> '' AND (
 		a.id IS NULL OR s.marker_app <> s.app_id
 		OR a.state = 'deleted' AND a.updated_at < $2
 		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
@@ -325,13 +337,10 @@ var compareSQL = []string{
 		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
 		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
 	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
-	WHERE a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
+	WHERE a.id > $3 AND a.id <= $4 AND a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
 		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.marked_at IS NULL AND a.profile_revision = 'adopted')
-		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id)`,
-	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
-		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
-	FROM apps a WHERE suspect AND state IN ('building', 'ready') AND NOT EXISTS (
-		SELECT FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.app_id = a.id AND s.tenant_id IS NOT NULL)`,
+		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id
+			AND moved.marker_app <> '' AND moved.marker_app <> moved.app_id)`,
 	// Keys that are listed.
 	`SELECT
 		CASE WHEN s.key_id IS NULL THEN 'key_unmanaged'
@@ -346,7 +355,7 @@ var compareSQL = []string{
 	FROM reconciliation_keys s
 	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
 	LEFT JOIN keys k ON k.id = s.key_id
-	WHERE s.reconciliation_id = $1
+	WHERE s.reconciliation_id = $1 AND s.app_id > $3 AND s.app_id <= $4
 		AND (k.id IS NULL OR k.state IN ('revoked', 'lost') AND k.updated_at < $2)
 		AND (s.key_id IS NOT NULL OR s.fingerprint IS NULL OR NOT EXISTS (SELECT FROM keys known WHERE known.fingerprint = s.fingerprint))`,
 	// Keys that are not listed though their app is.
@@ -354,54 +363,110 @@ var compareSQL = []string{
 		a.id, k.id, a.tenant_id, '', 'doubted'
 	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
 	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
-	WHERE k.state IN ('active', 'retiring') AND k.activated_at < $2
+	WHERE a.id > $3 AND a.id <= $4 AND k.state IN ('active', 'retiring') AND k.activated_at < $2
 		AND NOT EXISTS (SELECT FROM reconciliation_keys l WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint))`,
 	`SELECT 'key_drifted', 'rescope', a.id, k.id, a.tenant_id,
 		'Clarifai has ' || array_to_string(s.scopes, ', ') || ', the row ' || array_to_string(k.scopes, ', '), 'open'
 	FROM reconciliation_keys s JOIN keys k ON k.id = s.key_id JOIN apps a ON a.id = k.app_id
-	WHERE s.reconciliation_id = $1 AND k.state IN ('active', 'retiring') AND k.updated_at < $2
+	WHERE s.reconciliation_id = $1 AND s.app_id > $3 AND s.app_id <= $4 AND k.state IN ('active', 'retiring') AND k.updated_at < $2
 		AND (SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(s.scopes) x) IS DISTINCT FROM
 			(SELECT array_agg(DISTINCT replace(x, ':', '_') ORDER BY replace(x, ':', '_')) FROM unnest(k.scopes) x)`,
-	`SELECT 'in_doubt', '', a.id, NULL::uuid, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
-	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $3::interval`,
-	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
-	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $3::interval`,
 }
 
-// Compare writes down the differences between the lists and the rows, and which apps
-// of the pool were seen with their keys.
+// stateSQL finds what the rows themselves say is amiss, and reads no more of them than
+// there is work on. $1 is the reconciliation, $2 how long a doubt may be.
+var stateSQL = []string{
+	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
+		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
+	FROM apps a WHERE suspect AND (state = 'building' OR state = 'ready') AND NOT EXISTS (
+		SELECT FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.app_id = a.id AND s.tenant_id IS NOT NULL)`,
+	`SELECT 'in_doubt', '', a.id, NULL::uuid, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
+	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $2::interval`,
+	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
+	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $2::interval`,
+}
+
+// Compare writes down the differences between the lists and the rows, of some apps at a
+// time: it is called until the phase is another. It also records which apps of the pool
+// were seen with their keys.
 func (db *DB) Compare(ctx context.Context, r tenant.Reconciliation) error {
-	// Not in the transaction below, which may take long: no sign-up could be given
-	// one of these apps meanwhile.
-	if _, err := db.pool.Exec(ctx, `
-		UPDATE apps SET proven_at = greatest(proven_at, $2) WHERE state = 'ready' AND id IN (
-			SELECT k.app_id FROM keys k
-			JOIN apps a ON a.id = k.app_id AND a.state = 'ready'
-			JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id AND s.marker_app = a.id
-			WHERE k.state = 'active' AND k.name = $3 AND EXISTS (SELECT FROM reconciliation_keys l
-				WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint)))`,
-		r.ID, r.CreatedAt, tenant.DefaultKey); err != nil {
-		return translate("record apps of the pool as seen", err)
+	var from, to tenant.AppID
+	if err := db.pool.QueryRow(ctx, `
+		SELECT compared, least(
+			coalesce((SELECT app_id FROM reconciliation_apps WHERE reconciliation_id = $1 AND app_id > compared ORDER BY app_id OFFSET $2 LIMIT 1), $3),
+			coalesce((SELECT id FROM apps WHERE id > compared ORDER BY id OFFSET $2 LIMIT 1), $3))
+		FROM reconciliations WHERE id = $1`, r.ID, compareWindow-1, pastApps).Scan(&from, &to); err != nil {
+		return translate("look what to compare", err)
+	}
+	if from == "" {
+		// Not in a transaction below, which take long: no sign-up could be given one of
+		// these apps meanwhile.
+		if _, err := db.pool.Exec(ctx, `
+			UPDATE apps SET proven_at = greatest(proven_at, $2) WHERE state = 'ready' AND id IN (
+				SELECT k.app_id FROM keys k
+				JOIN apps a ON a.id = k.app_id AND a.state = 'ready'
+				JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id AND s.marker_app = a.id
+				WHERE k.state = 'active' AND k.name = $3 AND EXISTS (SELECT FROM reconciliation_keys l
+					WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint)))`,
+			r.ID, r.CreatedAt, tenant.DefaultKey); err != nil {
+			return translate("record apps of the pool as seen", err)
+		}
 	}
 	return db.underLease(ctx, "compare", r, func(tx pgx.Tx) error {
-		batch := &pgx.Batch{}
-		for _, sql := range compareSQL {
-			args := []any{r.ID, r.CreatedAt, longDoubt}
-			// A parameter that a statement does not use must have a type all the same.
-			batch.Queue(`
-				WITH given AS (SELECT $1::uuid, $2::timestamptz, $3::interval)
-				INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, key_id, tenant_id, detail, state)
-				SELECT $1, found.* FROM (`+sql+`) AS found`, args...)
+		if from < pastApps {
+			if err := compare(ctx, tx, r, from, to); err != nil {
+				return err
+			}
 		}
-		batch.Queue(`
-			UPDATE reconciliations SET phase = 'confirm', foreign_apps = (
-				SELECT count(*) FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.marker_app = ''
-					AND NOT EXISTS (SELECT FROM apps a WHERE a.id = s.app_id))
-			WHERE id = $1`, r.ID)
-		batch.Queue(`DELETE FROM reconciliation_keys WHERE reconciliation_id = $1`, r.ID)
-		batch.Queue(`DELETE FROM reconciliation_apps WHERE reconciliation_id = $1`, r.ID)
-		return tx.SendBatch(ctx, batch).Close()
+		if to < pastApps {
+			return nil
+		}
+		return dropLists(ctx, tx, r)
 	})
+}
+
+func compare(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, from, to tenant.AppID) error {
+	// A parameter that a statement does not use must have a type all the same.
+	find := func(given, sql string, args ...any) error {
+		_, err := tx.Exec(ctx, `
+			WITH given AS (`+given+`)
+			INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, key_id, tenant_id, detail, state)
+			SELECT $1, found.* FROM (`+sql+`) AS found`, append([]any{planForValues, r.ID}, args...)...)
+		return err
+	}
+	for _, sql := range compareSQL {
+		if err := find(`SELECT $1::uuid, $2::timestamptz, $3::text, $4::text`, sql, r.CreatedAt, from, to); err != nil {
+			return err
+		}
+	}
+	if to == pastApps {
+		for _, sql := range stateSQL {
+			if err := find(`SELECT $1::uuid, $2::interval`, sql, longDoubt); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := tx.Exec(ctx, `
+		UPDATE reconciliations SET compared = $3, foreign_apps = foreign_apps + (
+			SELECT count(*) FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.app_id > $2 AND s.app_id <= $3
+				AND s.marker_app = '' AND NOT EXISTS (SELECT FROM apps a WHERE a.id = s.app_id))
+		WHERE id = $1`, planForValues, r.ID, from, to)
+	return err
+}
+
+// dropLists drops a part of what was listed, and turns to the next phase with the last.
+func dropLists(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation) error {
+	batch := &pgx.Batch{}
+	for _, table := range []string{"reconciliation_keys", "reconciliation_apps"} {
+		batch.Queue(`
+			DELETE FROM `+table+` WHERE ctid = ANY (ARRAY(
+				SELECT ctid FROM `+table+` WHERE reconciliation_id = $1 LIMIT $2))`, r.ID, dropAtOnce)
+	}
+	batch.Queue(`
+		UPDATE reconciliations SET phase = 'confirm'
+		WHERE id = $1 AND NOT EXISTS (SELECT FROM reconciliation_keys WHERE reconciliation_id = $1)
+			AND NOT EXISTS (SELECT FROM reconciliation_apps WHERE reconciliation_id = $1)`, r.ID)
+	return tx.SendBatch(ctx, batch).Close()
 }
 
 // NextFinding returns the next finding in a state; a repair's that has an action.

@@ -44,11 +44,14 @@ type ProfileUse struct {
 // for a million), at most once in countEvery, and no longer than maxCount.
 const (
 	countEvery = 15 * time.Second
-	maxCount   = time.Minute
+	maxCount   = 5 * time.Minute
 )
 
+// seldom is how many times as long as it took what reads all tenants is not done again.
+const seldom = 20
+
 // A profileCount is a count of the tenants by revision, made at most once at a time
-// and once in countEvery.
+// and once in countEvery, or more seldom if it takes long.
 type profileCount struct {
 	flight singleflight.Group
 
@@ -109,7 +112,7 @@ func (s *Service) countByRevision(ctx context.Context) ([]tenant.RevisionCount, 
 		if err == nil {
 			c.mu.Lock()
 			// From its end, so that a count that outlasts a request serves the next one.
-			c.counts, c.at, c.until = counts, at, time.Now().Add(countEvery)
+			c.counts, c.at, c.until = counts, at, time.Now().Add(max(countEvery, seldom*time.Since(at)))
 			c.mu.Unlock()
 		}
 		return nil, err

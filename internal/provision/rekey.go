@@ -145,7 +145,8 @@ func (s *Service) WatchKeyset(ctx context.Context, interval time.Duration) {
 
 const (
 	resealBatch = 500
-	// resealCountEvery is how often the rows that are left are counted meanwhile.
+	// resealCountEvery is how often the rows that are left are counted meanwhile, unless
+	// that takes long.
 	resealCountEvery = 15 * time.Second
 	// markAnewMost bounds the apps that wait for their markers at once, so that other
 	// work on held apps does not queue behind them.
@@ -154,11 +155,12 @@ const (
 
 // A resealing is where Reseal stands.
 type resealing struct {
-	began   time.Time // zero while there is nothing to do
-	counted time.Time
-	changed int
-	stuck   int // rows of the last pass that could not be opened
-	unknown []tenant.SealKeyID
+	began    time.Time // zero while there is nothing to do
+	counted  time.Time
+	changed  int
+	counting time.Duration // how long the last count took
+	stuck    int           // rows of the last pass that could not be opened
+	unknown  []tenant.SealKeyID
 }
 
 // Reseal seals anew by the primary what older keys of the keyset sealed, until ctx
@@ -256,7 +258,7 @@ func (s *Service) resealFrom(ctx context.Context, r *resealing, id tenant.SealKe
 		}
 		after = batch.Last
 		r.changed += batch.Changed
-		if time.Since(r.counted) >= resealCountEvery {
+		if time.Since(r.counted) >= max(resealCountEvery, seldom*r.counting) {
 			if _, err := s.countLeft(ctx, r, older); err != nil {
 				return stuck, err
 			}
@@ -270,10 +272,12 @@ func (s *Service) resealFrom(ctx context.Context, r *resealing, id tenant.SealKe
 
 // countLeft counts what older keys sealed, for the metrics.
 func (s *Service) countLeft(ctx context.Context, r *resealing, older []tenant.SealKeyID) (int, error) {
+	began := time.Now()
 	counts, err := s.Store.CountSealed(ctx)
 	if err != nil {
 		return 0, err
 	}
+	r.counting = time.Since(began)
 	left := 0
 	for _, id := range older {
 		left += counts.By[id].Keys

@@ -75,7 +75,6 @@ unix_socket_dir =
 auth_type = any
 pool_mode = transaction
 default_pool_size = 3
-server_check_delay = 0
 %s
 `, at.Port(), at.User.Username(), password, port, setting), 0o644); err != nil {
 		t.Fatal(err)
