@@ -196,9 +196,9 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 // to be revoked.
 func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
 	var retired []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		owner, err := lockOwner(ctx, tx, k.AppID)
-		if err != nil {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
 		var state tenant.KeyState
@@ -248,6 +248,7 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 	if err != nil {
 		return translate("finish key", err)
 	}
+	db.changed(owner, "")
 	return db.enqueue(ctx, keyJobs(retired))
 }
 
@@ -289,9 +290,9 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 	if lost != nil {
 		state, action = tenant.KeyLost, "key.lost"
 	}
-	return translate("record end of key", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		owner, err := lockOwner(ctx, tx, k.AppID)
-		if err != nil {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
 		var reason tenant.EndReason
@@ -317,7 +318,9 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 			return err
 		}
 		return settle(ctx, tx, owner, actor)
-	}))
+	})
+	db.changed(owner, "")
+	return translate("record end of key", err)
 }
 
 // KeySetback records a failed try on a leased key, and lets the lease go.

@@ -32,6 +32,10 @@ type DB struct {
 	direct *pgxpool.Pool
 	jobs   *river.Client[pgx.Tx]
 	hub    *hub
+	cache  *cache
+
+	lookups *lookups
+	unsent  chan struct{} // holds one while other replicas are to be woken
 }
 
 // Config says how to reach the database.
@@ -43,6 +47,12 @@ type Config struct {
 	DirectURL tenant.Secret
 	// MaxConns bounds each of the two pools. Zero means 16.
 	MaxConns int32
+	// CacheEntries is how many rows are held in memory at most; 0 holds none. They are
+	// used only while Follow runs.
+	CacheEntries int
+	// MaxStale is for how long what is held is answered while the database cannot be
+	// reached; 0 means not at all.
+	MaxStale time.Duration
 }
 
 // connectTimeout bounds one attempt to connect, so that a request learns in
@@ -122,7 +132,10 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open job client: %w", err)
 	}
-	return &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub()}, nil
+	db := &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
+		unsent: make(chan struct{}, 1)}
+	db.lookups = &lookups{db: db}
+	return db, nil
 }
 
 // Close closes every connection; it waits for those in use to be handed back.
@@ -131,6 +144,7 @@ func (db *DB) Close() {
 		db.direct.Close()
 	}
 	db.pool.Close()
+	db.lookups.group.Wait()
 }
 
 // Direct is the pool of sessions, for the job workers.

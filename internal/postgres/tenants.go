@@ -72,25 +72,6 @@ func oneTenant(rows pgx.Rows) (tenant.Tenant, error) {
 	return t, translate("read tenant", err)
 }
 
-// Tenant reads one tenant. It reports tenant.NotFound for an id that never
-// signed up.
-func (db *DB) Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
-	return oneTenant(rows)
-}
-
-// TenantOfApp reads the tenant that was given the app, now or before. It
-// reports tenant.NotFound for an app that is unknown or was given to nobody.
-func (db *DB) TenantOfApp(ctx context.Context, id tenant.AppID) (tenant.Tenant, error) {
-	rows, _ := db.pool.Query(ctx, `
-		SELECT `+tenantColumns+` FROM apps a JOIN tenants t ON t.id = a.tenant_id WHERE a.id = $1`, id)
-	t, err := oneTenant(rows)
-	if errors.Is(err, tenant.NotFound) {
-		return t, errNotFound("app")
-	}
-	return t, err
-}
-
 // A TenantFilter selects tenants. Zero fields select all.
 type TenantFilter struct {
 	State         tenant.State
@@ -309,6 +290,7 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
 	}
+	db.changed(s.Tenant.ID, s.Tenant.AppID)
 	if s.Created && revealed.Ciphertext != nil {
 		s.Revealed = &revealed
 	}
@@ -359,5 +341,6 @@ func (db *DB) Claim(ctx context.Context, profile string, actor tenant.Actor) (in
 		if tag.RowsAffected() == 0 {
 			return given, nil
 		}
+		db.wakeFollowers()
 	}
 }

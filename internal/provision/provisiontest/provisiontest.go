@@ -334,6 +334,7 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 		loops.Go(func() { r.WatchKeyset(ctx, keysetWatchInterval) })
 	}
 	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
+	loops.Go(func() { _ = r.DB.Follow(ctx, log) })
 	r.stop = sync.OnceFunc(func() {
 		r.Drain()
 		stopJobs()
