@@ -83,7 +83,7 @@ type cache struct {
 
 	mu sync.Mutex
 	// open says that what is read may be held, since its changes are followed.
-	open  bool              // guarded by mu
+	open  bool               // guarded by mu
 	fills map[cacheKey]*fill // guarded by mu
 }
 
