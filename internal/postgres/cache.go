@@ -80,6 +80,7 @@ type cache struct {
 	failedAt atomic.Int64
 
 	hits, misses, stale atomic.Uint64
+	gaps                atomic.Int64
 
 	mu sync.Mutex
 	// open says that what is read may be held, since its changes are followed.

@@ -355,6 +355,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	f.last = newest
+	f.db.cache.gaps.Store(int64(len(f.gaps)))
 	f.db.cache.current(began)
 	return nil
 }
@@ -364,6 +365,7 @@ type CacheStats struct {
 	Hits, Misses, Stale uint64
 	Entries             int
 	Trusted             bool
+	Gaps                int // events that may still come before others that were seen
 	// Behind is for how long it is not known whether what is held has changed; negative
 	// while that was never known.
 	Behind time.Duration
@@ -372,7 +374,7 @@ type CacheStats struct {
 // CacheStats reads what is told of the rows that are held in memory.
 func (db *DB) CacheStats() CacheStats {
 	c := db.cache
-	s := CacheStats{Hits: c.hits.Load(), Misses: c.misses.Load(), Stale: c.stale.Load(), Trusted: c.trusted(), Behind: -1}
+	s := CacheStats{Gaps: int(c.gaps.Load()), Hits: c.hits.Load(), Misses: c.misses.Load(), Stale: c.stale.Load(), Trusted: c.trusted(), Behind: -1}
 	if c.entries > 0 {
 		s.Entries = c.held.Load().EstimatedSize()
 	}
