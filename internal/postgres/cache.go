@@ -70,7 +70,8 @@ type heldCaller struct {
 type cache struct {
 	entries  int
 	maxStale time.Duration
-	clock    func() time.Duration // does not go back
+	began    time.Time
+	ahead    atomic.Int64 // by how much a test has moved the clock
 
 	held atomic.Pointer[otter.Cache[cacheKey, cacheEntry]]
 	// When the last poll of the change log began after which nothing that has changed
@@ -100,8 +101,7 @@ type fill struct {
 }
 
 func newCache(entries int, maxStale time.Duration) *cache {
-	began := time.Now()
-	c := &cache{entries: entries, maxStale: maxStale, clock: func() time.Duration { return time.Since(began) }, fills: map[cacheKey]*fill{}}
+	c := &cache{entries: entries, maxStale: maxStale, began: time.Now(), fills: map[cacheKey]*fill{}}
 	c.polledAt.Store(never)
 	c.failedAt.Store(never)
 	c.empty()
@@ -113,6 +113,9 @@ func (c *cache) empty() {
 		c.held.Store(otter.Must(&otter.Options[cacheKey, cacheEntry]{MaximumSize: c.entries}))
 	}
 }
+
+// clock does not go back, whatever the time of day does.
+func (c *cache) clock() time.Duration { return time.Since(c.began) + time.Duration(c.ahead.Load()) }
 
 // trusted reports whether the cache is behind Postgres by no more than trustFor.
 func (c *cache) trusted() bool { return c.entries > 0 && c.sincePoll() <= trustFor }
