@@ -38,6 +38,9 @@ type serveCmd struct {
 
 	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
 
+	CacheEntries int           `env:"TENANTRY_CACHE_ENTRIES" default:"200000" help:"Most rows that look-ups are answered from without asking the database; 0 asks it each time. A tenant takes 1 to 3: itself, its keys and whose its app is."`
+	MaxStale     time.Duration `env:"TENANTRY_MAX_STALE" default:"15m" help:"How long look-ups are answered from them while the database cannot be reached; 0s does not."`
+
 	KeysetFile string `env:"TENANTRY_KEYSET_FILE" placeholder:"FILE" help:"File with the keyset. Without it: TENANTRY_KEYSET, the keyset itself."`
 	kmsFlags
 
@@ -90,6 +93,13 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	p.database.MaxConns = c.DatabaseMaxConns
 	if c.DatabaseMaxConns < 2 || c.DatabaseMaxConns > 1000 {
 		note(fmt.Errorf("TENANTRY_DATABASE_MAX_CONNS: %d must be from 2 to 1000", c.DatabaseMaxConns))
+	}
+	p.database.CacheEntries, p.database.MaxStale = c.CacheEntries, c.MaxStale
+	if c.CacheEntries < 0 || c.CacheEntries > 100_000_000 {
+		note(fmt.Errorf("TENANTRY_CACHE_ENTRIES: %d must be from 0 to 100000000", c.CacheEntries))
+	}
+	if c.MaxStale < 0 {
+		note(fmt.Errorf("TENANTRY_MAX_STALE: %s must not be negative", c.MaxStale))
 	}
 	note(checkAddr("TENANTRY_ADDR", c.Addr))
 	note(checkAddr("TENANTRY_INTERNAL_ADDR", c.InternalAddr))
@@ -355,6 +365,7 @@ func (s *service) readPAT() (tenant.Secret, error) {
 // run serves until ctx ends, then stops in order: no more requests, those under
 // way, the jobs, the rest.
 func (s *service) run(ctx context.Context, public, internal net.Listener) error {
+	registerCacheMetrics(s.reg, s.db.CacheStats)
 	s.reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	// Before the database answers there is an API all the same: it says so.
 	apiServer := &http.Server{Handler: http.HandlerFunc(s.serveAPI), ErrorLog: zap.NewStdLog(s.log.Named("http"))}
@@ -393,6 +404,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	}
 	if err == nil {
 		group.Go(func() error { return s.db.Listen(background, s.log) })
+		group.Go(func() error { return s.db.Follow(background, s.log) })
 		group.Go(func() error { return engine.Sweep(background) })
 		group.Go(func() error { return engine.SealAudit(background) })
 		if s.PATFile != "" {
@@ -525,6 +537,39 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	cfg.Store, cfg.Upstream, cfg.PAT, cfg.Deployment = s.db, s.upstream.As(deployment.Operator), s.pat, deployment
 	cfg.Log, cfg.Metrics = s.log, s.metrics
 	return provision.New(cfg)
+}
+
+// registerCacheMetrics registers what is told of the rows that are held in memory.
+func registerCacheMetrics(reg prometheus.Registerer, stats func() postgres.CacheStats) {
+	counter := func(name, help string, value func(postgres.CacheStats) uint64) {
+		reg.MustRegister(prometheus.NewCounterFunc(prometheus.CounterOpts{Name: name, Help: help},
+			func() float64 { return float64(value(stats())) }))
+	}
+	gauge := func(name, help string, value func(postgres.CacheStats) float64) {
+		reg.MustRegister(prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return value(stats()) }))
+	}
+	counter("tenantry_cache_hits_total", "Look-ups that were answered from memory.", func(s postgres.CacheStats) uint64 { return s.Hits })
+	counter("tenantry_cache_misses_total", "Look-ups that might have been answered from memory and asked the database.",
+		func(s postgres.CacheStats) uint64 { return s.Misses })
+	counter("tenantry_cache_stale_answers_total", "Look-ups that were answered from memory because the database could not be reached.",
+		func(s postgres.CacheStats) uint64 { return s.Stale })
+	gauge("tenantry_cache_entries", "Rows in memory.", func(s postgres.CacheStats) float64 { return float64(s.Entries) })
+	gauge("tenantry_cache_trusted", "1 while the change log is followed: while it is not, each look-up asks the database.",
+		func(s postgres.CacheStats) float64 {
+			if s.Trusted {
+				return 1
+			}
+			return 0
+		})
+	gauge("tenantry_cache_behind_seconds", "How long ago the change log was last read to its end; -1 before the first time.",
+		func(s postgres.CacheStats) float64 {
+			if s.Behind < 0 {
+				return -1
+			}
+			return s.Behind.Seconds()
+		})
+	gauge("tenantry_cache_gaps", "Events of the change log that may still come before others that have been read.",
+		func(s postgres.CacheStats) float64 { return float64(s.Gaps) })
 }
 
 // newUpstreamMetrics returns what counts upstream calls.

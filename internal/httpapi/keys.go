@@ -9,6 +9,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
@@ -47,7 +48,14 @@ func (s *server) listKeys(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
 	}
-	keys, err := s.DB.Keys(r.Context(), id)
+	var keys []tenant.Key
+	if refusesCached(r) {
+		keys, err = s.DB.Keys(r.Context(), id)
+	} else {
+		var fresh postgres.Freshness
+		keys, fresh, err = s.DB.LookUpKeys(r.Context(), id)
+		tellAge(w, fresh)
+	}
 	if err != nil {
 		return err
 	}

@@ -6,6 +6,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
@@ -238,7 +239,14 @@ func (s *server) getKey(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
 	}
-	key, err := s.DB.Key(r.Context(), id, name)
+	var key tenant.Key
+	if refusesCached(r) {
+		key, err = s.DB.Key(r.Context(), id, name)
+	} else {
+		var fresh postgres.Freshness
+		key, fresh, err = s.DB.LookUpKey(r.Context(), id, name)
+		tellAge(w, fresh)
+	}
 	if err != nil {
 		return err
 	}

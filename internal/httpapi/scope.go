@@ -51,7 +51,7 @@ func (s *server) confine(r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	labels, err := s.DB.TenantLabels(r.Context(), id)
+	labels, err := s.labelsOf(r, id)
 	if route == signUpRoute && errors.Is(err, tenant.NotFound) {
 		return nil
 	}
@@ -62,6 +62,15 @@ func (s *server) confine(r *http.Request) error {
 		return errNotCovered
 	}
 	return nil
+}
+
+// labelsOf reads the labels of a tenant. What is to be changed is judged by what is in
+// Postgres.
+func (s *server) labelsOf(r *http.Request, id tenant.ID) (map[string]string, error) {
+	if r.Method != http.MethodGet && r.Method != http.MethodHead || refusesCached(r) {
+		return s.DB.TenantLabels(r.Context(), id)
+	}
+	return s.DB.LookUpLabels(r.Context(), id)
 }
 
 // errNotCovered is answered to a limited caller for a tenant that is not one of its
@@ -76,7 +85,7 @@ func (s *server) seesTenant(r *http.Request, id tenant.ID) (bool, error) {
 	if !scope.Limited() {
 		return true, nil
 	}
-	labels, err := s.DB.TenantLabels(r.Context(), id)
+	labels, err := s.labelsOf(r, id)
 	if errors.Is(err, tenant.NotFound) {
 		return false, nil
 	}

@@ -185,9 +185,19 @@ func (s *server) getTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	ctx, cancel := waiting(w, r, wait)
-	defer cancel()
-	t, err := s.Service.Tenant(ctx, id, wait)
+	var t tenant.Tenant
+	switch {
+	case wait > 0:
+		ctx, cancel := waiting(w, r, wait)
+		defer cancel()
+		t, err = s.Service.Tenant(ctx, id, wait)
+	case q.Has("wait") || refusesCached(r):
+		t, err = s.DB.Tenant(r.Context(), id)
+	default:
+		var fresh postgres.Freshness
+		t, fresh, err = s.DB.LookUpTenant(r.Context(), id)
+		tellAge(w, fresh)
+	}
 	if err != nil {
 		return err
 	}
@@ -272,7 +282,14 @@ func (s *server) getAppTenant(w http.ResponseWriter, r *http.Request) error {
 	if !plausibleName(id) {
 		return tenant.Errorf(tenant.NotFound, "app_not_found", "there is no such app")
 	}
-	t, err := s.DB.TenantOfApp(r.Context(), tenant.AppID(id))
+	var t tenant.Tenant
+	if refusesCached(r) {
+		t, err = s.DB.TenantOfApp(r.Context(), tenant.AppID(id))
+	} else {
+		var fresh postgres.Freshness
+		t, fresh, err = s.DB.LookUpTenantOfApp(r.Context(), tenant.AppID(id))
+		tellAge(w, fresh)
+	}
 	if err != nil {
 		return err
 	}

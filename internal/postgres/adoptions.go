@@ -251,6 +251,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 	if err != nil {
 		return translate("hold adopted app", err)
 	}
+	db.changed(a.TenantID, a.AppID)
 	return db.enqueue(ctx, keyJobs(making))
 }
 

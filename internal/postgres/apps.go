@@ -147,6 +147,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	if err != nil {
 		return translate("finish build", err)
 	}
+	db.wakeFollowers() // it may have been given to a tenant
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
@@ -245,6 +246,7 @@ func (db *DB) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) 
 		)
 		SELECT FROM gone LEFT JOIN woken ON true`,
 		a.ID, a.LeasedUntil, actor.Name, actor.UpstreamRequestID)
+	db.changed(a.Tenant, "")
 	return oneRow("record app as deleted", tag, err)
 }
 

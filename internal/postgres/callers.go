@@ -13,16 +13,19 @@ import (
 const callerColumns = `token_id, name, role, created_at, expires_at, revoked_at, last_used_at, labels, coalesce(rate_limit, 0),
 	coalesce(replaced_by, '')`
 
-func scanCaller(row pgx.CollectableRow) (tenant.Caller, error) {
+func callerOf(row pgx.CollectableRow) (tenant.Caller, error) { return scanCaller(row) }
+
+// scanCaller reads callerColumns and what else the row has.
+func scanCaller(row pgx.CollectableRow, more ...any) (tenant.Caller, error) {
 	var c tenant.Caller
 	var expires, revoked, used *time.Time
-	err := row.Scan(&c.TokenID, &c.Name, &c.Role, &c.CreatedAt, &expires, &revoked, &used, &c.Scope, &c.RateLimit, &c.ReplacedBy)
+	err := row.Scan(append([]any{&c.TokenID, &c.Name, &c.Role, &c.CreatedAt, &expires, &revoked, &used, &c.Scope, &c.RateLimit, &c.ReplacedBy}, more...)...)
 	c.ExpiresAt, c.RevokedAt, c.LastUsedAt = orZero(expires), orZero(revoked), orZero(used)
 	return c, err
 }
 
 func oneCaller(rows pgx.Rows) (tenant.Caller, error) {
-	c, err := pgx.CollectExactlyOneRow(rows, scanCaller)
+	c, err := pgx.CollectExactlyOneRow(rows, callerOf)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return c, errNotFound("caller")
 	}
@@ -41,22 +44,33 @@ func orNull(t time.Time) *time.Time {
 const validSQL = `token_id = $1 AND secret_sha256 = CASE WHEN labels = '{}' THEN $2::bytea ELSE sha256($2::bytea) END
 	AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())`
 
-// Authenticate returns the caller that holds token. It reports
-// tenant.Unauthenticated for a token that is unknown, revoked or expired, and
-// notes the use, exact to a minute.
-func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Caller, error) {
+// noteEvery is how exactly the last use of a token is noted.
+const noteEvery = time.Minute
+
+var errToken = tenant.Errorf(tenant.Unauthenticated, "token_invalid", "the token is unknown, revoked or expired")
+
+// authenticate asks Postgres which caller holds token: see Authenticate.
+func (db *DB) authenticate(ctx context.Context, token tenant.Token) (tenant.Caller, error) {
+	c, _, err := db.readCaller(ctx, token)
+	return c, err
+}
+
+// readCaller returns the caller that holds token, notes that it is used, and says for
+// how long that had not been noted before, unless it has been now.
+func (db *DB) readCaller(ctx context.Context, token tenant.Token) (c tenant.Caller, unnoted time.Duration, err error) {
 	// Reading and noting are one round trip; most reads note nothing.
 	rows, _ := db.pool.Query(ctx, `
 		WITH used AS (
 			UPDATE callers SET last_used_at = now()
-			WHERE `+validSQL+` AND (last_used_at IS NULL OR last_used_at < now() - interval '1 minute'))
-		SELECT `+callerColumns+` FROM callers WHERE `+validSQL,
-		token.ID, token.Hash)
-	c, err := pgx.CollectExactlyOneRow(rows, scanCaller)
+			WHERE `+validSQL+` AND (last_used_at IS NULL OR last_used_at < now() - $3::interval))
+		SELECT `+callerColumns+`, CASE WHEN last_used_at >= now() - $3::interval THEN greatest(now() - last_used_at, '0') ELSE '0' END
+		FROM callers WHERE `+validSQL,
+		token.ID, token.Hash, noteEvery)
+	c, err = pgx.CollectExactlyOneRow(rows, func(row pgx.CollectableRow) (tenant.Caller, error) { return scanCaller(row, &unnoted) })
 	if errors.Is(err, pgx.ErrNoRows) {
-		return c, tenant.Errorf(tenant.Unauthenticated, "token_invalid", "the token is unknown, revoked or expired")
+		return c, 0, errToken
 	}
-	return c, translate("authenticate caller", err)
+	return c, unnoted, translate("authenticate caller", err)
 }
 
 // AddCaller stores a caller and the hash of its token.
@@ -74,7 +88,11 @@ func (db *DB) AddCaller(ctx context.Context, token tenant.Token, c tenant.NewCal
 			SELECT $8, nullif($9, ''), 'token.created', `+callerDetail+` FROM added)
 		SELECT `+callerColumns+` FROM added`,
 		token.ID, token.Hash, c.Name, c.Role, orNull(c.ExpiresAt), c.Scope, c.RateLimit, actor.Name, actor.RequestID)
-	return oneCaller(rows)
+	added, err := oneCaller(rows)
+	if err == nil {
+		db.changedCallers(token.ID)
+	}
+	return added, err
 }
 
 // callerDetail is what an audit event tells of a caller that was made.
@@ -88,7 +106,7 @@ func (db *DB) Callers(ctx context.Context, after string, limit int) ([]tenant.Ca
 		SELECT `+callerColumns+` FROM callers
 		WHERE $1 = '' OR (created_at, token_id) > (SELECT created_at, token_id FROM callers WHERE token_id = $1)
 		ORDER BY created_at, token_id LIMIT nullif($2, 0)`, after, limit)
-	callers, err := pgx.CollectRows(rows, scanCaller)
+	callers, err := pgx.CollectRows(rows, callerOf)
 	return callers, translate("list callers", err)
 }
 
@@ -107,6 +125,7 @@ func (db *DB) RevokeCaller(ctx context.Context, tokenID string, actor tenant.Act
 		c, err = revokeCaller(ctx, tx, tokenID, actor)
 		return err
 	})
+	db.changedCallers(tokenID) // also after a failure: what has become of the commit is not known
 	return c, translate("revoke caller", err)
 }
 
@@ -145,6 +164,7 @@ func (db *DB) RevokeCallerUnlessLast(ctx context.Context, tokenID string, actor 
 		c, err = revokeCaller(ctx, tx, tokenID, actor)
 		return err
 	})
+	db.changedCallers(tokenID)
 	return c, translate("revoke caller", err)
 }
 
@@ -199,5 +219,6 @@ func (db *DB) RotateCaller(ctx context.Context, tokenID string, next tenant.Toke
 		c, err = oneCaller(rows)
 		return err
 	})
+	db.changedCallers(tokenID, next.ID)
 	return c, translate("rotate caller", err)
 }

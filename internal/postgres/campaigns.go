@@ -469,6 +469,7 @@ func (db *DB) rotateNext(ctx context.Context, c tenant.Campaign, k walkedKey, id
 		begins = item.State == tenant.ItemUnderWay
 		return endItem(ctx, tx, c, item, k.ID.String())
 	})
+	db.wakeFollowers()
 	return begins && err == nil, goesOn, err
 }
 
@@ -606,7 +607,7 @@ func (db *DB) NextMisfit(ctx context.Context, c tenant.Campaign) (tenant.Misfit,
 // KeyRescopedTo writes down the scopes that a key of an app got at Clarifai for a
 // campaign.
 func (db *DB) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Misfit, k tenant.MisfitKey, scopes []string, actor tenant.Actor) error {
-	return translate("record scopes of key", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE keys SET scopes = $2, updated_at = now() WHERE id = $1 AND state IN ('active', 'retiring')`, k.ID, scopes)
 		if err != nil || tag.RowsAffected() == 0 { // it is being revoked
@@ -614,7 +615,9 @@ func (db *DB) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Mis
 		}
 		return audit(ctx, tx, actor, event{action: "key.rescoped", tenant: m.TenantID, app: m.AppID, key: k.ID,
 			detail: map[string]any{"name": k.Name, "from": k.Scopes, "to": scopes, "campaign": c.ID}})
-	}))
+	})
+	db.changed(m.TenantID, "")
+	return translate("record scopes of key", err)
 }
 
 // Conformed ends an app of a leased campaign: it is of the campaign's revision, and
@@ -676,6 +679,7 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 	if err != nil {
 		return false, translate("bring app to a revision", err)
 	}
+	db.changed(m.TenantID, "")
 	return ok, db.enqueue(ctx, keyJobs(added))
 }
 

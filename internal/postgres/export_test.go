@@ -1,6 +1,10 @@
 package postgres
 
-import "github.com/jackc/pgx/v5"
+import (
+	"time"
+
+	"github.com/jackc/pgx/v5"
+)
 
 // AuditColumnNames are the columns that seals cover.
 var AuditColumnNames = auditColumnNames
@@ -10,3 +14,6 @@ func (cfg Config) Traced(by pgx.QueryTracer) Config {
 	cfg.tracer = by
 	return cfg
 }
+
+// Forward moves the clock of what is held in memory.
+func (db *DB) Forward(d time.Duration) { db.cache.ahead.Add(int64(d)) }

@@ -161,11 +161,16 @@ func (db *DB) BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error {
 // Another row takes its place, leased as it was.
 func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error) {
 	var next tenant.LeasedKey
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
+			return err
+		}
 		// The row is changed first: one key of a name is creating at a time, and one
 		// row has the rotation.
 		var rotation *string
-		err := tx.QueryRow(ctx, `
+		actor := tenant.Actor{Name: "worker", UpstreamRequestID: tenant.LastUpstreamRequest(ctx)}
+		err = tx.QueryRow(ctx, `
 			WITH was AS (
 				SELECT id, rotation_id FROM keys WHERE id = $1 AND leased_until = $2 AND state = 'creating' FOR UPDATE
 			)
@@ -173,7 +178,7 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 			SET state = 'revoking', end_reason = 'unclear', rotation_id = NULL, leased_until = '-infinity', next_attempt_at = now(),
 				enqueued_at = '-infinity', attempts = 0, updated_at = now()
 			FROM was WHERE k.id = was.id
-			RETURNING was.rotation_id`, k.ID, k.LeasedUntil).Scan(&rotation)
+			RETURNING was.rotation_id, coalesce(k.request_id, '')`, k.ID, k.LeasedUntil).Scan(&rotation, &actor.RequestID)
 		if errors.Is(err, pgx.ErrNoRows) {
 			return tenant.ErrLeaseLost
 		}
@@ -184,9 +189,13 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, attempts, leased_until, created_at)
 			SELECT $2, app_id, name, scopes, expires_at, lane, $5, replaces, overlap, request_id, $4, $3, created_at FROM keys WHERE id = $1
 			RETURNING `+leasedKeyColumns, k.ID, id, k.LeasedUntil, k.Attempts, rotation)
-		next, err = pgx.CollectExactlyOneRow(rows, scanLeasedKey)
-		return err
+		if next, err = pgx.CollectExactlyOneRow(rows, scanLeasedKey); err != nil {
+			return err
+		}
+		return audit(ctx, tx, actor, event{action: "key.revoking", tenant: owner, app: k.AppID, key: k.ID,
+			detail: map[string]any{"name": k.Name, "reason": tenant.EndUnclear, "from": tenant.KeyCreating, "to": tenant.KeyRevoking, "replaced_by": id}})
 	})
+	db.changed(owner, "")
 	return next, translate("replace key", err)
 }
 
@@ -196,9 +205,9 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 // to be revoked.
 func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
 	var retired []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		owner, err := lockOwner(ctx, tx, k.AppID)
-		if err != nil {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
 		var state tenant.KeyState
@@ -248,6 +257,7 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 	if err != nil {
 		return translate("finish key", err)
 	}
+	db.changed(owner, "")
 	return db.enqueue(ctx, keyJobs(retired))
 }
 
@@ -289,9 +299,9 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 	if lost != nil {
 		state, action = tenant.KeyLost, "key.lost"
 	}
-	return translate("record end of key", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		owner, err := lockOwner(ctx, tx, k.AppID)
-		if err != nil {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
 		var reason tenant.EndReason
@@ -317,7 +327,9 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 			return err
 		}
 		return settle(ctx, tx, owner, actor)
-	}))
+	})
+	db.changed(owner, "")
+	return translate("record end of key", err)
 }
 
 // KeySetback records a failed try on a leased key, and lets the lease go.

@@ -65,6 +65,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 	if err != nil {
 		return t, translate(what, err)
 	}
+	db.changed(id, "")
 	return t, db.enqueue(ctx, keyJobs(keys))
 }
 
@@ -134,6 +135,7 @@ func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
 		if err != nil {
 			return translate("settle tenant", err)
 		}
+		db.changed(id, "")
 	}
 	return nil
 }
@@ -389,6 +391,9 @@ func (db *DB) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (in
 	if err != nil {
 		return 0, translate("begin to remove apps", err)
 	}
+	if len(purged) > 0 {
+		db.wakeFollowers()
+	}
 	return len(purged), db.enqueueApps(ctx, tenant.QueueBackground, purged)
 }
 
@@ -416,6 +421,9 @@ func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 	})
 	if err != nil {
 		return translate("end keys that are due", err)
+	}
+	if len(keys) > 0 {
+		db.wakeFollowers()
 	}
 	return db.enqueue(ctx, keyJobs(keys))
 }
@@ -459,6 +467,9 @@ func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewK
 	})
 	if err != nil {
 		return translate("add keys of the profile", err)
+	}
+	if len(added) > 0 {
+		db.changed(a.Tenant, "")
 	}
 	return db.enqueue(ctx, keyJobs(added))
 }

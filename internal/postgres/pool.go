@@ -306,6 +306,7 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 	if err != nil {
 		return translate("record key as gone", err)
 	}
+	db.changed(a.Tenant, "")
 	return db.enqueue(ctx, keyJobs(made))
 }
 

@@ -37,6 +37,9 @@ type DB struct {
 	hub    *hub
 
 	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
+	cache   *cache
+	lookups *lookups
+	unsent  chan struct{} // holds one while other replicas are to be woken
 }
 
 // Config says how to reach the database.
@@ -49,6 +52,13 @@ type Config struct {
 	// MaxConns bounds each of the two pools. Zero means 16.
 	MaxConns int32
 	Log      *zap.Logger // nil logs nothing
+
+	// CacheEntries is how many rows are held in memory at most; 0 holds none. They are
+	// used only while Follow runs.
+	CacheEntries int
+	// MaxStale is for how long what is held is answered while the database cannot be
+	// reached; 0 means not at all.
+	MaxStale time.Duration
 
 	tracer pgx.QueryTracer // sees each statement, in tests
 }
@@ -134,7 +144,10 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open job client: %w", err)
 	}
-	return &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub()}, nil
+	db := &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
+		unsent: make(chan struct{}, 1)}
+	db.lookups = &lookups{db: db}
+	return db, nil
 }
 
 // Close closes every connection; it waits for those in use to be handed back.
@@ -143,6 +156,7 @@ func (db *DB) Close() {
 		db.direct.Close()
 	}
 	db.pool.Close()
+	db.lookups.group.Wait()
 }
 
 // Direct is the pool of sessions, for the job workers.

@@ -29,17 +29,13 @@ func newTenant(id tenant.ID) tenant.NewTenant {
 		BuildID: tenant.AppID("t-" + uuid.NewString()[:20]), MaxBuilds: 64}
 }
 
-// readyApps puts apps that wait for a tenant, each with its key.
+// readyApps puts apps that wait for a tenant.
 func readyApps(t *testing.T, conn *pgx.Conn, n int) {
 	t.Helper()
 	_, err := conn.Exec(t.Context(), `
-		WITH made AS (
-			INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at)
-			SELECT 'ready-' || lpad(i::text, 4, '0'), 'default', 'x', 'ready', now(), now() + i * interval '1 microsecond'
-			FROM generate_series(1, $1) i
-			RETURNING id)
-		INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
-		SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x01aabbccdd', id::bytea, now() FROM made`, n)
+		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at)
+		SELECT 'ready-' || lpad(i::text, 4, '0'), 'default', 'x', 'ready', now(), now() + i * interval '1 microsecond'
+		FROM generate_series(1, $1) i`, n)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -118,8 +114,10 @@ func testSignUpsAtOnce(t *testing.T, poolMax int) {
 	conn := pgtest.Conn(t, url)
 	readyApps(t, conn, 50)
 	if poolMax > 0 {
-		if _, err := conn.Exec(t.Context(), `INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses)
-			VALUES ('default', 'x', 10, now(), 0, 0, 0)`); err != nil {
+		if _, err := conn.Exec(t.Context(), `
+			INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses) VALUES ('default', 'x', 10, now(), 0, 0, 0);
+			INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+			SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x01aabbccdd', id::bytea, now() FROM apps`); err != nil {
 			t.Fatal(err)
 		}
 	}

@@ -29,6 +29,7 @@ func endFinding(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenan
 // act carries out a finding with one statement, which must change a row, and writes
 // the event. A statement that finds nothing to change skips the finding.
 func (db *DB) act(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, action, sql string, args ...any) error {
+	defer db.changed(f.TenantID, f.AppID)
 	return db.underLease(ctx, action, r, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, sql, args...)
 		if err != nil {
@@ -153,6 +154,7 @@ func (db *DB) RemovalsInLastHour(ctx context.Context) (n int, until time.Duratio
 // that its marker names, and its keys. What the database knows already stays as it
 // is. It reports tenant.Conflict if rows contradict what is to be adopted.
 func (db *DB) AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error {
+	defer db.changed(a.Owner.Tenant, a.ID)
 	return db.underLease(ctx, "adopt app", r, func(tx pgx.Tx) error {
 		if err := adoptApp(ctx, tx, a); err != nil {
 			return err
@@ -315,12 +317,19 @@ func adoptKeys(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenant
 
 // SetFirstAttributes takes a sign-up's attributes for those of a tenant that was
 // adopted without any.
-func (db *DB) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes) (tenant.Tenant, error) {
+func (db *DB) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error) {
 	_, err := db.pool.Exec(ctx, `
-		UPDATE tenants SET display_name = $2, labels = $3, attributes_hash = $4, version = version + 1, updated_at = now()
-		WHERE id = $1 AND attributes_hash = $5`, id, a.DisplayName, a.Labels, a.Hash(), unknownAttributes)
+		WITH changed AS (
+			UPDATE tenants SET display_name = $2, labels = $3, attributes_hash = $4, version = version + 1, updated_at = now()
+			WHERE id = $1 AND attributes_hash = $5
+			RETURNING id, app_id
+		)
+		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, detail)
+		SELECT $6, nullif($7, ''), 'tenant.changed', id, app_id, '{"fields": ["display_name", "labels"], "first": true}' FROM changed`,
+		id, a.DisplayName, a.Labels, a.Hash(), unknownAttributes, actor.Name, actor.RequestID)
 	if err != nil {
 		return tenant.Tenant{}, translate("set first attributes", err)
 	}
+	db.changed(id, "")
 	return db.Tenant(ctx, id)
 }

@@ -339,6 +339,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 	if err != nil {
 		return q, translate("quarantine key", err)
 	}
+	db.changed(q.TenantID, "")
 	return q, errors.Join(db.enqueue(ctx, keyJobs(keys)), db.enqueueApps(ctx, tenant.QueueBackground, discarded))
 }
 

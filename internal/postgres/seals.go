@@ -136,16 +136,14 @@ func (db *DB) finalAudit(ctx context.Context, patience time.Duration) (int64, er
 	if err != nil {
 		return 0, err
 	}
-	const writers = `FROM pg_locks WHERE locktype = 'relation' AND relation = 'audit_events'::regclass
-		AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND mode = 'RowExclusiveLock' AND granted`
-	var before []string
-	if err := db.pool.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{}') `+writers).Scan(&before); err != nil {
+	before, err := auditWriters(ctx, db.pool)
+	if err != nil {
 		return 0, err
 	}
 	end := time.Now().Add(patience)
 	for len(before) > 0 {
-		var running bool
-		if err := db.pool.QueryRow(ctx, `SELECT EXISTS (SELECT `+writers+` AND virtualtransaction = ANY($1))`, before).Scan(&running); err != nil {
+		running, err := auditWritersOf(ctx, db.pool, before)
+		if err != nil {
 			return 0, err
 		}
 		if !running {
@@ -161,6 +159,21 @@ func (db *DB) finalAudit(ctx context.Context, patience time.Duration) (int64, er
 		}
 	}
 	return newest, nil
+}
+
+const auditWriterLocks = `FROM pg_locks WHERE locktype = 'relation' AND relation = 'audit_events'::regclass
+	AND database = (SELECT oid FROM pg_database WHERE datname = current_database()) AND mode = 'RowExclusiveLock' AND granted`
+
+// auditWriters lists the transactions that may have drawn an event's id and not ended.
+func auditWriters(ctx context.Context, q querier) (writers []string, err error) {
+	err = q.QueryRow(ctx, `SELECT coalesce(array_agg(DISTINCT virtualtransaction), '{}') `+auditWriterLocks).Scan(&writers)
+	return writers, err
+}
+
+// auditWritersOf reports whether one of these transactions is still running.
+func auditWritersOf(ctx context.Context, q querier, before []string) (running bool, err error) {
+	err = q.QueryRow(ctx, `SELECT EXISTS (SELECT `+auditWriterLocks+` AND virtualtransaction = ANY($1))`, before).Scan(&running)
+	return running, err
 }
 
 // sealNext seals the oldest events that no seal covers, up to last. It reports

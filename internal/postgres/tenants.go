@@ -75,25 +75,6 @@ func oneTenant(rows pgx.Rows) (tenant.Tenant, error) {
 	return t, translate("read tenant", err)
 }
 
-// Tenant reads one tenant. It reports tenant.NotFound for an id that never
-// signed up.
-func (db *DB) Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error) {
-	rows, _ := db.pool.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
-	return oneTenant(rows)
-}
-
-// TenantOfApp reads the tenant that was given the app, now or before. It
-// reports tenant.NotFound for an app that is unknown or was given to nobody.
-func (db *DB) TenantOfApp(ctx context.Context, id tenant.AppID) (tenant.Tenant, error) {
-	rows, _ := db.pool.Query(ctx, `
-		SELECT `+tenantColumns+` FROM apps a JOIN tenants t ON t.id = a.tenant_id WHERE a.id = $1`, id)
-	t, err := oneTenant(rows)
-	if errors.Is(err, tenant.NotFound) {
-		return t, errNotFound("app")
-	}
-	return t, err
-}
-
 // A TenantFilter selects tenants. Zero fields select all.
 type TenantFilter struct {
 	State         tenant.State
@@ -376,6 +357,13 @@ func (db *DB) signUpFromPool(ctx context.Context, ups []signUp) ([]*tenant.Signe
 		signedUp[place[t.ID]] = &tenant.SignedUp{Tenant: t, Created: true, FirstHash: up.Attributes.Hash(), Revealed: &r}
 		return nil
 	})
+	for i, up := range ups { // also after a failure: what has become of the commit is not known
+		var app tenant.AppID
+		if s := signedUp[i]; s != nil {
+			app = s.Tenant.AppID
+		}
+		db.changed(up.n.ID, app)
+	}
 	return signedUp, translate("sign up", err)
 }
 
@@ -443,6 +431,7 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
 	}
+	db.changed(s.Tenant.ID, s.Tenant.AppID)
 	// A job that is not inserted costs a moment: the sweep finds the row.
 	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
@@ -490,5 +479,6 @@ func (db *DB) Claim(ctx context.Context, profile string, actor tenant.Actor) (in
 		if tag.RowsAffected() == 0 {
 			return given, nil
 		}
+		db.wakeFollowers()
 	}
 }

@@ -116,7 +116,7 @@ type Store interface {
 	MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
 	ReleaseApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
 	RemovalsInLastHour(ctx context.Context) (n int, until time.Duration, err error)
-	SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes) (tenant.Tenant, error)
+	SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error)
 
 	ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error)
 	SlotHolds(ctx context.Context, epoch int64) (bool, error)
@@ -388,7 +388,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		s.Metrics.signedUp(profile.Name, got.Tenant.State == tenant.Active)
 	}
 	if signedUp.FirstUnknown() {
-		if got.Tenant, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes()); err != nil {
+		if got.Tenant, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes(), actor); err != nil {
 			return got, err
 		}
 	} else if !got.Created {

@@ -303,9 +303,9 @@ func (s watchedStore) RemovalsInLastHour(ctx context.Context) (n int, until time
 	return s.Store.RemovalsInLastHour(ctx)
 }
 
-func (s watchedStore) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes) (tenant.Tenant, error) {
+func (s watchedStore) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error) {
 	defer s.returned()
-	return s.Store.SetFirstAttributes(ctx, id, a)
+	return s.Store.SetFirstAttributes(ctx, id, a, actor)
 }
 
 func (s watchedStore) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {

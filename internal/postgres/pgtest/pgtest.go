@@ -13,6 +13,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/goleak"
@@ -182,7 +183,7 @@ func Open(t testing.TB) *postgres.DB {
 // OpenURL returns another DB on a database, as another replica has.
 func OpenURL(t testing.TB, url tenant.Secret) *postgres.DB {
 	t.Helper()
-	db, err := postgres.Open(context.WithoutCancel(t.Context()), postgres.Config{URL: url, MaxConns: 8})
+	db, err := postgres.Open(context.WithoutCancel(t.Context()), postgres.Config{URL: url, MaxConns: 8, CacheEntries: 10_000, MaxStale: time.Minute})
 	if err != nil {
 		t.Fatalf("open database: %v", err)
 	}

@@ -55,6 +55,9 @@ type World struct {
 func New(t testing.TB) *World {
 	t.Helper()
 	w := &World{t: t, URL: pgtest.URL(t)}
+	if err := installWatch(t.Context(), w.URL); err != nil {
+		t.Fatal(err)
+	}
 	w.Keyset, w.Keys = keyset(t)
 	sim, err := clarifaisim.New(clarifaisim.Config{PATs: []clarifaisim.PAT{{Token: PAT, UserID: string(Operator)}}})
 	if err != nil {
@@ -343,6 +346,7 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 		loops.Go(func() { r.WatchKeyset(ctx, keysetWatchInterval) })
 	}
 	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
+	loops.Go(func() { _ = r.DB.Follow(ctx, log) })
 	r.stop = sync.OnceFunc(func() {
 		r.Drain()
 		stopJobs()

@@ -1,0 +1,152 @@
+package postgres
+
+import (
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// A read that began before a change is not held after it, nor joined by who comes after
+// it; one that ended before is taken out.
+func TestReadsAndChanges(t *testing.T) {
+	t.Parallel()
+	key := cacheKey{cachedTenant, "user_1"}
+	c := newCache(10, time.Minute)
+	c.forgetAll(true)
+
+	began, end := make(chan struct{}), make(chan string)
+	slow := func(done func(any, cacheEntry, bool, error)) {
+		close(began)
+		go func() { row := <-end; done(row, cacheEntry{row: row}, true, nil) }()
+	}
+	got := make(chan any)
+	go func() { v, _ := c.share(t.Context(), key, slow); got <- v }()
+	<-began
+	c.forget(key)
+	fresh := func(row string) reader {
+		return func(done func(any, cacheEntry, bool, error)) { done(row, cacheEntry{row: row}, true, nil) }
+	}
+	if v, err := c.share(t.Context(), key, fresh("new")); v != "new" || err != nil {
+		t.Errorf("who reads after a change gets %v, %v", v, err)
+	}
+	end <- "old"
+	if v := <-got; v != "old" {
+		t.Errorf("who read before the change gets %v", v)
+	}
+	if e, _ := c.peek(key); e.row != "new" {
+		t.Errorf("after a read that began before a change, %q is held", e.row)
+	}
+	c.forget(key)
+	if e, found := c.peek(key); found {
+		t.Errorf("after a change %q is held", e.row)
+	}
+
+	// The same for a restart, after which nothing is held until the log is followed.
+	began = make(chan struct{})
+	go func() { v, _ := c.share(t.Context(), key, slow); got <- v }()
+	<-began
+	c.forgetAll(false)
+	end <- "old"
+	<-got
+	_, _ = c.share(t.Context(), key, fresh("new"))
+	if e, found := c.peek(key); found {
+		t.Errorf("while the log is not followed, %q is held", e.row)
+	}
+}
+
+// What is packed comes out as it was.
+func TestPacked(t *testing.T) {
+	t.Parallel()
+	now := time.UnixMicro(time.Now().UnixMicro())
+	for _, want := range []tenant.Tenant{
+		{ID: "a", State: tenant.Active, Generation: 1, Version: 1, Profile: "default", AppID: "t-1", CreatedAt: now, UpdatedAt: now},
+		{ID: "b", State: tenant.Deleted, Generation: 300, Version: 1 << 40, Profile: "pro", DisplayName: "Ödön\x00", DeletionProtection: true,
+			AppUserID: "somebody", Labels: map[string]string{"": "", "plan": "pro"}, CreatedAt: now.Add(-time.Hour * 1e6)},
+	} {
+		row := packTenant(want)
+		if diff := cmp.Diff(want, unpackTenant(want.ID, row)); diff != "" {
+			t.Errorf("a tenant is unpacked as another (-want +got):\n%s", diff)
+		}
+		if again := packTenant(unpackTenant(want.ID, row)); again != row {
+			t.Errorf("a tenant is packed in two ways: %q and %q", row, again)
+		}
+	}
+	keys := []tenant.Key{
+		{ID: uuid.New(), AppID: "t-1", Name: "default", State: tenant.KeyActive, Hint: "abcd", Scopes: []string{"All"}, CreatedAt: now, ActivatedAt: now,
+			Fingerprint: []byte{0, 1, 255}},
+		{ID: uuid.New(), AppID: "t-1", Name: "other", State: tenant.KeyRevoked, Scopes: []string{}, CreatedAt: now, RevokedAt: now, RetiresAt: now, ExpiresAt: now,
+			EndReason: tenant.EndRevoked},
+	}
+	if diff := cmp.Diff(keys, unpackKeys(packKeys(keys))); diff != "" {
+		t.Errorf("keys are unpacked as others (-want +got):\n%s", diff)
+	}
+	if packKeys(nil) == "" {
+		t.Error("no keys are packed as no tenant")
+	}
+}
+
+// The key of a name is the one that Key finds in the database.
+func TestCurrentKey(t *testing.T) {
+	t.Parallel()
+	at := func(s tenant.KeyState, hint string) tenant.Key {
+		return tenant.Key{Name: "default", State: s, Hint: hint}
+	}
+	for want, keys := range map[string][]tenant.Key{
+		"active":   {at(tenant.KeyRevoked, "old"), at(tenant.KeyActive, "active"), at(tenant.KeyRevoked, "new"), {Name: "other", State: tenant.KeyActive}},
+		"creating": {at(tenant.KeyRevoked, "old"), at(tenant.KeyCreating, "creating"), at(tenant.KeyRetiring, "new")},
+		"newest":   {at(tenant.KeyRevoked, "old"), at(tenant.KeyRetiring, "newer"), at(tenant.KeyRevoked, "newest")},
+	} {
+		if k, ok := currentKey(keys, "default"); !ok || k.Hint != want {
+			t.Errorf("of %v, the current key is %q", keys, k.Hint)
+		}
+	}
+	if k, ok := currentKey([]tenant.Key{{Name: "other"}}, "default"); ok {
+		t.Errorf("the current key of a name that there is none of is %v", k)
+	}
+}
+
+// BenchmarkHeld shows how much memory a tenant and its app take.
+func BenchmarkHeld(b *testing.B) {
+	c := newCache(2*b.N+1, time.Minute)
+	c.forgetAll(true)
+	held := c.held.Load()
+	now := time.Now()
+	b.ReportAllocs()
+	for range b.N {
+		id := uuid.NewString()
+		t := tenant.Tenant{ID: tenant.ID(id), State: tenant.Active, Generation: 1, Version: 2, Profile: "default",
+			AppID: tenant.AppID("tny-" + id[:26]), CreatedAt: now, UpdatedAt: now, DisplayName: "A user"}
+		held.Set(cacheKey{cachedTenant, id}, cacheEntry{row: packTenant(t)})
+	}
+}
+
+// BenchmarkLookUpHeld is a look-up that is answered from memory.
+func BenchmarkLookUpHeld(b *testing.B) {
+	c := newCache(10_000, time.Minute)
+	db := &DB{cache: c}
+	db.lookups = &lookups{db: db}
+	c.forgetAll(true)
+	c.current(c.clock() + time.Hour)
+	var ids []tenant.ID
+	for range 1000 {
+		id := tenant.ID(uuid.NewString())
+		ids = append(ids, id)
+		c.held.Load().Set(cacheKey{cachedTenant, string(id)}, cacheEntry{row: packTenant(tenant.Tenant{ID: id, State: tenant.Active, Profile: "default",
+			AppID: "tny-01jd0000000000000000000000", CreatedAt: time.Now(), UpdatedAt: time.Now()})})
+	}
+	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })
+	ids = slices.Clip(ids)
+	b.ReportAllocs()
+	b.ResetTimer()
+	for i := range b.N {
+		if _, _, err := db.LookUpTenant(b.Context(), ids[i%len(ids)]); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

@@ -1,0 +1,449 @@
+package postgres_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/localpg"
+	"github.com/tenantry/tenantry/internal/postgres"
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// follow makes db follow the change log until the test ends, or the func that it
+// returns is called.
+func follow(t *testing.T, db *postgres.DB) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	var done sync.WaitGroup
+	done.Go(func() { _ = db.Follow(ctx, zap.NewNop()) })
+	stop = sync.OnceFunc(func() { cancel(); done.Wait() })
+	t.Cleanup(stop)
+	until(t, "the log is followed", func() bool { return db.CacheStats().Trusted })
+	return stop
+}
+
+func until(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	deadline := time.NewTimer(30 * time.Second)
+	defer deadline.Stop()
+	tick := time.NewTicker(5 * time.Millisecond)
+	defer tick.Stop()
+	for !ok() {
+		select {
+		case <-deadline.C:
+			t.Fatalf("waited in vain: %s", what)
+		case <-tick.C:
+		}
+	}
+}
+
+// replica is another replica, which follows the log.
+func replica(t *testing.T, url tenant.Secret) *postgres.DB {
+	t.Helper()
+	db := pgtest.OpenURL(t, url)
+	follow(t, db)
+	return db
+}
+
+// signUp signs a tenant up that gets an app at once.
+func signUp(t *testing.T, url tenant.Secret, db *postgres.DB, id tenant.ID) tenant.Tenant {
+	t.Helper()
+	app := "t-" + string(id)
+	if _, err := pgtest.Conn(t, url).Exec(t.Context(), `
+		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at) VALUES ($1, 'default', 'x', 'ready', now(), now())`, app); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pgtest.Conn(t, url).Exec(t.Context(), `
+		INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
+		VALUES (gen_random_uuid(), $1::text, 'default', 'active', '{All}', '\x00', sha256(convert_to($1, 'UTF8')), now())`, app); err != nil {
+		t.Fatal(err)
+	}
+	got, err := db.SignUp(t.Context(), newTenant(id), actor)
+	if err != nil || got.Tenant.State != tenant.Active {
+		t.Fatalf("SignUp = %+v, %v", got, err)
+	}
+	return got.Tenant
+}
+
+// held makes db hold a tenant.
+func held(t *testing.T, db *postgres.DB, id tenant.ID) tenant.Tenant {
+	t.Helper()
+	var got tenant.Tenant
+	until(t, "the look-up is answered from memory", func() bool {
+		before := db.CacheStats().Hits
+		var err error
+		if got, _, err = db.LookUpTenant(t.Context(), id); err != nil {
+			t.Fatal(err)
+		}
+		return db.CacheStats().Hits > before
+	})
+	return got
+}
+
+func rename(t *testing.T, db *postgres.DB, id tenant.ID, name string) {
+	t.Helper()
+	if _, err := db.UpdateTenant(t.Context(), id, tenant.Patch{DisplayName: &name}, func(tenant.Tenant) bool { return true }, actor); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func nameOf(t *testing.T, db *postgres.DB, id tenant.ID) string {
+	t.Helper()
+	got, fresh, err := db.LookUpTenant(t.Context(), id)
+	if err != nil || fresh.Stale() {
+		t.Fatalf("LookUpTenant = %v, %v", fresh, err)
+	}
+	return got.DisplayName
+}
+
+// What one replica changes is seen on another, whatever was looked up there before.
+func TestChangesAreSeen(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := replica(t, url), replica(t, url)
+	if _, _, err := b.LookUpTenant(t.Context(), "user_1"); !errors.Is(err, tenant.NotFound) {
+		t.Fatal(err)
+	}
+	if _, _, err := b.LookUpTenantOfApp(t.Context(), "t-user_1"); !errors.Is(err, tenant.NotFound) {
+		t.Fatal(err)
+	}
+	if _, _, err := b.LookUpKeys(t.Context(), "user_1"); !errors.Is(err, tenant.NotFound) {
+		t.Fatal(err)
+	}
+	want := signUp(t, url, a, "user_1")
+	until(t, "the new tenant is seen", func() bool { _, _, err := b.LookUpTenant(t.Context(), "user_1"); return err == nil })
+	until(t, "the tenant of the app is seen", func() bool { _, _, err := b.LookUpTenantOfApp(t.Context(), want.AppID); return err == nil })
+	until(t, "the keys are seen", func() bool {
+		keys, _, err := b.LookUpKeys(t.Context(), "user_1")
+		return err == nil && len(keys) == 1
+	})
+	plain, err := b.Tenant(t.Context(), "user_1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(plain.Labels) == 0 { // none is told from an empty map nowhere
+		plain.Labels = nil
+	}
+	if diff := cmp.Diff(plain, held(t, b, "user_1")); diff != "" {
+		t.Errorf("what is held differs from what is read (-read +held):\n%s", diff)
+	}
+	read, err := b.Keys(t.Context(), "user_1")
+	if err != nil {
+		t.Fatal(err)
+	}
+	keys, _, err := b.LookUpKeys(t.Context(), "user_1")
+	if diff := cmp.Diff(read, keys); diff != "" || err != nil {
+		t.Errorf("the keys that are held differ from those that are read (-read +held):\n%s%v", diff, err)
+	}
+
+	rename(t, a, "user_1", "Ada")
+	until(t, "the new name is seen", func() bool { return nameOf(t, b, "user_1") == "Ada" })
+	held(t, b, "user_1")
+	if _, err := a.Suspend(t.Context(), "user_1", actor); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the suspension is seen", func() bool {
+		got, _, err := b.LookUpTenant(t.Context(), "user_1")
+		return err == nil && got.State == tenant.Suspending
+	})
+	until(t, "the end of the key is seen", func() bool {
+		keys, _, err := b.LookUpKeys(t.Context(), "user_1")
+		return err == nil && keys[0].State == tenant.KeyRevoking
+	})
+}
+
+// A replica that no wake-up reaches sees changes all the same; here a change that was
+// made by something that sends none.
+func TestLostWakeUp(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	silent, b := pgtest.OpenURL(t, url), replica(t, url)
+	signUp(t, url, silent, "user_1")
+	held(t, b, "user_1")
+	rename(t, silent, "user_1", "Ada")
+	until(t, "the change is seen", func() bool { return nameOf(t, b, "user_1") == "Ada" })
+}
+
+// A transaction that commits after others which drew their events' ids later is seen,
+// and one that comes to nothing is not waited for.
+func TestGaps(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := replica(t, url), replica(t, url)
+	for _, id := range []tenant.ID{"user_1", "user_2", "user_3"} {
+		signUp(t, url, a, id)
+		held(t, b, id)
+	}
+	conn := pgtest.Conn(t, url)
+	for _, end := range []string{"COMMIT", "ROLLBACK"} {
+		if _, err := conn.Exec(t.Context(), `BEGIN;
+			UPDATE tenants SET display_name = 'late' || version, version = version + 1 WHERE id = 'user_1';
+			INSERT INTO audit_events (actor, action, tenant_id) VALUES ('test', 'tenant.changed', 'user_1')`); err != nil {
+			t.Fatal(err)
+		}
+		// Somebody else's event is acted on although one before it is missing.
+		rename(t, a, "user_2", "after "+end)
+		until(t, "the later event is seen", func() bool { return nameOf(t, b, "user_2") == "after "+end })
+		until(t, "the gap is noticed", func() bool { return b.CacheStats().Gaps == 1 })
+		before := held(t, b, "user_1").DisplayName
+		if _, err := conn.Exec(t.Context(), end); err != nil {
+			t.Fatal(err)
+		}
+		if end == "COMMIT" {
+			until(t, "the late change is seen", func() bool { return nameOf(t, b, "user_1") != before })
+		}
+		until(t, "the gap is closed", func() bool { return b.CacheStats().Gaps == 0 })
+	}
+}
+
+// A replica that begins to follow while an event is under way waits for it.
+func TestBeginWhileAnEventIsUnderWay(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := replica(t, url), pgtest.OpenURL(t, url)
+	signUp(t, url, a, "user_1")
+	conn := pgtest.Conn(t, url)
+	if _, err := conn.Exec(t.Context(), `BEGIN;
+		UPDATE tenants SET display_name = 'late' WHERE id = 'user_1';
+		INSERT INTO audit_events (actor, action, tenant_id) VALUES ('test', 'tenant.changed', 'user_1')`); err != nil {
+		t.Fatal(err)
+	}
+	signUp(t, url, a, "user_2") // an event after it
+	ctx, cancel := context.WithCancel(t.Context())
+	var done sync.WaitGroup
+	done.Go(func() { _ = b.Follow(ctx, zap.NewNop()) })
+	t.Cleanup(func() { cancel(); done.Wait() })
+	looking := pgtest.Conn(t, url)
+	until(t, "it looks whether the transaction still runs", func() bool {
+		return count(t, looking, `pg_stat_activity WHERE query LIKE '%virtualtransaction = ANY%' AND datname = current_database() AND pid <> pg_backend_pid()`) > 0
+	})
+	if b.CacheStats().Trusted || nameOf(t, b, "user_1") != "" || b.CacheStats().Entries != 0 {
+		t.Errorf("while an event is under way whose id is passed over: %+v", b.CacheStats())
+	}
+	if _, err := conn.Exec(t.Context(), `COMMIT`); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is trusted", func() bool { return b.CacheStats().Trusted })
+	if got := nameOf(t, b, "user_1"); got != "late" {
+		t.Errorf("then the name is %q", got)
+	}
+}
+
+// While the log cannot be read, each look-up asks Postgres: nobody need notice, but the
+// clock.
+func TestUnfollowedIsNotTrusted(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := pgtest.OpenURL(t, url), replica(t, url)
+	signUp(t, url, a, "user_1")
+	token, _ := addCaller(t, a, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
+	held(t, b, "user_1")
+	if _, err := b.Authenticate(t.Context(), token); err != nil {
+		t.Fatal(err)
+	}
+	conn, lock := pgtest.Conn(t, url), pgtest.Conn(t, url)
+	if _, err := lock.Exec(t.Context(), `BEGIN; LOCK TABLE audit_events IN ACCESS EXCLUSIVE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is not trusted", func() bool { return !b.CacheStats().Trusted })
+	// No event tells of it.
+	if _, err := conn.Exec(t.Context(), `UPDATE tenants SET display_name = 'unseen' WHERE id = 'user_1'`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := conn.Exec(t.Context(), `UPDATE callers SET revoked_at = now()`); err != nil {
+		t.Fatal(err)
+	}
+	if got := nameOf(t, b, "user_1"); got != "unseen" {
+		t.Errorf("while the log cannot be read, a look-up finds the name %q", got)
+	}
+	if _, err := b.Authenticate(t.Context(), token); !errors.Is(err, tenant.Unauthenticated) {
+		t.Errorf("while the log cannot be read, a revoked token is answered %v", err)
+	}
+	if _, err := lock.Exec(t.Context(), `ROLLBACK`); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is trusted again", func() bool { return b.CacheStats().Trusted })
+}
+
+// A token that is revoked, rotated or expired is refused, on each replica; a forged one
+// is not taken for the one that is held; and its use is noted by the minute.
+func TestCallersHeld(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := replica(t, url), replica(t, url)
+	conn := pgtest.Conn(t, url)
+	good, _ := addCaller(t, a, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
+	other, _ := addCaller(t, a, tenant.NewCaller{Name: "other", Role: tenant.Viewer, Scope: tenant.Scope{"plan": "pro"}})
+	use := func(db *postgres.DB, token tenant.Token) error {
+		_, err := db.Authenticate(t.Context(), token)
+		return err
+	}
+	for _, token := range []tenant.Token{good, other, good, other} {
+		if err := use(b, token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := use(b, tenant.Token{ID: good.ID, Hash: other.Hash}); !errors.Is(err, tenant.Unauthenticated) {
+		t.Errorf("a forged token is answered %v", err)
+	}
+	if _, err := conn.Exec(t.Context(), `UPDATE callers SET last_used_at = NULL`); err != nil {
+		t.Fatal(err)
+	}
+	if err := use(b, good); err != nil || count(t, conn, `callers WHERE last_used_at IS NOT NULL`) != 0 {
+		t.Errorf("a token that was used a moment ago is looked up anew (%v)", err)
+	}
+	b.Forward(time.Minute)
+	until(t, "it is trusted", func() bool { return b.CacheStats().Trusted })
+	if err := use(b, good); err != nil || count(t, conn, `callers WHERE last_used_at IS NOT NULL`) != 1 {
+		t.Errorf("the use of a token is not noted after a minute (%v)", err)
+	}
+	if _, err := a.RevokeCaller(t.Context(), good.ID, actor); err != nil {
+		t.Fatal(err)
+	}
+	if err := use(a, good); !errors.Is(err, tenant.Unauthenticated) {
+		t.Errorf("the replica that revoked a token answers it %v", err)
+	}
+	until(t, "the other replica refuses it", func() bool { return errors.Is(use(b, good), tenant.Unauthenticated) })
+	next, _ := tenant.NewToken()
+	if _, err := a.RotateCaller(t.Context(), other.ID, next, tenant.TokenRotation{}, actor); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "the other replica refuses the rotated one", func() bool { return errors.Is(use(b, other), tenant.Unauthenticated) })
+	if err := use(b, next); err != nil {
+		t.Errorf("the new token is answered %v", err)
+	}
+}
+
+// Look-ups of the same tenant that nobody holds share one statement, and look-ups of many
+// share few.
+func TestStatementsAreShared(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	db := replica(t, url)
+	for i := range 20 {
+		signUp(t, url, db, tenant.ID(fmt.Sprint("user_", i)))
+	}
+	lock, conn := pgtest.Conn(t, url), pgtest.Conn(t, url)
+	const waiting = `pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%FROM tenants t WHERE t.id%'`
+	for name, c := range map[string]struct {
+		look func(i int) (tenant.Tenant, error)
+		most int
+	}{
+		"one tenant": {func(int) (tenant.Tenant, error) { t1, _, err := db.LookUpTenant(t.Context(), "user_0"); return t1, err }, 1},
+		"many": {func(i int) (tenant.Tenant, error) {
+			return db.Tenant(t.Context(), tenant.ID(fmt.Sprint("user_", i%20)))
+		}, 4},
+	} {
+		if _, err := lock.Exec(t.Context(), `BEGIN; LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE`); err != nil {
+			t.Fatal(err)
+		}
+		var all sync.WaitGroup
+		for i := range 100 {
+			all.Go(func() {
+				if _, err := c.look(i); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		until(t, "a statement waits", func() bool { return count(t, conn, waiting) > 0 })
+		if n := count(t, conn, waiting); n > c.most {
+			t.Errorf("%s: %d statements for 100 look-ups", name, n)
+		}
+		if _, err := lock.Exec(t.Context(), `ROLLBACK`); err != nil {
+			t.Fatal(err)
+		}
+		all.Wait()
+	}
+	// Each gets its own, and what is not there is not found.
+	var all sync.WaitGroup
+	for i := range 200 {
+		all.Go(func() {
+			id := tenant.ID(fmt.Sprint("user_", i%25))
+			got, err := db.Tenant(t.Context(), id)
+			if i%25 < 20 && (err != nil || got.ID != id || got.AppID != tenant.AppID("t-"+id)) || i%25 >= 20 && !errors.Is(err, tenant.NotFound) {
+				t.Errorf("Tenant(%s) = %+v, %v", id, got, err)
+			}
+		})
+	}
+	all.Wait()
+}
+
+// While Postgres is away, what is held is answered with its age, up to the limit, and
+// all else is not; when it is back nothing stale is.
+func TestPostgresAway(t *testing.T) {
+	t.Parallel()
+	cluster, url := privateCluster(t)
+	db := replica(t, url)
+	signUp(t, url, db, "user_1")
+	signUp(t, url, db, "user_2")
+	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
+	held(t, db, "user_1")
+	for range 2 {
+		if _, err := db.Authenticate(t.Context(), token); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := cluster.Stop(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is not trusted", func() bool { return !db.CacheStats().Trusted })
+	got, fresh, err := db.LookUpTenant(t.Context(), "user_1")
+	if err != nil || !fresh.Stale() || got.AppID != "t-user_1" {
+		t.Errorf("while Postgres is away, LookUpTenant = %+v, %+v, %v", got, fresh, err)
+	}
+	if _, err := db.Authenticate(t.Context(), token); err != nil {
+		t.Errorf("while Postgres is away, a token that was held is answered %v", err)
+	}
+	for what, err := range map[string]error{
+		"one that is not held": errorOf(db.LookUpTenant(t.Context(), "user_2")),
+		"no-cache":             errorOf2(db.Tenant(t.Context(), "user_1")),
+		"an unknown token":     errorOf2(db.Authenticate(t.Context(), tenant.Token{ID: "x"})),
+	} {
+		if !errors.Is(err, tenant.Unavailable) {
+			t.Errorf("while Postgres is away, %s is answered %v", what, err)
+		}
+	}
+	// The limit is reckoned from when it was last known to be right.
+	stale := db.CacheStats().Stale
+	db.Forward(time.Minute)
+	if _, _, err := db.LookUpTenant(t.Context(), "user_1"); !errors.Is(err, tenant.Unavailable) || db.CacheStats().Stale != stale {
+		t.Errorf("beyond the limit, what is held is answered %v", err)
+	}
+	if err := cluster.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
+	if got := nameOf(t, db, "user_1"); got != "" {
+		t.Errorf("the name is %q", got)
+	}
+}
+
+func errorOf[T any](_ T, _ postgres.Freshness, err error) error { return err }
+func errorOf2[T any](_ T, err error) error                      { return err }
+
+// privateCluster is a cluster that a test may stop, with a migrated database.
+func privateCluster(t *testing.T) (*localpg.Cluster, tenant.Secret) {
+	t.Helper()
+	pgtest.Cluster(t)
+	cluster, stop, err := localpg.ForTests(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(stop)
+	if err := cluster.CreateDatabase(t.Context(), "tenantry"); err != nil {
+		t.Fatal(err)
+	}
+	url := tenant.NewSecret(cluster.URL("tenantry"))
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	return cluster, url
+}

@@ -1,0 +1,385 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// The change log is the audit log: who changes a tenant, an app, a key or a caller
+// writes an event of it in the same transaction. A follower in each replica reads the
+// events by their ids, which are given out in order and committed in any. Thus an id
+// that is passed over may be one of a transaction that is still running, or of one
+// that came to nothing.
+//
+// A row is changed before the event of it is written, so that the transaction has its
+// own id before it draws the event's. When a snapshot shows an event, and not one of a
+// lower id, the transaction of that one has therefore an id below the snapshot's xmax,
+// or it does not change what was there. Once a snapshot's xmin has come to that xmax, it
+// is over: the same snapshot shows its event, or there will be none.
+//
+// What is visible is acted on at once, whatever else runs: a long transaction of
+// somebody else delays nothing but the forgetting of gaps.
+
+// changeChannel wakes the followers. It says nothing about what has changed.
+const changeChannel = "tenantry_changes"
+
+const (
+	// pollEvery is how often a follower looks without being woken, and pollCooldown how
+	// soon again at most.
+	pollEvery    = 100 * time.Millisecond
+	pollCooldown = 20 * time.Millisecond
+	// pollTimeout bounds one look.
+	pollTimeout = 2 * time.Second
+	// refollow is how long to wait before following again after the connection broke.
+	refollow = 200 * time.Millisecond
+	// More events, or gaps between them, than a follower keeps up with are not followed
+	// one by one: everything is forgotten instead.
+	mostEvents = 20_000
+	mostGaps   = 10_000
+)
+
+// changed takes out of memory what a transaction that has committed has changed of a
+// tenant, and wakes the followers. The app is one that became the tenant's; it may be
+// empty, and so may the tenant.
+func (db *DB) changed(id tenant.ID, app tenant.AppID) {
+	if id != "" {
+		db.cache.forget(cacheKey{cachedTenant, string(id)}, cacheKey{cachedKeys, string(id)})
+	}
+	if app != "" {
+		db.cache.forget(cacheKey{cachedApp, string(app)})
+	}
+	db.wakeFollowers()
+}
+
+// changedCallers is changed for callers.
+func (db *DB) changedCallers(tokenIDs ...string) {
+	for _, id := range tokenIDs {
+		db.cache.forget(cacheKey{cachedCaller, id})
+	}
+	db.wakeFollowers()
+}
+
+// wakeFollowers has the followers of all replicas look soon. Nobody waits for it.
+func (db *DB) wakeFollowers() {
+	select {
+	case db.unsent <- struct{}{}:
+	default: // it will be sent
+	}
+}
+
+// Follow keeps what is held in memory as the database is, until ctx ends, and wakes the
+// replicas that do the same. It survives the loss of its connection.
+func (db *DB) Follow(ctx context.Context, log *zap.Logger) error {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		db.sendWakeUps(ctx)
+	}()
+	if db.cache.entries > 0 {
+		db.follow(ctx, log)
+	}
+	<-done
+	db.cache.forgetAll(false)
+	return nil
+}
+
+// sendWakeUps wakes the followers after changes, once for all in a short time: a
+// notification in the transactions themselves would make them wait for each other.
+func (db *DB) sendWakeUps(ctx context.Context) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-db.unsent:
+		}
+		sending, cancel := context.WithTimeout(ctx, pollTimeout)
+		// One that is lost costs the followers a moment. They are not to wait for a flush
+		// either.
+		_, _ = db.pool.Exec(sending, `SELECT set_config('synchronous_commit', 'off', true), pg_notify('`+changeChannel+`', '')`)
+		cancel()
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pollCooldown):
+		}
+	}
+}
+
+func (db *DB) follow(ctx context.Context, log *zap.Logger) {
+	f := &follower{db: db, log: log}
+	for broken := false; ; {
+		err := f.once(ctx, func() {
+			if broken {
+				log.Info("following the change log again")
+			}
+			broken = false
+		})
+		if ctx.Err() != nil {
+			return
+		}
+		if !broken {
+			log.Warn("cannot follow the change log; look-ups go to the database until it can be followed again", zap.Error(err))
+		}
+		broken = true
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(refollow):
+		}
+	}
+}
+
+// A follower is how far the change log was followed, across connections.
+type follower struct {
+	db  *DB
+	log *zap.Logger
+
+	begun bool
+	of    history
+	last  int64 // the highest id that was seen
+	// The ids below last that were not seen, each with the xmax of the first snapshot
+	// that left it out.
+	gaps map[int64]int64
+}
+
+// A history is what a database must not have another of, for what was read of it to
+// hold: after a fail-over transactions may be missing.
+type history struct {
+	system   int64
+	timeline string
+}
+
+// errNotFollowed means that the log cannot be followed from where it was.
+var errNotFollowed = errors.New("the change log does not go on where it was followed to")
+
+// once follows the log over one connection.
+func (f *follower) once(ctx context.Context, following func()) error {
+	conn, err := pgx.ConnectConfig(ctx, f.db.direct.Config().ConnConfig)
+	if err != nil {
+		return err
+	}
+	defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
+	if err := f.meet(ctx, conn); err != nil {
+		return err
+	}
+	for {
+		if !f.begun {
+			if err := f.begin(ctx, conn); err != nil {
+				return err
+			}
+		}
+		looked := time.Now()
+		err := f.poll(ctx, conn)
+		if errors.Is(err, errNotFollowed) {
+			f.log.Warn("forgetting everything that is held in memory", zap.Error(err))
+			f.restart()
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		following()
+		if err := f.rest(ctx, conn, looked); err != nil {
+			return err
+		}
+	}
+}
+
+// rest waits until it is time to look again.
+func (f *follower) rest(ctx context.Context, conn *pgx.Conn, looked time.Time) error {
+	waiting, cancel := context.WithDeadline(ctx, looked.Add(pollEvery))
+	defer cancel()
+	_, err := conn.WaitForNotification(waiting)
+	if err != nil && waiting.Err() == nil {
+		return err
+	}
+	select {
+	case <-time.After(time.Until(looked.Add(pollCooldown))):
+	case <-ctx.Done():
+	}
+	return ctx.Err()
+}
+
+// restart forgets everything: nothing is held until begin.
+func (f *follower) restart() {
+	f.begun = false
+	f.db.cache.forgetAll(false)
+}
+
+// meet looks whether a connection leads to the database that was followed before, and
+// listens on it.
+func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	var standby bool
+	if err := conn.QueryRow(ctx, `SELECT pg_is_in_recovery()`).Scan(&standby); err != nil {
+		return err
+	}
+	if standby {
+		return errors.New("the database is a standby")
+	}
+	var now history
+	// The name of the log file has the timeline at once; the control file has it only
+	// after the first checkpoint.
+	if err := conn.QueryRow(ctx, `
+		SELECT (SELECT system_identifier FROM pg_control_system()), left(pg_walfile_name(pg_current_wal_lsn()), 8)`).
+		Scan(&now.system, &now.timeline); err != nil {
+		return err
+	}
+	if f.begun && now != f.of {
+		f.log.Warn("forgetting everything that is held in memory: the database was restored or failed over")
+		f.restart()
+	}
+	f.of = now
+	_, err := conn.Exec(ctx, `LISTEN `+changeChannel)
+	return err
+}
+
+// begin starts to follow from the newest event, once no transaction can add an event
+// before it any more.
+func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
+	reading, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	f.last, f.gaps = 0, map[int64]int64{}
+	err := conn.QueryRow(reading, `SELECT id FROM audit_events ORDER BY id DESC LIMIT 1`).Scan(&f.last)
+	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
+		return err
+	}
+	before, err := auditWriters(reading, conn)
+	for len(before) > 0 && err == nil {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(pollCooldown):
+		}
+		before, err = f.stillWriting(ctx, conn, before)
+	}
+	if err != nil {
+		return err
+	}
+	f.db.cache.forgetAll(true)
+	f.begun = true
+	return nil
+}
+
+func (f *follower) stillWriting(ctx context.Context, conn *pgx.Conn, before []string) ([]string, error) {
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	running, err := auditWritersOf(ctx, conn, before)
+	if err != nil || !running {
+		return nil, err
+	}
+	return before, nil
+}
+
+// newEventsSQL reads the events from the last one on, and those of the gaps: all in one
+// snapshot. The last one is read again, to see that it is still there.
+const newEventsSQL = `
+	SELECT pg_snapshot_xmin(s.now)::text::bigint, pg_snapshot_xmax(s.now)::text::bigint,
+		e.id, coalesce(e.tenant_id, ''), coalesce(e.app_id, ''), coalesce(e.token_id, '')
+	FROM (SELECT pg_current_snapshot() AS now) s LEFT JOIN (
+		(SELECT id, tenant_id, app_id, CASE WHEN action LIKE 'token.%' THEN detail->>'token_id' END AS token_id
+		FROM audit_events WHERE id >= $1 ORDER BY id LIMIT $3)
+		UNION ALL
+		SELECT id, tenant_id, app_id, CASE WHEN action LIKE 'token.%' THEN detail->>'token_id' END
+		FROM audit_events WHERE id = ANY ($2)
+	) e ON true`
+
+// poll takes out of memory what has changed since the last poll.
+func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
+	gaps := make([]int64, 0, len(f.gaps))
+	for id := range f.gaps {
+		gaps = append(gaps, id)
+	}
+	began := f.db.cache.clock()
+	rows, err := conn.Query(ctx, newEventsSQL, f.last, gaps, mostEvents)
+	if err != nil {
+		return err
+	}
+	defer rows.Close()
+	var xmin, xmax, newest int64
+	newest = f.last
+	seen := map[int64]bool{}
+	var keys []cacheKey
+	for rows.Next() {
+		var id *int64
+		var of tenant.ID
+		var app tenant.AppID
+		var token string
+		if err := rows.Scan(&xmin, &xmax, &id, &of, &app, &token); err != nil {
+			return err
+		}
+		if id == nil { // there are no events
+			continue
+		}
+		newest, seen[*id] = max(newest, *id), true
+		if *id == f.last {
+			continue
+		}
+		if of != "" {
+			keys = append(keys, cacheKey{cachedTenant, string(of)}, cacheKey{cachedKeys, string(of)})
+		}
+		if app != "" {
+			keys = append(keys, cacheKey{cachedApp, string(app)})
+		}
+		if token != "" {
+			keys = append(keys, cacheKey{cachedCaller, token})
+		}
+	}
+	if err := rows.Err(); err != nil {
+		return err
+	}
+	switch {
+	case f.last > 0 && !seen[f.last]:
+		return errNotFollowed
+	case len(seen) >= mostEvents || newest-f.last > mostEvents || len(f.gaps) > mostGaps:
+		return errNotFollowed
+	}
+	f.db.cache.forget(keys...)
+	for id, noticed := range f.gaps {
+		if seen[id] || xmin >= noticed {
+			delete(f.gaps, id)
+		}
+	}
+	for id := f.last + 1; id < newest; id++ {
+		if !seen[id] {
+			f.gaps[id] = xmax
+		}
+	}
+	f.last = newest
+	f.db.cache.gaps.Store(int64(len(f.gaps)))
+	f.db.cache.current(began)
+	return nil
+}
+
+// CacheStats are what is told of the rows that are held in memory.
+type CacheStats struct {
+	Hits, Misses, Stale uint64
+	Entries             int
+	Trusted             bool
+	Gaps                int // events that may still come before others that were seen
+	// Behind is for how long it is not known whether what is held has changed; negative
+	// while that was never known.
+	Behind time.Duration
+}
+
+// CacheStats reads what is told of the rows that are held in memory.
+func (db *DB) CacheStats() CacheStats {
+	c := db.cache
+	s := CacheStats{Gaps: int(c.gaps.Load()), Hits: c.hits.Load(), Misses: c.misses.Load(), Stale: c.stale.Load(), Trusted: c.trusted(), Behind: -1}
+	if c.entries > 0 {
+		s.Entries = c.held.Load().EstimatedSize()
+	}
+	if c.polledAt.Load() != never {
+		s.Behind = c.sincePoll()
+	}
+	return s
+}
