@@ -175,7 +175,8 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 }
 
 // claimSQL gives the ready app that waited longest to the tenant of the profile
-// that waited longest; it is the only way to an app that is held. Tenants and
+// that waited longest; this and claimInBackgroundSQL are the only ways to an app that is
+// held, and this one leaves out who waits in the background. Tenants and
 // apps that another transaction is at are passed over: whoever holds them
 // finishes them. $1 is the profile, $2 the actor, $3 the request id, $4 the upstream
 // request id.
@@ -198,7 +199,7 @@ const claimSQL = `
 		SELECT id FROM current UNION ALL SELECT id FROM other
 	), waiter AS (
 		SELECT id, generation FROM tenants
-		WHERE state = 'provisioning' AND profile = $1 AND EXISTS (SELECT FROM picked)
+		WHERE state = 'provisioning' AND NOT background AND profile = $1 AND EXISTS (SELECT FROM picked)
 		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), given AS (
 		UPDATE apps a
@@ -219,7 +220,7 @@ const claimSQL = `
 	)`
 
 const claimable = `state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
-			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1)`
+			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $1)`
 
 // claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
 // every replica.
@@ -238,7 +239,8 @@ const startBuildsSQL = `
 		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $2 AND NOT suspect LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
 			WHERE state = 'building' AND NOT for_pool AND profile = $2 AND NOT suspect LIMIT $4) coming)) END
-		FROM (SELECT count(*) AS waiting FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $2 LIMIT $4) t) waiting)
+		FROM (SELECT count(*) AS waiting FROM (
+			SELECT FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $2 LIMIT $4) t) waiting)
 	RETURNING id`
 
 // revealNewSQL reveals the default key of a tenant that this transaction has made. The
@@ -271,7 +273,7 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 		made = `
 			UPDATE tenants
 			SET generation = generation + 1, profile = $2, display_name = $3, labels = $4, attributes_hash = $5, state = 'provisioning',
-				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false,
+				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false, background = false,
 				version = version + 1, updated_at = now()
 			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted')`
 	}
@@ -299,15 +301,21 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 			return err
 		})
-	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, n.ID).
+	var background bool
+	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
 			fields, done := tenantFields(&s.Tenant)
 			defer done()
-			return row.Scan(append(fields, &s.FirstHash)...)
+			return row.Scan(append(fields, &s.FirstHash, &background)...)
 		})
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
+	}
+	if background && s.Tenant.State == tenant.Provisioning && s.Tenant.Profile == n.Profile.Name {
+		var err error
+		s.Tenant, err = db.hurry(ctx, n, actor)
+		return s, err
 	}
 	if s.Created && revealed.Ciphertext != nil {
 		s.Revealed = &revealed
