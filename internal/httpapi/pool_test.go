@@ -78,7 +78,7 @@ func TestPool(t *testing.T) {
 	delete(got, "planned_at")
 	delete(got, "last_hour")
 	want := map[string]any{"profile": "default", "min": 2.0, "max": 5.0, "target": 3.0, "ready": 3.0, "outdated": 0.0, "held_back": 0.0,
-		"building": 0.0, "waiting_tenants": 0.0}
+		"building": 0.0, "waiting_tenants": 0.0, "importing_tenants": 0.0}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the pool (- want, + got):\n%s", diff)
 	}
