@@ -751,6 +751,47 @@ type AuditList struct {
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
+// BatchAnswer defines model for BatchAnswer.
+type BatchAnswer struct {
+	Results []BatchResult `json:"results"`
+}
+
+// BatchItem defines model for BatchItem.
+type BatchItem struct {
+	DisplayName *string `json:"display_name,omitempty"`
+	Id          string  `json:"id"`
+
+	// Labels Keys of 1 to 63 characters, values of at most 256.
+	Labels *Labels `json:"labels,omitempty"`
+
+	// Profile The template that the tenant is built from.
+	Profile *string `json:"profile,omitempty"`
+}
+
+// BatchRequest defines model for BatchRequest.
+type BatchRequest struct {
+	// DryRun Make all checks and change nothing.
+	DryRun  *bool       `json:"dry_run,omitempty"`
+	Tenants []BatchItem `json:"tenants"`
+}
+
+// BatchResult defines model for BatchResult.
+type BatchResult struct {
+	// Created This batch made the tenant, or its next generation; of a dry run: would make it.
+	Created bool `json:"created"`
+
+	// Id Missing where it is not valid.
+	Id *string `json:"id,omitempty"`
+
+	// Problem RFC 9457.
+	Problem *ProblemDetails `json:"problem,omitempty"`
+
+	// Status What PUT answers that does not wait. 200: the tenant was there. 202: it is written down and waits for its app. Else see
+	// `problem`; other items are not concerned.
+	Status int     `json:"status"`
+	Tenant *Tenant `json:"tenant,omitempty"`
+}
+
 // Caller defines model for Caller.
 type Caller struct {
 	CreatedAt time.Time `json:"created_at"`
@@ -1088,6 +1129,9 @@ type Pool struct {
 	// HeldBack Ready apps from before a restore of the database.
 	HeldBack int `json:"held_back"`
 
+	// ImportingTenants Those beside them that wait in the background, from batches.
+	ImportingTenants int `json:"importing_tenants"`
+
 	// LastHour Sign-ups in the hour before `planned_at`: those that had an app at once, and those that had to wait. Tenants
 	// that have changed since count as neither.
 	LastHour struct {
@@ -1110,7 +1154,8 @@ type Pool struct {
 
 	// Reason Why fewer apps are ready than shall be; missing if there are enough. `restore_fence`; `upstream_paused`; the `code`
 	// of the problem that builds have, such as `upstream_quota` or `upstream_pat_refused`; `revision_changes`;
-	// `sign_ups_wait`, which come first; `upstream_busy` with other work; `filling`.
+	// `sign_ups_wait`, which come first; `import`, which uses the upstream budget for batches; `upstream_busy` with other
+	// work; `filling`.
 	Reason *struct {
 		Code   string `json:"code"`
 		Detail string `json:"detail"`
@@ -1503,7 +1548,13 @@ type Upstream struct {
 		BuildingApps int `json:"building_apps"`
 
 		// EtaSeconds Until the last waiting tenant is served, at the budget's rate and if nothing fails.
-		EtaSeconds         float32    `json:"eta_seconds"`
+		EtaSeconds float32 `json:"eta_seconds"`
+
+		// ImportEtaSeconds The same with those that wait in the background.
+		ImportEtaSeconds float32 `json:"import_eta_seconds"`
+
+		// ImportingTenants Tenants beside those that wait in the background, from batches.
+		ImportingTenants   int        `json:"importing_tenants"`
 		OldestWaitingSince *time.Time `json:"oldest_waiting_since,omitempty"`
 		PurgingApps        int        `json:"purging_apps"`
 		RevokingKeys       int        `json:"revoking_keys"`
@@ -1787,6 +1838,9 @@ type StartReconciliationJSONRequestBody = ReconciliationRequest
 
 // StartRotationsJSONRequestBody defines body for StartRotations for application/json ContentType.
 type StartRotationsJSONRequestBody = RotationsRequest
+
+// SignUpBatchJSONRequestBody defines body for SignUpBatch for application/json ContentType.
+type SignUpBatchJSONRequestBody = BatchRequest
 
 // PatchTenantJSONRequestBody defines body for PatchTenant for application/json ContentType.
 type PatchTenantJSONRequestBody = TenantPatch
@@ -2223,6 +2277,38 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /v1/tenants (the `ListTenants` operationId).
 	ListTenants(ctx context.Context, params *ListTenantsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// SignUpBatchWithBody Sign many tenants up
+	//
+	// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+	// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+	// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+	// Role: provisioner.
+	//
+	// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+	// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+	// A tenant that is being deleted is refused with `tenant_deleting`.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+	SignUpBatchWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// SignUpBatch Sign many tenants up
+	//
+	// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+	// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+	// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+	// Role: provisioner.
+	//
+	// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+	// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+	// A tenant that is being deleted is refused with `tenant_deleting`.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+	SignUpBatch(ctx context.Context, body SignUpBatchJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// DeleteTenant Delete a tenant
 	//
@@ -2995,6 +3081,58 @@ func (c *Client) StartRotations(ctx context.Context, body StartRotationsJSONRequ
 // Corresponds with GET /v1/tenants (the `ListTenants` operationId).
 func (c *Client) ListTenants(ctx context.Context, params *ListTenantsParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewListTenantsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SignUpBatchWithBody Sign many tenants up
+//
+// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+// Role: provisioner.
+//
+// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+// A tenant that is being deleted is refused with `tenant_deleting`.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+func (c *Client) SignUpBatchWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewSignUpBatchRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// SignUpBatch Sign many tenants up
+//
+// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+// Role: provisioner.
+//
+// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+// A tenant that is being deleted is refused with `tenant_deleting`.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+func (c *Client) SignUpBatch(ctx context.Context, body SignUpBatchJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewSignUpBatchRequest(c.Server, body)
 	if err != nil {
 		return nil, err
 	}
@@ -4728,6 +4866,46 @@ func NewListTenantsRequest(server string, params *ListTenantsParams) (*http.Requ
 	return req, nil
 }
 
+// NewSignUpBatchRequest calls the generic SignUpBatch builder with application/json body
+func NewSignUpBatchRequest(server string, body SignUpBatchJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewSignUpBatchRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewSignUpBatchRequestWithBody constructs an http.Request for the SignUpBatch method, with any body, and a specified content type
+func NewSignUpBatchRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/tenants/batch")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
 // NewDeleteTenantRequest constructs an http.Request for the DeleteTenant method
 func NewDeleteTenantRequest(server string, tenantId TenantID, params *DeleteTenantParams) (*http.Request, error) {
 	var err error
@@ -6052,6 +6230,38 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /v1/tenants (the `ListTenants` operationId).
 	ListTenantsWithResponse(ctx context.Context, params *ListTenantsParams, reqEditors ...RequestEditorFn) (*ListTenantsResponse, error)
+
+	// SignUpBatchWithBodyWithResponse Sign many tenants up
+	//
+	// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+	// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+	// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+	// Role: provisioner.
+	//
+	// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+	// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+	// A tenant that is being deleted is refused with `tenant_deleting`.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+	SignUpBatchWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*SignUpBatchResponse, error)
+
+	// SignUpBatchWithResponse Sign many tenants up
+	//
+	// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+	// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+	// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+	// Role: provisioner.
+	//
+	// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+	// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+	// A tenant that is being deleted is refused with `tenant_deleting`.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+	SignUpBatchWithResponse(ctx context.Context, body SignUpBatchJSONRequestBody, reqEditors ...RequestEditorFn) (*SignUpBatchResponse, error)
 
 	// DeleteTenantWithResponse Delete a tenant
 	//
@@ -10070,6 +10280,172 @@ func (r ListTenantsResponse) ContentType() string {
 	return ""
 }
 
+// SignUpBatchResponse200Headers the declared response headers of an HTTP 200 response for SignUpBatch
+type SignUpBatchResponse200Headers struct {
+	XRequestId string
+}
+
+// SignUpBatchResponse400Headers the declared response headers of an HTTP 400 response for SignUpBatch
+type SignUpBatchResponse400Headers struct {
+	XRequestId string
+}
+
+// SignUpBatchResponse401Headers the declared response headers of an HTTP 401 response for SignUpBatch
+type SignUpBatchResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// SignUpBatchResponse403Headers the declared response headers of an HTTP 403 response for SignUpBatch
+type SignUpBatchResponse403Headers struct {
+	XRequestId string
+}
+
+// SignUpBatchResponse413Headers the declared response headers of an HTTP 413 response for SignUpBatch
+type SignUpBatchResponse413Headers struct {
+	XRequestId string
+}
+
+// SignUpBatchResponse415Headers the declared response headers of an HTTP 415 response for SignUpBatch
+type SignUpBatchResponse415Headers struct {
+	XRequestId string
+}
+
+// SignUpBatchResponse429Headers the declared response headers of an HTTP 429 response for SignUpBatch
+type SignUpBatchResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// SignUpBatchResponse500Headers the declared response headers of an HTTP 500 response for SignUpBatch
+type SignUpBatchResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// SignUpBatchResponse503Headers the declared response headers of an HTTP 503 response for SignUpBatch
+type SignUpBatchResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type SignUpBatchResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *BatchAnswer
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *SignUpBatchResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *SignUpBatchResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *SignUpBatchResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *SignUpBatchResponse403Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *SignUpBatchResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *SignUpBatchResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *SignUpBatchResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *SignUpBatchResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *SignUpBatchResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r SignUpBatchResponse) GetJSON200() *BatchAnswer {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r SignUpBatchResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r SignUpBatchResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r SignUpBatchResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r SignUpBatchResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r SignUpBatchResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
 // DeleteTenantResponse200Headers the declared response headers of an HTTP 200 response for DeleteTenant
 type DeleteTenantResponse200Headers struct {
 	ETag              *string
@@ -13722,6 +14098,50 @@ func (c *ClientWithResponses) ListTenantsWithResponse(ctx context.Context, param
 		return nil, err
 	}
 	return ParseListTenantsResponse(rsp)
+}
+
+// SignUpBatchWithBodyWithResponse Sign many tenants up
+//
+// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+// Role: provisioner.
+//
+// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+// A tenant that is being deleted is refused with `tenant_deleting`.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+func (c *ClientWithResponses) SignUpBatchWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*SignUpBatchResponse, error) {
+	rsp, err := c.SignUpBatchWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSignUpBatchResponse(rsp)
+}
+
+// SignUpBatchWithResponse Sign many tenants up
+//
+// As that many PUTs, of users that are there already and do not wait: the tenants are written down, and get their
+// apps in the background, when no other tenant waits and the pools are full. Nothing waits for that; the keys are read at
+// `/v1/tenants/{tenant_id}/keys/default/secret` later. Who is signed up by PUT meanwhile waits in the background no longer.
+// Role: provisioner.
+//
+// Each item ends as its PUT would, in the order of the items, whatever comes of the others; of two with one id the
+// second finds the tenant of the first. The same batch may be sent again, and is how to learn how its tenants stand.
+// A tenant that is being deleted is refused with `tenant_deleting`.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/tenants/batch (the `SignUpBatch` operationId).
+func (c *ClientWithResponses) SignUpBatchWithResponse(ctx context.Context, body SignUpBatchJSONRequestBody, reqEditors ...RequestEditorFn) (*SignUpBatchResponse, error) {
+	rsp, err := c.SignUpBatch(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseSignUpBatchResponse(rsp)
 }
 
 // DeleteTenantWithResponse Delete a tenant
@@ -19115,6 +19535,223 @@ func ParseListTenantsResponse(rsp *http.Response) (*ListTenantsResponse, error) 
 		response.Headers500 = &headers
 	case rsp.StatusCode == 503:
 		var headers ListTenantsResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseSignUpBatchResponse parses an HTTP response from a SignUpBatchWithResponse call
+func ParseSignUpBatchResponse(rsp *http.Response) (*SignUpBatchResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &SignUpBatchResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest BatchAnswer
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers SignUpBatchResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers SignUpBatchResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers SignUpBatchResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers SignUpBatchResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 413:
+		var headers SignUpBatchResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers SignUpBatchResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers SignUpBatchResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers SignUpBatchResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers SignUpBatchResponse503Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
 			var value int
 			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {

@@ -51,6 +51,8 @@ func (l *load) live(ctx context.Context, r *rand.Rand) {
 	defer all.Wait()
 	campaigns := rand.New(rand.NewPCG(r.Uint64(), 6))
 	all.Go(func() { l.rotateMany(ctx, campaigns) })
+	batches := rand.New(rand.NewPCG(r.Uint64(), 7))
+	all.Go(func() { l.importMany(ctx, batches) })
 	ticker := time.NewTicker(lifeEvery)
 	defer ticker.Stop()
 	byHand := l.s.byHand

@@ -89,7 +89,8 @@ func answer[T any](resp *http.Response, err error) (answered[T], error) {
 
 // An apiProblem is what the API answered instead.
 type apiProblem struct {
-	status int
+	status     int
+	retryAfter time.Duration // 0 where the answer does not say
 	client.ProblemDetails
 }
 
@@ -106,6 +107,9 @@ func (p *apiProblem) Error() string {
 
 func problemOf(resp *http.Response, body []byte) error {
 	p := &apiProblem{status: resp.StatusCode}
+	if resp.Header.Get("Retry-After") != "" {
+		p.retryAfter = retryAfter(resp)
+	}
 	_ = json.Unmarshal(body, &p.ProblemDetails) // what is no problem document has no detail
 	return p
 }

@@ -457,6 +457,10 @@ func (c upstreamCmd) Run(ctx context.Context, e env) error {
 	w.row("breaker", breaker)
 	w.row("tenants that wait", since(fmt.Sprint(u.Queue.WaitingTenants), u.Queue.OldestWaitingSince, now))
 	w.row("until they are served", span(time.Duration(float64(u.Queue.EtaSeconds)*float64(time.Second))))
+	if n := u.Queue.ImportingTenants; n > 0 {
+		w.row("tenants of imports that wait", n)
+		w.row("until they are served", span(time.Duration(float64(u.Queue.ImportEtaSeconds)*float64(time.Second))))
+	}
 	w.row("apps being built", u.Queue.BuildingApps)
 	w.row("keys being revoked", u.Queue.RevokingKeys)
 	w.row("apps being removed", u.Queue.PurgingApps)

@@ -36,36 +36,52 @@ type bodyRule int
 const (
 	mayBeEmpty  bodyRule = iota // a body that is missing or empty leaves the fields unset
 	holdsSecret                 // not even the names of unknown fields are repeated
+	holdsItems                  // may not be empty
 	mergePatch                  // RFC 7396: a field that is null is to be removed
 )
 
 // decodeBody reads a JSON object into v. Fields are named exactly, and no others
 // than known are taken. Values are not repeated in errors: they may be secrets.
 func decodeBody(w http.ResponseWriter, r *http.Request, v any, rule bodyRule, known ...string) error {
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBodyBytes))
+	body, err := readBody(w, r, rule, MaxBodyBytes)
+	if err != nil || body == nil {
+		return err
+	}
+	return decodeObject(body, v, rule, known...)
+}
+
+// readBody reads a body of at most so many bytes, in UTF-8. It returns nil for one that is
+// empty and may be.
+func readBody(w http.ResponseWriter, r *http.Request, rule bodyRule, most int64) ([]byte, error) {
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, most))
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-		return tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", MaxBodyBytes)
+		return nil, tenant.Errorf(tenant.TooLarge, "body_too_large", "the body may have %d bytes at most", most)
 	}
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return invalid("body", "was not sent in full within %s", ReadTimeout)
+		return nil, invalid("body", "was not sent in full within %s", ReadTimeout)
 	case errors.Is(err, io.ErrUnexpectedEOF):
-		return invalid("body", "ended early: it is shorter than its Content-Length, or its last chunk is missing")
+		return nil, invalid("body", "ended early: it is shorter than its Content-Length, or its last chunk is missing")
 	case err != nil:
-		return invalid("body", "was not sent as HTTP demands, or the connection broke")
+		return nil, invalid("body", "was not sent as HTTP demands, or the connection broke")
 	}
-	if len(strings.TrimSpace(string(body))) == 0 {
+	if len(bytes.TrimSpace(body)) == 0 {
 		if rule == mayBeEmpty {
-			return nil
+			return nil, nil
 		}
-		return invalid("body", "is empty: it must be a JSON object")
+		return nil, invalid("body", "is empty: it must be a JSON object")
 	}
 	if err := checkBodyHeaders(w, r, rule); err != nil {
-		return err
+		return nil, err
 	}
 	if !utf8.Valid(body) {
-		return invalid("body", "is not valid UTF-8")
+		return nil, invalid("body", "is not valid UTF-8")
 	}
+	return body, nil
+}
+
+// decodeObject is decodeBody of a JSON object that was read.
+func decodeObject(body []byte, v any, rule bodyRule, known ...string) error {
 	// encoding/json takes a field in any spelling of upper and lower case, and null
 	// for an object.
 	var fields map[string]json.RawMessage

@@ -19,6 +19,7 @@ type poolBody struct {
 	HeldBack       int              `json:"held_back"`
 	Building       int              `json:"building"`
 	WaitingTenants int              `json:"waiting_tenants"`
+	Importing      int              `json:"importing_tenants"`
 	LastHour       poolLastHourBody `json:"last_hour"`
 	PlannedAt      time.Time        `json:"planned_at,omitzero"`
 	Reason         *poolReasonBody  `json:"reason,omitempty"`
@@ -46,7 +47,7 @@ func (s *server) listPools(w http.ResponseWriter, r *http.Request) error {
 	body := poolListBody{Pools: []poolBody{}}
 	for _, p := range pools {
 		b := poolBody{Profile: p.Profile, Min: p.Fewest, Max: p.Most, Target: p.Target, Ready: p.Ready, Outdated: p.Outdated, HeldBack: p.HeldBack,
-			Building: p.Building, WaitingTenants: p.Waiting, LastHour: poolLastHourBody{p.SignUps, p.Hits, p.Misses}, PlannedAt: p.PlannedAt.UTC()}
+			Building: p.Building, WaitingTenants: p.Waiting, Importing: p.Importing, LastHour: poolLastHourBody{p.SignUps, p.Hits, p.Misses}, PlannedAt: p.PlannedAt.UTC()}
 		if p.Reason != nil {
 			b.Reason = &poolReasonBody{p.Reason.Code, p.Reason.Detail}
 		}

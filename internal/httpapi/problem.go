@@ -74,9 +74,21 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 		w.WriteHeader(statusClientGone)
 		return
 	}
-	p := problemDetails{Type: "about:blank", RequestID: info.id, Status: http.StatusInternalServerError, Code: "internal",
+	p, retryAfter := problemOf(err, info.id)
+	if p.Status == http.StatusUnauthorized {
+		w.Header().Set("WWW-Authenticate", `Bearer realm="tenantry"`)
+	}
+	if p.Status >= 500 || p.Status == http.StatusTooManyRequests {
+		setRetryAfter(w, max(retryAfter, time.Second))
+	}
+	w.Header().Del("ETag")
+	writeJSON(w, p.Status, "application/problem+json", p)
+}
+
+// problemOf is the problem document of err, and when to try again, if that is known.
+func problemOf(err error, requestID string) (p problemDetails, retryAfter time.Duration) {
+	p = problemDetails{Type: "about:blank", RequestID: requestID, Status: http.StatusInternalServerError, Code: "internal",
 		Detail: "Tenantry failed; its log says why, under this request_id"}
-	retryAfter := time.Duration(0)
 	if e, ok := errors.AsType[*tenant.Error](err); ok {
 		if status, known := statusOf(e.Kind); known {
 			p.Status, p.Code, p.Detail, p.Field, p.State, p.Allowed = status, e.Code, e.Detail, e.Field, e.State, e.Allowed
@@ -90,14 +102,7 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 		p.Status = e.status
 	}
 	p.Title = http.StatusText(p.Status)
-	if p.Status == http.StatusUnauthorized {
-		w.Header().Set("WWW-Authenticate", `Bearer realm="tenantry"`)
-	}
-	if p.Status >= 500 || p.Status == http.StatusTooManyRequests {
-		setRetryAfter(w, max(retryAfter, time.Second))
-	}
-	w.Header().Del("ETag")
-	writeJSON(w, p.Status, "application/problem+json", p)
+	return p, retryAfter
 }
 
 func setRetryAfter(w http.ResponseWriter, d time.Duration) {

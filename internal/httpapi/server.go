@@ -87,6 +87,8 @@ type server struct {
 // MaxHeaderBytes and the like from Limit.
 const (
 	MaxBodyBytes   = 64 << 10
+	MaxBatchBytes  = 4 << 20 // of a batch of sign-ups
+	MaxBatch       = 1000    // sign-ups in one
 	MaxHeaderBytes = 16 << 10
 	ReadTimeout    = 10 * time.Second // of a whole request, its body included
 	workTimeout    = 10 * time.Second // of a request, waiting not included
@@ -141,6 +143,7 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/tenants/{tenant_id}/resume", s.allow(managers, s.tenantChange(s.resumeTenant)))
 	r.Post("/v1/tenants/{tenant_id}/restore", s.allow(managers, s.tenantChange(s.restoreTenant)))
 	r.Get("/v1/tenants", s.allow(any, s.listTenants))
+	r.Post("/v1/tenants/batch", s.allow(provisioner, s.postBatch))
 	r.Post("/v1/tenants/{tenant_id}/retry", s.allow(admin, s.retryTenant))
 	r.Get("/v1/tenants/{tenant_id}/keys", s.allow(any, s.listKeys))
 	r.Put("/v1/tenants/{tenant_id}/keys/{key_name}", s.allow(provisioner, s.putKey))

@@ -44,10 +44,12 @@ type breakerBody struct {
 type queueBody struct {
 	WaitingTenants     int       `json:"waiting_tenants"`
 	OldestWaitingSince time.Time `json:"oldest_waiting_since,omitzero"`
+	ImportingTenants   int       `json:"importing_tenants"`
 	BuildingApps       int       `json:"building_apps"`
 	RevokingKeys       int       `json:"revoking_keys"`
 	PurgingApps        int       `json:"purging_apps"`
 	ETASeconds         float64   `json:"eta_seconds"`
+	ImportETASeconds   float64   `json:"import_eta_seconds"`
 }
 
 func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
@@ -70,7 +72,8 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 		Breaker:  breakerBody{State: "closed"},
 		Queue: queueBody{WaitingTenants: u.Waiting, OldestWaitingSince: u.OldestSince.UTC(), BuildingApps: u.Building,
 			RevokingKeys: u.Revoking, PurgingApps: u.Purging,
-			ETASeconds: float64(u.Waiting*provision.CallsPerBuild) / rate},
+			ImportingTenants: u.Importing, ETASeconds: float64(u.Waiting*provision.CallsPerBuild) / rate,
+			ImportETASeconds: float64((u.Waiting+u.Importing)*provision.CallsPerBuild) / rate},
 		Problem: u.LastProblem,
 	}
 	if fence.Up() {

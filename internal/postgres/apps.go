@@ -40,12 +40,13 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
-			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile),
+			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND NOT t.background),
+			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND t.background),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
-		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted,
+		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)

@@ -175,8 +175,9 @@ func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, 
 		SELECT greatest(b.next_slot_at - clock_timestamp(), '0'),
 			b.pauses, CASE WHEN b.pauses > 0 THEN b.paused_until END, b.pause_reason,
 			(SELECT problem FROM refused_pats WHERE fingerprint = $1),
-			(SELECT count(*) FROM tenants WHERE state = 'provisioning'),
-			(SELECT min(state_since) FROM tenants WHERE state = 'provisioning'),
+			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background),
+			(SELECT min(state_since) FROM tenants WHERE state = 'provisioning' AND NOT background),
+			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND background),
 			(SELECT count(*) FROM apps WHERE state = 'building'),
 			(SELECT count(*) FROM keys WHERE state = 'revoking'),
 			(SELECT count(*) FROM apps WHERE state = 'purging'),
@@ -184,7 +185,7 @@ func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, 
 				ORDER BY next_attempt_at DESC LIMIT 1),
 			clock_timestamp()
 		FROM upstream_budget b`, pat).
-		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Waiting, &oldest, &s.Building, &s.Revoking,
+		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Waiting, &oldest, &s.Importing, &s.Building, &s.Revoking,
 			&s.Purging, &s.LastProblem, &s.DatabaseTime)
 	s.PausedUntil, s.OldestSince = orZero(paused), orZero(oldest)
 	return s, translate("read upstream status", err)

@@ -15,12 +15,25 @@ import (
 // another for the same row.
 const requeueAfter = 10 * time.Second
 
+// Which jobs of the background queue go first. The apps of an import are tended last, and
+// may wait for as long as it takes: their markers are needed only after a disaster.
+const (
+	priorityPool   = 1
+	priorityReport = 2
+	priorityOther  = 3 // of an import, too
+	priorityLast   = 4
+)
+
 func (db *DB) enqueueApps(ctx context.Context, queue string, ids []tenant.AppID) error {
+	return db.enqueue(ctx, appJobs(queue, 1, ids))
+}
+
+func appJobs(queue string, priority int, ids []tenant.AppID) []river.InsertManyParams {
 	jobs := make([]river.InsertManyParams, 0, len(ids))
 	for _, id := range ids {
-		jobs = append(jobs, river.InsertManyParams{Args: tenant.AppJob{AppID: id}, InsertOpts: &river.InsertOpts{Queue: queue}})
+		jobs = append(jobs, river.InsertManyParams{Args: tenant.AppJob{AppID: id}, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
-	return db.enqueue(ctx, jobs)
+	return jobs
 }
 
 // A keyInLane is a key that there is work on.
@@ -58,7 +71,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	add := func(queue string, priority int, args river.JobArgs) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
-	var building, later []tenant.AppID
+	var building, later, marks []tenant.AppID
 	var reconciliations, adoptions, campaigns []uuid.UUID
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
@@ -92,16 +105,24 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	collect(batch, &campaigns, `
 		UPDATE campaigns SET enqueued_at = now() WHERE `+dueCampaign+` AND `+notQueued+` RETURNING id`, requeueAfter)
 	// The conditions that go beyond dueApp are those of an index.
-	for _, which := range []string{"state = 'building' AND for_pool", "state = 'purging'", "state = 'held' AND pending",
-		"state = 'ready' AND coalesce(proven_at, ready_at) < now() - " + poolAge} {
-		collect(batch, &later, `
+	for _, w := range []struct {
+		which    string
+		ids      *[]tenant.AppID
+		priority int
+	}{
+		{"state = 'building' AND for_pool", &later, priorityOther}, {"state = 'purging'", &later, priorityOther},
+		{"state = 'held' AND pending AND NOT background", &later, priorityOther},
+		{"state = 'held' AND pending AND background", &marks, priorityLast},
+		{"state = 'ready' AND coalesce(proven_at, ready_at) < now() - " + poolAge, &later, priorityOther},
+	} {
+		collect(batch, w.ids, `
 			UPDATE apps SET enqueued_at = now()
 			WHERE id = ANY (ARRAY(
-				SELECT id FROM apps WHERE `+which+` AND `+dueApp+` AND `+notQueued+`
+				SELECT id FROM apps WHERE `+w.which+` AND `+dueApp+` AND `+notQueued+`
 				ORDER BY next_attempt_at
-				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3))
+				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3 AND priority <= $4))
 				FOR UPDATE SKIP LOCKED))
-			RETURNING id`, requeueAfter, mostBackground, tenant.QueueBackground)
+			RETURNING id`, requeueAfter, mostBackground, tenant.QueueBackground, w.priority)
 	}
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
@@ -115,14 +136,13 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		jobs = append(jobs, adoptionJob(id))
 	}
 	for _, id := range reconciliations {
-		add(tenant.QueueBackground, 2, tenant.ReconciliationJob{ReconciliationID: id})
+		add(tenant.QueueBackground, priorityReport, tenant.ReconciliationJob{ReconciliationID: id})
 	}
 	for _, id := range campaigns {
 		jobs = append(jobs, campaignJob(id))
 	}
-	for _, id := range later {
-		add(tenant.QueueBackground, 3, tenant.AppJob{AppID: id})
-	}
+	jobs = append(jobs, appJobs(tenant.QueueBackground, priorityOther, later)...)
+	jobs = append(jobs, appJobs(tenant.QueueBackground, priorityLast, marks)...)
 	return len(jobs), db.enqueue(ctx, jobs)
 }
 

@@ -111,7 +111,7 @@ func countSignUps(ctx context.Context, tx pgx.Tx, plan tenant.PoolPlan) (map[str
 		SELECT profile, floor(extract(epoch FROM now() - created_at) / extract(epoch FROM $1::interval))::int AS ago, count(*),
 			count(*) FILTER (WHERE state = 'active' AND state_since = created_at),
 			count(*) FILTER (WHERE state = 'active' AND state_since > created_at OR state = 'provisioning')
-		FROM tenants WHERE created_at > now() - $2 * $1::interval AND created_at <= now()
+		FROM tenants WHERE created_at > now() - $2 * $1::interval AND created_at <= now() AND NOT background
 		GROUP BY profile, ago`, plan.Beat, plan.Beats)
 	var profile string
 	var ago, n, hits, misses int
@@ -133,12 +133,15 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 		WITH pool AS (
 			SELECT count(*)::int AS ready FROM apps
 			WHERE state = 'ready' AND profile = $1 AND profile_revision = $2 AND NOT suspect
+		), importing AS (
+			SELECT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $1) AS any
 		), planned AS (
 			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses, ready_from, waiting_from)
-			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 THEN now() END, $4, $5, $6,
+			-- What is more than the target may be on its way to a tenant in the background.
+			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 AND NOT importing.any THEN now() END, $4, $5, $6,
 				least((SELECT min(ready_at) FROM apps WHERE state = 'ready' AND profile = $1), now() - `+boundsMargin+`),
-				least((SELECT min(state_since) FROM tenants WHERE state = 'provisioning' AND profile = $1), now() - `+boundsMargin+`)
-			FROM pool
+				least((SELECT min(state_since) FROM tenants WHERE `+waits+` AND profile = $1), now() - `+boundsMargin+`)
+			FROM pool, importing
 			ON CONFLICT (profile) DO UPDATE
 			SET revision = excluded.revision, target = excluded.target, planned_at = excluded.planned_at,
 				above_since = CASE WHEN excluded.above_since IS NOT NULL THEN coalesce(p.above_since, now()) END,
@@ -193,12 +196,17 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 	return err
 }
 
-// FillPool begins builds for the pool of a profile, with the given ids: as many as
-// are missing to its target when each tenant that waits has had one, and no more at
-// once than there are ids. It begins none while upstream work stands still, nor for a
-// revision that the pool is not kept of.
-func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+// FillPool begins builds for the pool of a profile, and for its tenants that wait in the
+// background, with the given ids: as many as are missing to its target, and for them,
+// when each other tenant that waits has had one. There are no more at once than forPool,
+// or than ids while tenants wait in the background. It begins none while upstream work
+// stands still, nor for a revision that the pool is not kept of.
+//
+// Nothing tells the builds for the pool and those others apart. The pool has what ends
+// first: ClaimInBackground leaves it what it shall have.
+func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
 	var began []tenant.AppID
+	first := 0 // of those, that are for the pool
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		// As in StartBuilds.
 		var alone bool
@@ -207,27 +215,36 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
-			WITH pool AS (
-				SELECT target
-					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND profile = $2)
-					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND profile_revision = $3 AND NOT suspect) AS wanted
-				FROM pools WHERE profile = $2 AND revision = $3
+			WITH importing AS (
+				SELECT count(*) AS n FROM (
+					SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $2 LIMIT $5) t
+			), pool AS (
+				SELECT target FROM pools WHERE profile = $2 AND revision = $3 AND $6
+				UNION ALL SELECT 0 FROM importing WHERE n > 0 AND NOT $6
+			), lacking AS (
+				SELECT target + n
+					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $2)
+					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND (profile_revision = $3 OR NOT $6) AND NOT suspect) AS wanted,
+					CASE WHEN n > 0 THEN $5 ELSE $4 END AS at_once
+				FROM pool, importing
 			), building AS (
 				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
 				WHERE state = 'building' AND profile = $2 AND NOT suspect
 			)
 			INSERT INTO apps (id, profile, profile_revision, for_pool, enqueued_at)
 			SELECT unnest($1::text[]), $2, $3, true, now() WHERE NOT `+fenced+` AND coalesce(`+upstreamHalted+`) IS NULL
-			LIMIT coalesce((SELECT greatest(0, least(wanted - n, $4 - for_pool)) FROM pool, building), 0)
-			RETURNING id`, ids, p.Name, p.Revision(), len(ids))
-		var err error
-		began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)
+			RETURNING id, (SELECT greatest(0, wanted - importing.n - building.n) FROM lacking, importing, building)`,
+			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools())
+		var id tenant.AppID
+		_, err := pgx.ForEachRow(rows, []any{&id, &first}, func() error { began = append(began, id); return nil })
 		return err
 	})
 	if err != nil {
 		return translate("fill pool", err)
 	}
-	return db.enqueueApps(ctx, tenant.QueueBackground, began)
+	first = min(first, len(began))
+	return db.enqueue(ctx, append(appJobs(tenant.QueueBackground, priorityPool, began[:first]), appJobs(tenant.QueueBackground, priorityOther, began[first:])...))
 }
 
 // DefaultKeyOf reads the key that an app was built with. It reports tenant.NotFound if
@@ -320,7 +337,8 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision IS DISTINCT FROM p.revision AND NOT suspect),
 			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND suspect),
 			(SELECT count(*) FROM apps a WHERE a.state = 'building' AND a.profile = m.name),
-			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND t.profile = m.name),
+			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND NOT background AND t.profile = m.name),
+			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND background AND t.profile = m.name),
 			coalesce(p.sign_ups, 0), coalesce(p.hits, 0), coalesce(p.misses, 0),
 			(SELECT a.problem FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.problem IS NOT NULL
 				ORDER BY a.next_attempt_at DESC LIMIT 1)
@@ -331,11 +349,12 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 		return nil, load, translate("read pools", err)
 	}
 	err = db.pool.QueryRow(ctx, `
-		SELECT (SELECT count(*) FROM tenants WHERE state = 'provisioning'),
+		SELECT (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background),
+			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND background),
 			(SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking')),
 			(SELECT count(*) FROM apps WHERE state = 'held' AND pending),
 			(SELECT count(*) FROM apps WHERE state = 'purging'),
 			(SELECT count(*) FROM reconciliations WHERE state = 'running')`).
-		Scan(&load.Waiting, &load.Keys, &load.Marking, &load.Purging, &load.Reports)
+		Scan(&load.Waiting, &load.Importing, &load.Keys, &load.Marking, &load.Purging, &load.Reports)
 	return pools, load, translate("read pools", err)
 }

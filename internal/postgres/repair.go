@@ -77,7 +77,7 @@ func (db *DB) RevokeKey(ctx context.Context, r tenant.Reconciliation, f tenant.F
 func (db *DB) ForgetApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.gone", `
 		WITH freed AS (
-			UPDATE tenants SET state = 'provisioning', state_since = now(), app_id = NULL, version = version + 1, updated_at = now()
+			UPDATE tenants SET state = 'provisioning', state_since = now(), app_id = NULL, background = false, version = version + 1, updated_at = now()
 			WHERE app_id = $1 AND state IN ('active', 'resuming') RETURNING id
 		), keys_gone AS (
 			UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, updated_at = now()

@@ -197,7 +197,8 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 }
 
 // claimSQL gives the ready app that waited longest to the tenant of the profile
-// that waited longest; it is the only way to an app that is held. Tenants and
+// that waited longest; this and claimInBackgroundSQL are the only ways to an app that is
+// held, and this one leaves out who waits in the background. Tenants and
 // apps that another transaction is at are passed over: whoever holds them
 // finishes them. $1 is the profile, $2 the actor, $3 the request id, $4 the upstream
 // request id.
@@ -220,7 +221,7 @@ const claimSQL = `
 		SELECT id FROM current UNION ALL SELECT id FROM other
 	), waiter AS (
 		SELECT id, generation FROM tenants
-		WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + ` AND EXISTS (SELECT FROM picked)
+		WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` AND EXISTS (SELECT FROM picked)
 		ORDER BY state_since, id LIMIT 1 FOR UPDATE SKIP LOCKED
 	), given AS (
 		UPDATE apps a
@@ -241,7 +242,10 @@ const claimSQL = `
 	)`
 
 const claimable = `state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect AND NOT ` + fenced + `
-			AND EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + `)`
+			AND EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `)`
+
+// waits says of a tenant that it waits for an app, and not in the background.
+const waits = `state = 'provisioning' AND NOT background`
 
 // claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
 // every replica.
@@ -260,7 +264,8 @@ const startBuildsSQL = `
 		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
 			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND NOT suspect LIMIT $4) coming)) END
-		FROM (SELECT count(*) AS waiting FROM (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)
+		FROM (SELECT count(*) AS waiting FROM (
+			SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)
 	RETURNING id`
 
 // signUpFromPoolSQL makes tenants of one profile that are new, gives each a ready app
@@ -282,14 +287,14 @@ const signUpFromPoolSQL = `
 		SELECT id FROM apps
 		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
 			AND ` + readySince + ` AND profile_revision = (SELECT revision FROM pools WHERE profile = $1)
-			AND NOT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND profile = $1 AND ` + waitingSince + `)
+			AND NOT EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `)
 		ORDER BY ready_at, id LIMIT (SELECT count(*) FROM asked) FOR UPDATE SKIP LOCKED
 	), app AS (
 		SELECT id, row_number() OVER () AS place FROM picked
 	), made AS (
 		INSERT INTO tenants (id, profile, state, app_id, display_name, labels, attributes_hash)
 		SELECT asked.id, $1, 'active', app.id, display_name, labels::jsonb, attributes_hash FROM asked JOIN app USING (place)
-		ORDER BY asked.id
+		ORDER BY asked.id COLLATE "C"
 		ON CONFLICT (id) DO NOTHING
 		RETURNING id, app_id, generation, version, created_at
 	), given AS (
@@ -312,10 +317,10 @@ const signUpFromPoolSQL = `
 	SELECT m.id, m.app_id, m.generation, m.version, m.created_at, ` + keyColumns + `, k.ciphertext
 	FROM made m JOIN revealed k ON k.tenant_id = m.id`
 
-// readySince and waitingSince say of apps that are ready, or of tenants that wait, that they have been so
-// since there was one of their profile at all. It leaves nothing out: older entries of
-// the indexes are of apps and tenants that are so no longer, and without the bound each
-// claim walks over all of them that the last vacuum has left.
+// readySince and waitingSince say of apps that are ready, or of tenants that wait, that
+// they have been so since there was one of their profile at all. It leaves nothing out:
+// older entries of the indexes are of apps and tenants that are so no longer, and without
+// the bound each claim walks over all of them that the last vacuum has left.
 const (
 	readySince   = `ready_at >= coalesce((SELECT ready_from FROM pools WHERE profile = $1), '-infinity')`
 	waitingSince = `state_since >= coalesce((SELECT waiting_from FROM pools WHERE profile = $1), '-infinity')`
@@ -403,7 +408,7 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 		made = `
 			UPDATE tenants
 			SET generation = generation + 1, profile = $2, display_name = $3, labels = $4, attributes_hash = $5, state = 'provisioning',
-				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false,
+				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false, background = false,
 				version = version + 1, updated_at = now()
 			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted')`
 	}
@@ -421,17 +426,23 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 			return err
 		})
-	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash FROM tenants t WHERE t.id = $1`, n.ID).
+	var background bool
+	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
 			fields, done := tenantFields(&s.Tenant)
 			defer done()
-			return row.Scan(append(fields, &s.FirstHash)...)
+			return row.Scan(append(fields, &s.FirstHash, &background)...)
 		})
 	// Without BEGIN, the statements of a batch are one transaction.
 	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
 		return s, translate("sign up", err)
 	}
 	db.changed(s.Tenant.ID, s.Tenant.AppID)
+	if background && s.Tenant.State == tenant.Provisioning && s.Tenant.Profile == n.Profile.Name {
+		var err error
+		s.Tenant, err = db.hurry(ctx, n, actor)
+		return s, err
+	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
 	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }

@@ -140,12 +140,12 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 	began := time.Now()
 	profile, ok := s.profiles[a.Profile]
 	switch {
-	case !ok && a.Wanted: // it is known to replicas that were started with another file
+	case !ok && (a.Wanted || a.WantedLater): // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}
 	case !ok:
 		return s.abandon(ctx, *a, true, "its profile is gone")
 	}
-	if a.ForPool && !a.Made && a.PoolRevision != "" && a.PoolRevision != profile.Revision() {
+	if a.ForPool && !a.Made && profile.Pools() && a.PoolRevision != "" && a.PoolRevision != profile.Revision() {
 		// It is for replicas that were started with another file: made here, it would be
 		// one that the pool does not want.
 		return &deferred{wait: s.BackoffBase}

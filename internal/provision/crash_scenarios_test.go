@@ -541,6 +541,31 @@ var crashScenarios = map[string]crashScenario{
 		},
 		options: keepsPool, spare: 3,
 	},
+	"import": {
+		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+			"build FinishBuild", "tend MarkApp"},
+		prepare: first, act: func(s *scene) { importAll(s.t, s.r, batchOf("imported", 3)) }, settle: imported,
+		newcomers: imports,
+	},
+	"import that gets apps of the pool": {
+		points: []string{"keepPools ClaimInBackground", "keepPools FillPool"},
+		prepare: func(s *scene) {
+			first(s)
+			fillPool(s)
+			s.r.Stop()
+			s.r = s.w.Start(provisiontest.Options{Idle: true})
+			importAll(s.t, s.r, batchOf("imported", 3))
+		},
+		settle: imported, newcomers: imports,
+	},
+	"import of an adopted tenant": {
+		points: []string{"endSignUp SetFirstAttributes"},
+		prepare: func(s *scene) {
+			first(s)
+			exec(s.t, s.w, `UPDATE tenants SET attributes_hash = $1`, make([]byte, tenant.AttributesHashSize))
+		},
+		act: func(s *scene) { importAll(s.t, s.r, []provision.BatchSignUp{{ID: "user_1"}}) },
+	},
 	"member of the pool that is looked at": {
 		points:  []string{"defaultKeyDead DefaultKeyOf", "opens Opens", "prove KeyProven"},
 		prepare: old, pool: 1,
@@ -1040,6 +1065,18 @@ func sharedKeyAgain(s *scene) {
 	stateOf(s.t, is, err, tenant.Suspended)
 	s.w.KeyByHand(provisiontest.TheirPAT, "theirs")
 	mustAdopt(s.t, s.r, "user_2", sharedWithKey(s))
+}
+
+var imports = []tenant.ID{"imported_0000", "imported_0001", "imported_0002"}
+
+// imported runs an import again, and waits until all have their apps: nobody has come for
+// them, which would hurry them.
+func imported(s *scene) {
+	importAll(s.t, s.r, batchOf("imported", len(imports)))
+	conn := pgtest.Conn(s.t, s.w.URL)
+	provisiontest.Eventually(s.t, "all that were imported are active", func() bool {
+		return countOf(s.t, conn, `tenants WHERE background AND state = 'active'`) == len(imports)
+	})
 }
 
 func signUpSecond(s *scene) { signUp(s.t, s.r, "user_2") }

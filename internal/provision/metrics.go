@@ -23,6 +23,7 @@ type Metrics struct {
 	keysetKeys   *prometheus.GaugeVec
 	resealLeft   prometheus.Gauge
 	unknownKeys  prometheus.Gauge
+	importing    prometheus.Gauge
 
 	campaigns                                    *prometheus.GaugeVec
 	campaignItems                                *prometheus.CounterVec
@@ -64,6 +65,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.unknownKeys = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_keyset_missing_keys", Help: "Keys that sealed something in the database and that this replica's keyset lacks."})
 	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
+	m.importing = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, counted every 15 seconds."})
+	reg.MustRegister(m.importing)
 	m.campaigns = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "tenantry_campaigns", Help: "Campaigns that have not ended, by kind and state, counted every 15 seconds."}, []string{"kind", "state"})
 	m.campaignItems = prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -118,6 +122,7 @@ func (s *Service) measure(ctx context.Context) error {
 	}
 	s.Metrics.paused.Set(oneIf(upstream.Pauses > 0))
 	s.Metrics.patRefused.Set(oneIf(pat.State == PATRefused))
+	s.Metrics.importing.Set(float64(upstream.Importing))
 	campaigns, err := s.Store.CountCampaigns(ctx)
 	if err != nil {
 		return err

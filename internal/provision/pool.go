@@ -78,20 +78,27 @@ func (s *Service) keepPools(ctx context.Context) error {
 	}, worker); err != nil {
 		return err
 	}
-	for _, p := range pooled {
-		if err := s.Store.FillPool(ctx, p, s.newAppIDs(poolBuilds)); err != nil {
+	for _, p := range s.Profiles {
+		if err := s.Store.ClaimInBackground(ctx, p, worker); err != nil {
+			return err
+		}
+		if err := s.Store.FillPool(ctx, p, s.newAppIDs(s.importBuilds()), poolBuilds); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
+// importBuilds is how many builds are under way at once while tenants of a profile wait
+// in the background. A build waits twice for a call that nobody else wants: with as many
+// as there are calls in a second some build has one to make, whenever it is free.
+func (s *Service) importBuilds() int {
+	return min(max(poolBuilds, int(math.Ceil(s.Rate))), max(poolBuilds, s.MaxBuilds))
+}
+
 // pooled are the profiles that keep a pool, by name.
 func (s *Service) pooled() []tenant.Profile {
-	return s.byName(func(p tenant.Profile) bool {
-		_, most := p.PoolBounds()
-		return most > 0
-	})
+	return s.byName(tenant.Profile.Pools)
 }
 
 func (s *Service) byName(which func(tenant.Profile) bool) []tenant.Profile {
@@ -224,6 +231,9 @@ func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, fence te
 		return &PoolReason{"revision_changes", "the pool is kept of another revision of the profile, until no replica has that for a minute"}
 	case load.Waiting > 0:
 		return &PoolReason{"sign_ups_wait", counted(load.Waiting, "tenant waits", "tenants wait") + " for an app, and are built for first"}
+	case load.Importing > 0:
+		return &PoolReason{"import", "upstream budget used by import: of the apps that are being built the pool gets the first, and " +
+			counted(load.Importing, "tenant that waits in the background", "tenants that wait in the background") + " the others"}
 	}
 	var busy []string
 	for _, other := range []struct {

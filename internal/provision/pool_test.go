@@ -282,8 +282,8 @@ type turnCounter struct {
 	turns *atomic.Int64
 }
 
-func (c turnCounter) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
-	err := c.Store.FillPool(ctx, p, ids)
+func (c turnCounter) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
+	err := c.Store.FillPool(ctx, p, ids, forPool)
 	c.turns.Add(1)
 	return err
 }

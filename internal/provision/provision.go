@@ -31,6 +31,7 @@ type Store interface {
 	PinDeployment(ctx context.Context, d tenant.Deployment) (tenant.Deployment, error)
 
 	SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error)
+	SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Actor) ([]tenant.SignedUp, error)
 	Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error)
 	Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
 	Watch(id tenant.ID) (changed <-chan struct{}, stop func())
@@ -131,7 +132,8 @@ type Store interface {
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
 	PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error
-	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error
+	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error
 	DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error)
 	KeyProven(ctx context.Context, a tenant.App) error
 	MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error

@@ -38,6 +38,16 @@ func (s watchedStore) SignUp(ctx context.Context, n tenant.NewTenant, actor tena
 	return s.Store.SignUp(ctx, n, actor)
 }
 
+func (s watchedStore) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Actor) ([]tenant.SignedUp, error) {
+	defer s.returned()
+	return s.Store.SignUpMany(ctx, n, actor)
+}
+
+func (s watchedStore) ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.ClaimInBackground(ctx, p, actor)
+}
+
 func (s watchedStore) Tenant(ctx context.Context, id tenant.ID) (tenant.Tenant, error) {
 	defer s.returned()
 	return s.Store.Tenant(ctx, id)
@@ -718,9 +728,9 @@ func (s watchedStore) PlanPools(ctx context.Context, profiles []tenant.Profile, 
 	return s.Store.PlanPools(ctx, profiles, plan, actor)
 }
 
-func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
 	defer s.returned()
-	return s.Store.FillPool(ctx, p, ids)
+	return s.Store.FillPool(ctx, p, ids, forPool)
 }
 
 func (s watchedStore) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {

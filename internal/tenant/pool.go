@@ -14,6 +14,12 @@ func (p Profile) PoolBounds() (fewest, most int) {
 	return p.PoolMin, max(p.PoolMin, p.PoolMax)
 }
 
+// Pools reports whether apps of p are kept ready.
+func (p Profile) Pools() bool {
+	_, most := p.PoolBounds()
+	return most > 0
+}
+
 // PoolBoundsOf are the bounds of a pool of which those given are set, nil being none.
 // What is left out is the default, as far as what is given allows it.
 func PoolBoundsOf(fewest, most *int) (PoolMin, PoolMax int) {
@@ -56,6 +62,7 @@ type Pool struct {
 	HeldBack  int       // ready apps that the restore fence holds back
 	Building  int
 	Waiting   int      // tenants that have no app yet
+	Importing int      // tenants beside those that have none yet and wait in the background
 	SignUps   int      // in the hour before PlannedAt
 	Hits      int      // of those, tenants that had their app at once
 	Misses    int      // and those that had to wait for it
@@ -64,11 +71,12 @@ type Pool struct {
 
 // A PoolLoad is what else the upstream calls of the pools are wanted for.
 type PoolLoad struct {
-	Waiting int // tenants of all profiles that have no app yet
-	Keys    int // that are made or revoked
-	Marking int // apps of tenants that wait for their marker
-	Purging int // apps that are removed
-	Reports int // reconciliations under way
+	Waiting   int // tenants of all profiles that have no app yet
+	Importing int // those beside them that wait in the background
+	Keys      int // that are made or revoked
+	Marking   int // apps of tenants that wait for their marker
+	Purging   int // apps that are removed
+	Reports   int // reconciliations under way
 }
 
 // PoolEnd is why an app was taken out of the pool.

@@ -43,6 +43,17 @@ type SignedUp struct {
 	Revealed *RevealedKey
 }
 
+// A NewBatch is sign-ups of many tenants at once, which wait in the background for their
+// apps: until nobody else does, and the pools are full.
+type NewBatch struct {
+	Tenants []NewTenant // no two of one id; of each the BuildID and MaxBuilds count for nothing
+	// Within is the scope of who asks: nothing is done to a tenant outside it.
+	Within Scope
+	// DryRun changes nothing. Created then says of a tenant that it would be made; one
+	// that never was there has no fields set.
+	DryRun bool
+}
+
 // A RevealedKey is a key with its sealed secret, of which an event says that it was shown.
 type RevealedKey struct {
 	Key        Key
@@ -138,6 +149,7 @@ type UpstreamStatus struct {
 	PATRefused   *Problem  // why the PAT is not used; nil while it is
 	Waiting      int       // tenants that wait for an app
 	OldestSince  time.Time // since when the oldest of them waits; zero if none
+	Importing    int       // tenants beside those that wait for one in the background
 	Building     int       // apps being built
 	Revoking     int       // keys being revoked
 	Purging      int       // apps being removed

@@ -130,10 +130,11 @@ type App struct {
 	LeasedUntil time.Time
 	// Made says that the app is known to exist upstream.
 	Made bool
-	// Wanted says that a tenant waits for such an app.
-	Wanted bool
-	// ForPool says that it is built for the pool: a tenant that waits has a build of
-	// its own.
+	// Wanted says that a tenant waits for such an app, and WantedLater that one does in
+	// the background.
+	Wanted, WantedLater bool
+	// ForPool says that it is built for the pool, or for who waits in the background: a
+	// tenant that waits has a build of its own.
 	ForPool bool
 	// PoolRevision is of what revision of its profile such an app is wanted; empty if no
 	// pool is kept.
