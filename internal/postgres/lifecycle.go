@@ -85,7 +85,7 @@ func move(ctx context.Context, tx pgx.Tx, t tenant.Tenant, to tenant.State, acto
 }
 
 // noneCreating says of the tenant t that none of its keys is being made.
-const noneCreating = `NOT EXISTS (SELECT FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating')`
+const noneCreating = `(SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating' LIMIT 1) IS NULL`
 
 // settle ends the change of a tenant that its keys were waited for, and wakes who
 // waits for it. The tenant is locked; "" is none.

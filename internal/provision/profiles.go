@@ -62,7 +62,7 @@ type profileCount struct {
 }
 
 // ProfileUses returns every profile, by name, with how many tenants were on it at the
-// time that it returns: 15 s ago, and as long as the count took, at most.
+// time that it returns: 15 s ago, or seldom times as long as the count took, at most.
 func (s *Service) ProfileUses(ctx context.Context) ([]ProfileUse, time.Time, error) {
 	counts, at, err := s.countByRevision(ctx)
 	if err != nil {
