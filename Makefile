@@ -44,7 +44,7 @@ chaos: build ## kill and fault everything under load for CHAOS_SECONDS (180), an
 	bin/chaos
 
 .PHONY: measure
-measure: build ## measure recovery from kill -9, the share of the upstream rate that is reached, and suspensions under load
+measure: build ## measure recovery from kill -9, the share of the upstream rate that is reached, suspensions under load, and how fast changes spread
 	bin/chaos measure
 
 .PHONY: bench

@@ -1580,6 +1580,9 @@ type IfNoneMatch = string
 // KeyName Examples: default
 type KeyName = string
 
+// NoCache Examples: no-cache
+type NoCache = string
+
 // Prefer Examples: wait=30
 type Prefer = string
 
@@ -1632,6 +1635,9 @@ type UnsupportedMediaType = ProblemDetails
 type GetAppTenantParams struct {
 	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them. A list that RFC 9110 does not allow names none.
 	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
+
+	// CacheControl `no-cache`: the answer comes from the database, and is 503 while that cannot be reached. Other directives are passed over.
+	CacheControl *NoCache `json:"Cache-Control,omitempty"`
 }
 
 // ListAuditParams defines parameters for ListAudit.
@@ -1760,6 +1766,9 @@ type GetTenantParams struct {
 
 	// IfNoneMatch ETags; the answer is 304 if the tenant still has one of them. A list that RFC 9110 does not allow names none.
 	IfNoneMatch *IfNoneMatch `json:"If-None-Match,omitempty"`
+
+	// CacheControl `no-cache`: the answer comes from the database, and is 503 while that cannot be reached. Other directives are passed over.
+	CacheControl *NoCache `json:"Cache-Control,omitempty"`
 }
 
 // PatchTenantParams defines parameters for PatchTenant.
@@ -1779,10 +1788,22 @@ type PutTenantParams struct {
 // PutTenantParamsOnDeleting defines parameters for PutTenant.
 type PutTenantParamsOnDeleting string
 
+// ListKeysParams defines parameters for ListKeys.
+type ListKeysParams struct {
+	// CacheControl `no-cache`: the answer comes from the database, and is 503 while that cannot be reached. Other directives are passed over.
+	CacheControl *NoCache `json:"Cache-Control,omitempty"`
+}
+
 // RevokeKeyParams defines parameters for RevokeKey.
 type RevokeKeyParams struct {
 	// Prefer `wait=N` waits up to N seconds, at most 60; `respond-async` does not wait. See RFC 7240.
 	Prefer *Prefer `json:"Prefer,omitempty"`
+}
+
+// GetKeyParams defines parameters for GetKey.
+type GetKeyParams struct {
+	// CacheControl `no-cache`: the answer comes from the database, and is 503 while that cannot be reached. Other directives are passed over.
+	CacheControl *NoCache `json:"Cache-Control,omitempty"`
 }
 
 // PutKeyParams defines parameters for PutKey.
@@ -2170,7 +2191,7 @@ type ClientInterface interface {
 	// ListProfiles The profiles, and how many tenants are on which revision
 	//
 	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 	// counted. Roles: all.
 	//
 	// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
@@ -2394,7 +2415,7 @@ type ClientInterface interface {
 	// Never a secret. Roles: all.
 	//
 	// Corresponds with GET /v1/tenants/{tenant_id}/keys (the `ListKeys` operationId).
-	ListKeys(ctx context.Context, tenantId TenantID, reqEditors ...RequestEditorFn) (*http.Response, error)
+	ListKeys(ctx context.Context, tenantId TenantID, params *ListKeysParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// RevokeKey Revoke a key
 	//
@@ -2409,7 +2430,7 @@ type ClientInterface interface {
 	// The key of this name that works, or else the one that is being made, or the last there was. Never a secret. Roles: all.
 	//
 	// Corresponds with GET /v1/tenants/{tenant_id}/keys/{key_name} (the `GetKey` operationId).
-	GetKey(ctx context.Context, tenantId TenantID, keyName KeyName, reqEditors ...RequestEditorFn) (*http.Response, error)
+	GetKey(ctx context.Context, tenantId TenantID, keyName KeyName, params *GetKeyParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// PutKeyWithBody Give a tenant a further key
 	//
@@ -2883,7 +2904,7 @@ func (c *Client) ListPools(ctx context.Context, reqEditors ...RequestEditorFn) (
 // ListProfiles The profiles, and how many tenants are on which revision
 //
 // The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 // counted. Roles: all.
 //
 // Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
@@ -3297,8 +3318,8 @@ func (c *Client) PutTenant(ctx context.Context, tenantId TenantID, params *PutTe
 // Never a secret. Roles: all.
 //
 // Corresponds with GET /v1/tenants/{tenant_id}/keys (the `ListKeys` operationId).
-func (c *Client) ListKeys(ctx context.Context, tenantId TenantID, reqEditors ...RequestEditorFn) (*http.Response, error) {
-	req, err := NewListKeysRequest(c.Server, tenantId)
+func (c *Client) ListKeys(ctx context.Context, tenantId TenantID, params *ListKeysParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListKeysRequest(c.Server, tenantId, params)
 	if err != nil {
 		return nil, err
 	}
@@ -3332,8 +3353,8 @@ func (c *Client) RevokeKey(ctx context.Context, tenantId TenantID, keyName KeyNa
 // The key of this name that works, or else the one that is being made, or the last there was. Never a secret. Roles: all.
 //
 // Corresponds with GET /v1/tenants/{tenant_id}/keys/{key_name} (the `GetKey` operationId).
-func (c *Client) GetKey(ctx context.Context, tenantId TenantID, keyName KeyName, reqEditors ...RequestEditorFn) (*http.Response, error) {
-	req, err := NewGetKeyRequest(c.Server, tenantId, keyName)
+func (c *Client) GetKey(ctx context.Context, tenantId TenantID, keyName KeyName, params *GetKeyParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetKeyRequest(c.Server, tenantId, keyName, params)
 	if err != nil {
 		return nil, err
 	}
@@ -3610,6 +3631,17 @@ func NewGetAppTenantRequest(server string, appId string, params *GetAppTenantPar
 			}
 
 			req.Header.Set("If-None-Match", headerParam0)
+		}
+
+		if params.CacheControl != nil {
+			var headerParam1 string
+
+			headerParam1, err = runtime.StyleParamWithOptions("simple", false, "Cache-Control", *params.CacheControl, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Cache-Control", headerParam1)
 		}
 
 	}
@@ -5053,6 +5085,17 @@ func NewGetTenantRequest(server string, tenantId TenantID, params *GetTenantPara
 			req.Header.Set("If-None-Match", headerParam0)
 		}
 
+		if params.CacheControl != nil {
+			var headerParam1 string
+
+			headerParam1, err = runtime.StyleParamWithOptions("simple", false, "Cache-Control", *params.CacheControl, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Cache-Control", headerParam1)
+		}
+
 	}
 
 	return req, nil
@@ -5221,7 +5264,7 @@ func NewPutTenantRequestWithBody(server string, tenantId TenantID, params *PutTe
 }
 
 // NewListKeysRequest constructs an http.Request for the ListKeys method
-func NewListKeysRequest(server string, tenantId TenantID) (*http.Request, error) {
+func NewListKeysRequest(server string, tenantId TenantID, params *ListKeysParams) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -5249,6 +5292,21 @@ func NewListKeysRequest(server string, tenantId TenantID) (*http.Request, error)
 	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
+	}
+
+	if params != nil {
+
+		if params.CacheControl != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "Cache-Control", *params.CacheControl, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Cache-Control", headerParam0)
+		}
+
 	}
 
 	return req, nil
@@ -5311,7 +5369,7 @@ func NewRevokeKeyRequest(server string, tenantId TenantID, keyName KeyName, para
 }
 
 // NewGetKeyRequest constructs an http.Request for the GetKey method
-func NewGetKeyRequest(server string, tenantId TenantID, keyName KeyName) (*http.Request, error) {
+func NewGetKeyRequest(server string, tenantId TenantID, keyName KeyName, params *GetKeyParams) (*http.Request, error) {
 	var err error
 
 	var pathParam0 string
@@ -5346,6 +5404,21 @@ func NewGetKeyRequest(server string, tenantId TenantID, keyName KeyName) (*http.
 	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
 	if err != nil {
 		return nil, err
+	}
+
+	if params != nil {
+
+		if params.CacheControl != nil {
+			var headerParam0 string
+
+			headerParam0, err = runtime.StyleParamWithOptions("simple", false, "Cache-Control", *params.CacheControl, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationHeader, Type: "string", Format: ""})
+			if err != nil {
+				return nil, err
+			}
+
+			req.Header.Set("Cache-Control", headerParam0)
+		}
+
 	}
 
 	return req, nil
@@ -6111,7 +6184,7 @@ type ClientWithResponsesInterface interface {
 	// ListProfilesWithResponse The profiles, and how many tenants are on which revision
 	//
 	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 	// counted. Roles: all.
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -6353,7 +6426,7 @@ type ClientWithResponsesInterface interface {
 	// Returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with GET /v1/tenants/{tenant_id}/keys (the `ListKeys` operationId).
-	ListKeysWithResponse(ctx context.Context, tenantId TenantID, reqEditors ...RequestEditorFn) (*ListKeysResponse, error)
+	ListKeysWithResponse(ctx context.Context, tenantId TenantID, params *ListKeysParams, reqEditors ...RequestEditorFn) (*ListKeysResponse, error)
 
 	// RevokeKeyWithResponse Revoke a key
 	//
@@ -6372,7 +6445,7 @@ type ClientWithResponsesInterface interface {
 	// Returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with GET /v1/tenants/{tenant_id}/keys/{key_name} (the `GetKey` operationId).
-	GetKeyWithResponse(ctx context.Context, tenantId TenantID, keyName KeyName, reqEditors ...RequestEditorFn) (*GetKeyResponse, error)
+	GetKeyWithResponse(ctx context.Context, tenantId TenantID, keyName KeyName, params *GetKeyParams, reqEditors ...RequestEditorFn) (*GetKeyResponse, error)
 
 	// PutKeyWithBodyWithResponse Give a tenant a further key
 	//
@@ -6497,14 +6570,18 @@ type ClientWithResponsesInterface interface {
 
 // GetAppTenantResponse200Headers the declared response headers of an HTTP 200 response for GetAppTenant
 type GetAppTenantResponse200Headers struct {
-	ETag       *string
-	XRequestId string
+	Age           *int
+	ETag          *string
+	TenantryStale *string
+	XRequestId    string
 }
 
 // GetAppTenantResponse304Headers the declared response headers of an HTTP 304 response for GetAppTenant
 type GetAppTenantResponse304Headers struct {
-	ETag       *string
-	XRequestId string
+	Age           *int
+	ETag          *string
+	TenantryStale *string
+	XRequestId    string
 }
 
 // GetAppTenantResponse400Headers the declared response headers of an HTTP 400 response for GetAppTenant
@@ -10662,14 +10739,18 @@ func (r DeleteTenantResponse) ContentType() string {
 
 // GetTenantResponse200Headers the declared response headers of an HTTP 200 response for GetTenant
 type GetTenantResponse200Headers struct {
-	ETag       *string
-	XRequestId string
+	Age           *int
+	ETag          *string
+	TenantryStale *string
+	XRequestId    string
 }
 
 // GetTenantResponse304Headers the declared response headers of an HTTP 304 response for GetTenant
 type GetTenantResponse304Headers struct {
-	ETag       *string
-	XRequestId string
+	Age           *int
+	ETag          *string
+	TenantryStale *string
+	XRequestId    string
 }
 
 // GetTenantResponse400Headers the declared response headers of an HTTP 400 response for GetTenant
@@ -11238,7 +11319,9 @@ func (r PutTenantResponse) ContentType() string {
 
 // ListKeysResponse200Headers the declared response headers of an HTTP 200 response for ListKeys
 type ListKeysResponse200Headers struct {
-	XRequestId string
+	Age           *int
+	TenantryStale *string
+	XRequestId    string
 }
 
 // ListKeysResponse400Headers the declared response headers of an HTTP 400 response for ListKeys
@@ -11574,7 +11657,9 @@ func (r RevokeKeyResponse) ContentType() string {
 
 // GetKeyResponse200Headers the declared response headers of an HTTP 200 response for GetKey
 type GetKeyResponse200Headers struct {
-	XRequestId string
+	Age           *int
+	TenantryStale *string
+	XRequestId    string
 }
 
 // GetKeyResponse400Headers the declared response headers of an HTTP 400 response for GetKey
@@ -13920,7 +14005,7 @@ func (c *ClientWithResponses) ListPoolsWithResponse(ctx context.Context, reqEdit
 // ListProfilesWithResponse The profiles, and how many tenants are on which revision
 //
 // The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 // counted. Roles: all.
 //
 // Returns a wrapper object for the known response body format(s).
@@ -14276,8 +14361,8 @@ func (c *ClientWithResponses) PutTenantWithResponse(ctx context.Context, tenantI
 // Returns a wrapper object for the known response body format(s).
 //
 // Corresponds with GET /v1/tenants/{tenant_id}/keys (the `ListKeys` operationId).
-func (c *ClientWithResponses) ListKeysWithResponse(ctx context.Context, tenantId TenantID, reqEditors ...RequestEditorFn) (*ListKeysResponse, error) {
-	rsp, err := c.ListKeys(ctx, tenantId, reqEditors...)
+func (c *ClientWithResponses) ListKeysWithResponse(ctx context.Context, tenantId TenantID, params *ListKeysParams, reqEditors ...RequestEditorFn) (*ListKeysResponse, error) {
+	rsp, err := c.ListKeys(ctx, tenantId, params, reqEditors...)
 	if err != nil {
 		return nil, err
 	}
@@ -14307,8 +14392,8 @@ func (c *ClientWithResponses) RevokeKeyWithResponse(ctx context.Context, tenantI
 // Returns a wrapper object for the known response body format(s).
 //
 // Corresponds with GET /v1/tenants/{tenant_id}/keys/{key_name} (the `GetKey` operationId).
-func (c *ClientWithResponses) GetKeyWithResponse(ctx context.Context, tenantId TenantID, keyName KeyName, reqEditors ...RequestEditorFn) (*GetKeyResponse, error) {
-	rsp, err := c.GetKey(ctx, tenantId, keyName, reqEditors...)
+func (c *ClientWithResponses) GetKeyWithResponse(ctx context.Context, tenantId TenantID, keyName KeyName, params *GetKeyParams, reqEditors ...RequestEditorFn) (*GetKeyResponse, error) {
+	rsp, err := c.GetKey(ctx, tenantId, keyName, params, reqEditors...)
 	if err != nil {
 		return nil, err
 	}
@@ -14578,12 +14663,26 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 	switch {
 	case rsp.StatusCode == 200:
 		var headers GetAppTenantResponse200Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
 		if values := rsp.Header.Values("ETag"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "ETag", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
 				return nil, err
 			}
 			headers.ETag = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
 		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
@@ -14595,12 +14694,26 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 		response.Headers200 = &headers
 	case rsp.StatusCode == 304:
 		var headers GetAppTenantResponse304Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
 		if values := rsp.Header.Values("ETag"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "ETag", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
 				return nil, err
 			}
 			headers.ETag = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
 		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
@@ -20153,12 +20266,26 @@ func ParseGetTenantResponse(rsp *http.Response) (*GetTenantResponse, error) {
 	switch {
 	case rsp.StatusCode == 200:
 		var headers GetTenantResponse200Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
 		if values := rsp.Header.Values("ETag"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "ETag", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
 				return nil, err
 			}
 			headers.ETag = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
 		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
@@ -20170,12 +20297,26 @@ func ParseGetTenantResponse(rsp *http.Response) (*GetTenantResponse, error) {
 		response.Headers200 = &headers
 	case rsp.StatusCode == 304:
 		var headers GetTenantResponse304Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
 		if values := rsp.Header.Values("ETag"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "ETag", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
 				return nil, err
 			}
 			headers.ETag = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
 		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
@@ -20987,6 +21128,20 @@ func ParseListKeysResponse(rsp *http.Response) (*ListKeysResponse, error) {
 	switch {
 	case rsp.StatusCode == 200:
 		var headers ListKeysResponse200Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
+		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
@@ -21449,6 +21604,20 @@ func ParseGetKeyResponse(rsp *http.Response) (*GetKeyResponse, error) {
 	switch {
 	case rsp.StatusCode == 200:
 		var headers GetKeyResponse200Headers
+		if values := rsp.Header.Values("Age"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Age", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Age = &value
+		}
+		if values := rsp.Header.Values("Tenantry-Stale"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Tenantry-Stale", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.TenantryStale = &value
+		}
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
 			var value string
 			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {

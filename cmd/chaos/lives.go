@@ -386,6 +386,9 @@ func (f *life) suspend(ctx context.Context) bool {
 		return false
 	}
 	f.dies(ctx)
+	f.l.reads.ends(f.path())
+	f.rests(ctx)
+	f.l.reads.begins(f.path())
 	return f.until(ctx, f.l.s.token, http.MethodPost, f.path()+"/resume", "", f.is("active")) && f.signUp(ctx, "")
 }
 
@@ -415,6 +418,9 @@ func (f *life) restore(ctx context.Context) bool {
 		return false
 	}
 	f.dies(ctx)
+	f.l.reads.ends(f.path())
+	f.rests(ctx)
+	f.l.reads.begins(f.path())
 	return f.until(ctx, f.l.s.token, http.MethodPost, f.path()+"/restore", "", f.is("active")) && f.signUp(ctx, "")
 }
 
@@ -424,6 +430,9 @@ func (f *life) purge(ctx context.Context) bool {
 	}
 	f.gone = append(f.gone, f.app)
 	f.dies(ctx)
+	f.l.reads.ends(f.path())
+	f.rests(ctx)
+	f.l.reads.begins(f.path())
 	f.account = account{}
 	return f.signUp(ctx, "")
 }
@@ -439,6 +448,7 @@ func (f *life) replace(ctx context.Context) bool {
 
 func (f *life) further(ctx context.Context) bool {
 	var key string
+	f.l.reads.begins(f.path() + "/keys/more")
 	if !f.until(ctx, f.l.s.token, http.MethodPut, f.path()+"/keys/more", "", func(a lifeAnswer) bool {
 		key = a.Credentials.Key
 		return key != ""
@@ -449,6 +459,8 @@ func (f *life) further(ctx context.Context) bool {
 		return false
 	}
 	f.dead = append(f.dead, account{f.app, key})
+	f.l.reads.ends(f.path() + "/keys/more")
+	f.rests(ctx)
 	return true
 }
 

@@ -44,6 +44,7 @@ type load struct {
 	waits    []time.Duration
 
 	lives lives
+	reads reads
 }
 
 func newLoad(s *stage, seed uint64) *load {
@@ -64,6 +65,10 @@ func (l *load) run(ctx context.Context) {
 	for i := range lookers {
 		r := rand.New(rand.NewPCG(l.rand.Uint64(), uint64(i)))
 		callers.Go(func() { l.look(looking, r) })
+	}
+	for i := range readers {
+		r := rand.New(rand.NewPCG(l.rand.Uint64(), uint64(10+i)))
+		callers.Go(func() { l.watch(looking, r) })
 	}
 	ticker := time.NewTicker(time.Second / signUpsPerSecond)
 	defer ticker.Stop()

@@ -9,7 +9,8 @@
 //
 // With the argument "measure" it measures, without other faults, how long it takes
 // until the work of a killed replica is taken up, how near several replicas come to
-// the rate of calls that they share, and how soon a suspension takes effect.
+// the rate of calls that they share, how soon a suspension takes effect, and how soon
+// one replica shows what another has changed.
 package main
 
 import (

@@ -40,6 +40,18 @@ func measure(ctx context.Context, dir string, say func(string, ...any)) error {
 	}
 	say("%d suspensions, one after the other, while sign-ups use up the rate: no key works after %.2f s in the median, %.2f s at worst",
 		len(took), took[len(took)/2].Seconds(), took[len(took)-1].Seconds())
+	for _, wakes := range []bool{true, false} {
+		took, err := propagation(ctx, filepath.Join(dir, fmt.Sprint("propagation-", wakes)), wakes)
+		if err != nil {
+			return fmt.Errorf("measure how changes spread: %w", err)
+		}
+		how := "with wake-ups"
+		if !wakes {
+			how = "with every wake-up lost"
+		}
+		say("%d changes of a tenant that another replica has in memory, %s: shown there after %d ms in the median, %d ms at worst",
+			len(took), how, took[len(took)/2].Milliseconds(), took[len(took)-1].Milliseconds())
+	}
 	return nil
 }
 

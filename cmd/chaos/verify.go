@@ -130,6 +130,9 @@ func (s *stage) verify(ctx context.Context, l *load, n injected, say func(string
 	if err := s.verifyMapping(taking, f, l); err != nil {
 		return f, err
 	}
+	if err := s.verifyReads(taking, f, l); err != nil {
+		return f, err
+	}
 	if err := s.verifyUpstream(taking, f, l); err != nil {
 		return f, err
 	}

@@ -46,7 +46,7 @@ func (c keyListCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	return printList(e, c.outputFlags, 0, "keys", keyHeads(), func(int, *string) (*http.Response, error) {
-		return api.ListKeys(ctx, c.Tenant)
+		return api.ListKeys(ctx, c.Tenant, nil)
 	}, func(w *table, k client.Key) { keyRow(w, k, time.Now()) })
 }
 
@@ -176,7 +176,7 @@ func (c keyRevokeCmd) Run(ctx context.Context, e env) error {
 		}
 		return text
 	}, func(*int) (answered[client.Key], error) {
-		return answer[client.Key](api.GetKey(ctx, c.Tenant, c.Name))
+		return answer[client.Key](api.GetKey(ctx, c.Tenant, c.Name, nil))
 	})
 	if c.json() {
 		return errors.Join(printBody(e.stdout, last.body), err)
@@ -396,7 +396,7 @@ func (c keyQuarantineCmd) Run(ctx context.Context, e env) error {
 
 // quarantined looks at the keys of a quarantine.
 func quarantined(ctx context.Context, api *client.ClientWithResponses, q answered[client.Quarantine]) (answered[client.Quarantine], error) {
-	list, err := answer[client.KeyList](api.ListKeys(ctx, *q.value.TenantId))
+	list, err := answer[client.KeyList](api.ListKeys(ctx, *q.value.TenantId, nil))
 	if err != nil {
 		return q, err
 	}

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"os/exec"
 	"sync"
 	"testing"
 	"time"
@@ -423,6 +425,108 @@ func TestPostgresAway(t *testing.T) {
 	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
 	if got := nameOf(t, db, "user_1"); got != "" {
 		t.Errorf("the name is %q", got)
+	}
+}
+
+// Statements that hang do not hold up what can be answered from memory.
+func TestPostgresHangs(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	db := replica(t, url)
+	signUp(t, url, db, "user_1")
+	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
+	held(t, db, "user_1")
+	if _, err := db.Authenticate(t.Context(), token); err != nil {
+		t.Fatal(err)
+	}
+	lock := pgtest.Conn(t, url)
+	if _, err := lock.Exec(t.Context(), `BEGIN; LOCK TABLE audit_events, tenants, callers IN ACCESS EXCLUSIVE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is not trusted", func() bool { return !db.CacheStats().Trusted })
+	var all sync.WaitGroup
+	for range 20 {
+		all.Go(func() {
+			if _, err := db.Authenticate(t.Context(), token); err != nil {
+				t.Errorf("Authenticate: %v", err)
+			}
+			if _, fresh, err := db.LookUpTenant(t.Context(), "user_1"); err != nil || !fresh.Stale() {
+				t.Errorf("LookUpTenant = %v, %v", fresh, err)
+			}
+		})
+	}
+	all.Wait() // which is before the statements time out, since then they would fail the look-ups
+	if _, err := lock.Exec(t.Context(), `ROLLBACK`); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
+}
+
+// A database that has lost transactions, or is another one, is not taken for the one
+// that was followed.
+func TestFailOverForgets(t *testing.T) {
+	t.Parallel()
+	for name, promoted := range map[string]bool{"on another timeline": true, "on the same": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cluster, url := privateCluster(t)
+			db := replica(t, url)
+			signUp(t, url, db, "user_1")
+			rename(t, db, "user_1", "kept")
+			data, err := os.MkdirTemp("", "tenantry-test-")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { _ = os.RemoveAll(data) })
+			var dir string
+			if err := pgtest.Conn(t, url).QueryRow(t.Context(), `SELECT current_setting('data_directory')`).Scan(&dir); err != nil {
+				t.Fatal(err)
+			}
+			run := func(command string, args ...string) {
+				t.Helper()
+				if out, err := exec.CommandContext(t.Context(), command, args...).CombinedOutput(); err != nil {
+					t.Fatalf("%s %v: %v: %s", command, args, err, out)
+				}
+			}
+			stop, start := func() {
+				t.Helper()
+				if err := cluster.Stop(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}, func() {
+				t.Helper()
+				if err := cluster.Start(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			stop()
+			run("cp", "-a", dir, data+"/kept")
+			start()
+			until(t, "it is trusted", func() bool { return db.CacheStats().Trusted })
+			rename(t, db, "user_1", "lost")
+			if got := held(t, db, "user_1").DisplayName; got != "lost" {
+				t.Fatalf("the name is %q", got)
+			}
+			stop()
+			run("rm", "-rf", dir)
+			run("cp", "-a", data+"/kept", dir)
+			if promoted { // an archive recovery ends on a timeline of its own
+				run("touch", dir+"/recovery.signal")
+				run("chown", "--reference="+dir, dir+"/recovery.signal")
+				run("sh", "-c", "echo \"restore_command = 'false'\" >> "+dir+"/postgresql.auto.conf")
+			}
+			start()
+			if promoted { // the ids go on to where they were
+				until(t, "the recovery has ended", func() bool {
+					_, err := pgtest.Conn(t, url).Exec(t.Context(), `INSERT INTO audit_events (actor, action) SELECT 'test', 'test' FROM generate_series(1, 100)`)
+					return err == nil
+				})
+			}
+			until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
+			if got := nameOf(t, db, "user_1"); got != "kept" {
+				t.Errorf("after a fail-over that has lost a change, the name is %q", got)
+			}
+		})
 	}
 }
 

@@ -237,8 +237,17 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 		f.restart()
 	}
 	f.of = now
-	_, err := conn.Exec(ctx, `LISTEN `+changeChannel)
-	return err
+	for _, sql := range []string{
+		// To plan the poll anew costs more than the poll, and a month that was empty when it
+		// was planned may not be so for long.
+		`SET plan_cache_mode = force_generic_plan`, `SET enable_seqscan = off`,
+		`LISTEN ` + changeChannel,
+	} {
+		if _, err := conn.Exec(ctx, sql); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // begin starts to follow from the newest event, once no transaction can add an event

@@ -51,7 +51,7 @@ type wanted struct {
 
 // mostStatements is how many statements look tenants up at once; who comes while there
 // are as many shares the next one. With more of them Postgres does no more.
-const mostStatements = 3
+const mostStatements = 2
 
 // mostTenants is how many tenants one statement looks up.
 const mostTenants = 500
