@@ -4,6 +4,9 @@
 GO ?= go
 TOOL := $(GO) tool -modfile=tools.mod
 FUZZTIME ?= 20s
+BASE ?= HEAD~1
+BENCH ?= LookUp|SignUpPooled|Layers
+BENCHTIME ?= 1000x
 GOFLAGS_RELEASE := -trimpath -ldflags "-s -w -X main.release=$(RELEASE)"
 
 .PHONY: help
@@ -54,6 +57,16 @@ bench: build ## measure look-ups, reveals, lists and sign-ups against pgbench an
 .PHONY: bench-growth
 bench-growth: build ## measure the same with BENCH_TENANTS tenants (10 million: 15 GB of disk, half an hour) beside ten thousand
 	bin/bench growth
+
+# Each benchmark runs on both sides in turns, so that what else the machine does falls on both.
+.PHONY: benchstat
+benchstat: ## compare the handlers' Go benchmarks (BENCH, a regular expression) with those of the commit BASE (HEAD~1)
+	@set -e; dir=$$(mktemp -d); trap 'git worktree remove --force $$dir/base 2>/dev/null; rm -rf $$dir' EXIT; \
+	git worktree add --quiet --detach $$dir/base $(BASE); \
+	(cd $$dir/base && $(GO) test -c -o $$dir/old ./internal/httpapi); $(GO) test -c -o $$dir/new ./internal/httpapi; \
+	cd internal/httpapi; for i in 1 2 3 4 5 6 7 8 9 10; do for side in old new; do \
+		$$dir/$$side -test.run '^$$' -test.bench '$(BENCH)' -test.benchmem -test.benchtime $(BENCHTIME) >>$$dir/$$side.txt || { cat $$dir/$$side.txt; exit 1; }; \
+	done; done; cd ../..; $(TOOL) benchstat $$dir/old.txt $$dir/new.txt
 
 .PHONY: fuzz
 fuzz: ## fuzz what parses strangers' bytes, FUZZTIME each

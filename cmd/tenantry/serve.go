@@ -289,6 +289,9 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	defer closeKeeper(p.keyset.Keeper)
 	log, flushLog := c.logger(e)
 	defer flushLog()
+	if e.get("GOGC") == "" { // or else the operator has said when garbage is collected
+		defer tuneCollector()()
+	}
 	for _, w := range p.warnings {
 		log.Warn("the profiles", zap.String("warning", w))
 	}
