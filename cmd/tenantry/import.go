@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -611,6 +612,7 @@ func (r *importRun) report(u client.Upstream) error {
 }
 
 func (r *importRun) printFailures() error {
+	slices.SortFunc(r.shown, func(a, b importFailure) int { return a.Line - b.Line }) // batches end in any order
 	t := newTable(r.e.stderr, "LINE", "TENANT", "WHY")
 	for _, f := range r.shown {
 		t.row(f.Line, f.ID, f.Code+": "+f.Detail)

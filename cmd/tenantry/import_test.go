@@ -237,7 +237,7 @@ func TestImport(t *testing.T) {
 		t.Errorf("the same again made calls: %v after %v", after, before)
 	}
 	raw, err := os.ReadFile(failed)
-	if err != nil || !strings.HasPrefix(string(raw), "id,display_name,labels.plan,error\nuser_7,\"Doe, 7\",pro,\"attributes_differ: ") {
+	if err != nil || !strings.HasPrefix(string(raw), "id,display_name,labels.plan,error\n") || !strings.Contains(string(raw), "\nuser_7,\"Doe, 7\",pro,\"attributes_differ: ") || strings.Count(string(raw), "\n") != 3 {
 		t.Fatalf("what failed is written as %s, %v", raw, err)
 	}
 	corrected := strings.NewReplacer("user_7,", "user_seven,").Replace(string(raw))
