@@ -230,14 +230,21 @@ func (r *importRun) check() error {
 func (r *importRun) plan(u client.Upstream) string {
 	rate := float64(u.Budget.RequestsPerSecond)
 	n := r.counts.Created
-	text := fmt.Sprintf("%s users", grouped(r.users))
+	text := grouped(r.users) + " users"
+	if r.users == 1 {
+		text = "1 user"
+	}
 	if r.counts.There+r.counts.Failed > 0 {
 		text += fmt.Sprintf(": %s are there, %s would be refused, %s are new", grouped(r.counts.There), grouped(r.counts.Failed), grouped(n))
 	}
 	if n += r.counts.Waiting; n > 0 {
 		text += fmt.Sprintf("; an app and a key each are 2 calls, at %g a second: about %s", rate, roughly(callsTake(2*n, rate)))
 	}
-	if before := u.Queue.WaitingTenants + u.Queue.ImportingTenants - r.counts.Waiting; before > 0 {
+	before := u.Queue.WaitingTenants + u.Queue.ImportingTenants - r.counts.Waiting
+	switch {
+	case before > 0 && r.sent == 0:
+		text += fmt.Sprintf("; %s tenants wait already, those of this file among them if it was begun before", grouped(before))
+	case before > 0:
 		text += fmt.Sprintf("; %s tenants wait already, which takes %s before that", grouped(before), roughly(callsTake(2*before, rate)))
 	}
 	if n > 0 {
