@@ -350,6 +350,34 @@ func TestImportGoesOn(t *testing.T) {
 	}
 }
 
+// Who is deleted while waiting stays so, and is told of.
+func TestImportOfWhoIsDeleted(t *testing.T) {
+	t.Parallel()
+	w, p, with := importing(t)
+	w.Faults(map[string]any{"call": "PostApps", "status": 11006})
+	file := usersFile(t, 3, "")
+	one := start(t, with, "import", file, "--yes", "--url", p.url)
+	deleted := func(wantState string) bool {
+		_, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_1", with["TENANTRY_TOKEN"])
+		return strings.Contains(body, `"state":"`+wantState+`"`)
+	}
+	provisiontest.Eventually(t, "the users wait", func() bool { return deleted("provisioning") })
+	if status, body := p.request(http.MethodDelete, p.url+"/v1/tenants/user_1", with["TENANTRY_TOKEN"]); status != http.StatusOK {
+		t.Errorf("a deletion is answered %d %s", status, body)
+	}
+	w.Faults()
+	if exit := <-one.exit; exit != exitDiffers || !strings.Contains(one.stderr.String(), "user_1") || !strings.Contains(one.stderr.String(), "1 failed") {
+		t.Errorf("an import of somebody who is deleted exits with %d: %s", exit, one.stderr.String())
+	}
+	exit, _, log := command(t, with, "import", file, "--yes", "--url", p.url)
+	if exit != exitDiffers || !strings.Contains(log, "tenant_deleting") || !deleted("deleted") {
+		t.Errorf("run again it exits with %d: %s", exit, log)
+	}
+	if log := must(t, with, "import", file, "--yes", "--again", "--url", p.url); !deleted("active") {
+		t.Errorf("who was deleted is not signed up anew: %s", log)
+	}
+}
+
 func TestImportSaysHowLong(t *testing.T) {
 	t.Parallel()
 	for d, want := range map[time.Duration]string{0: "1s", 1600 * time.Millisecond: "2s", 59*time.Second + 400*time.Millisecond: "59s", 90 * time.Second: "2m",

@@ -203,7 +203,7 @@ func (m *model) importSome(rt *rapid.T) {
 	var ends []provision.BatchEnd
 	lived := m.run(func(ctx context.Context) {
 		var err error
-		if ends, err = m.r.SignUpMany(ctx, ups, nil, false, caller); err != nil {
+		if ends, err = m.r.SignUpMany(ctx, ups, provision.BatchRule{}, caller); err != nil {
 			rt.Fatalf("import %v: %v", ups, err)
 		}
 	})
