@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -82,6 +83,25 @@ func TestImportEnds(t *testing.T) {
 	}
 	if _, secret := keyOf(t, r, "user_0007"); !secret.IsSet() {
 		t.Error("an imported tenant has no key")
+	}
+}
+
+// Apps on their way to who is imported are no surplus of the pool, and in the end the pool
+// has what it had.
+func TestImportBesideAPool(t *testing.T) {
+	t.Parallel()
+	const n = 60
+	w := filled(t, 2)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) {
+		pool(2, 2)(c)
+		c.PoolEvery, c.PoolPatience = time.Millisecond, time.Nanosecond
+	}})
+	conn := pgtest.Conn(t, w.URL)
+	importAll(t, r, batchOf("user", n))
+	provisiontest.Eventually(t, "all are active", func() bool { return countOf(t, conn, `tenants WHERE state = 'active'`) == n })
+	poolIs(t, w, 2)
+	if drained := countOf(t, conn, `audit_events WHERE action = 'app.drained'`); drained != 0 || w.State().Apps != n+2 {
+		t.Errorf("%d apps were taken out of the pool, and Clarifai has %d; want none, and %d", drained, w.State().Apps, n+2)
 	}
 }
 
