@@ -72,6 +72,21 @@ func (e AppState) Valid() bool {
 	}
 }
 
+// Defines values for BatchRequestOnDeleted.
+const (
+	Refuse BatchRequestOnDeleted = "refuse"
+)
+
+// Valid indicates whether the value is a known member of the BatchRequestOnDeleted enum.
+func (e BatchRequestOnDeleted) Valid() bool {
+	switch e {
+	case Refuse:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for CampaignKind.
 const (
 	Conform CampaignKind = "conform"
@@ -771,9 +786,15 @@ type BatchItem struct {
 // BatchRequest defines model for BatchRequest.
 type BatchRequest struct {
 	// DryRun Make all checks and change nothing.
-	DryRun  *bool       `json:"dry_run,omitempty"`
-	Tenants []BatchItem `json:"tenants"`
+	DryRun *bool `json:"dry_run,omitempty"`
+
+	// OnDeleted A tenant that was deleted is refused with `tenant_deleting`. Without it its next generation begins, as by PUT.
+	OnDeleted *BatchRequestOnDeleted `json:"on_deleted,omitempty"`
+	Tenants   []BatchItem            `json:"tenants"`
 }
+
+// BatchRequestOnDeleted A tenant that was deleted is refused with `tenant_deleting`. Without it its next generation begins, as by PUT.
+type BatchRequestOnDeleted string
 
 // BatchResult defines model for BatchResult.
 type BatchResult struct {

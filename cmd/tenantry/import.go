@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -30,6 +31,7 @@ type importCmd struct {
 	Concurrency int    `default:"4" help:"Batches that are sent at once, 1 to 64."`
 	Batch       int    `default:"250" help:"Users in a batch, 1 to 1000."`
 	Failed      string `placeholder:"FILE" help:"Write the lines that failed to this file, with the reason in a column or field named error. Once corrected it can be imported."`
+	Again       bool   `help:"Sign up anew those who were deleted. Without it such lines are refused: a file may be older than a deletion."`
 	NoWait      bool   `help:"End when the service has taken all of them, and do not wait until they have their apps."`
 }
 
@@ -229,14 +231,21 @@ func (r *importRun) check() error {
 func (r *importRun) plan(u client.Upstream) string {
 	rate := float64(u.Budget.RequestsPerSecond)
 	n := r.counts.Created
-	text := fmt.Sprintf("%s users", grouped(r.users))
+	text := grouped(r.users) + " users"
+	if r.users == 1 {
+		text = "1 user"
+	}
 	if r.counts.There+r.counts.Failed > 0 {
 		text += fmt.Sprintf(": %s are there, %s would be refused, %s are new", grouped(r.counts.There), grouped(r.counts.Failed), grouped(n))
 	}
 	if n += r.counts.Waiting; n > 0 {
 		text += fmt.Sprintf("; an app and a key each are 2 calls, at %g a second: about %s", rate, roughly(callsTake(2*n, rate)))
 	}
-	if before := u.Queue.WaitingTenants + u.Queue.ImportingTenants - r.counts.Waiting; before > 0 {
+	before := u.Queue.WaitingTenants + u.Queue.ImportingTenants - r.counts.Waiting
+	switch {
+	case before > 0 && r.sent == 0:
+		text += fmt.Sprintf("; %s tenants wait already, those of this file among them if it was begun before", grouped(before))
+	case before > 0:
 		text += fmt.Sprintf("; %s tenants wait already, which takes %s before that", grouped(before), roughly(callsTake(2*before, rate)))
 	}
 	if n > 0 {
@@ -384,7 +393,11 @@ func (r *importRun) send(ctx context.Context, dryRun bool) error {
 
 // ask sends a batch until it is answered.
 func (r *importRun) ask(ctx context.Context, b importBatch, dryRun bool) ([]client.BatchResult, error) {
-	body, err := json.Marshal(map[string]any{"tenants": b.items, "dry_run": dryRun})
+	request := map[string]any{"tenants": b.items, "dry_run": dryRun}
+	if !r.Again {
+		request["on_deleted"] = "refuse"
+	}
+	body, err := json.Marshal(request)
 	if err != nil {
 		return nil, err
 	}
@@ -454,7 +467,7 @@ func (r *importRun) fail(b importBatch, i int, result client.BatchResult) error 
 	place := b.first + i
 	r.bad[place/64] |= 1 << (place % 64)
 	r.counts.Failed++
-	failure := importFailure{Line: b.rows[i].Line, ID: b.rows[i].Item.ID, Code: "refused"}
+	failure := importFailure{Line: b.rows[i].Line, ID: b.rows[i].Item.ID, Code: "tenant_deleted", Detail: "it was deleted meanwhile"}
 	if p := result.Problem; p != nil {
 		failure.Code, failure.Detail = p.Code, p.Detail
 		if p.Field != nil {
@@ -496,7 +509,7 @@ func (r *importRun) follow(ctx context.Context) error {
 				return ctx.Err()
 			case <-time.After(pause):
 			}
-			results, err := r.ask(ctx, b, false)
+			results, err := r.ask(ctx, b, true) // who was deleted meanwhile is not to begin again
 			if err != nil {
 				return err
 			}
@@ -512,22 +525,22 @@ func (r *importRun) follow(ctx context.Context) error {
 func (r *importRun) look(b importBatch, results []client.BatchResult) error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	waiting := 0
+	waiting, failed := 0, 0
 	for i, result := range results {
 		switch {
 		case r.isBad(b.first + i):
-		case result.Status >= 300: // it was deleted, or changed, while it waited
+		case result.Status >= 300 || result.Created: // it was deleted while it waited
 			if err := r.fail(b, i, result); err != nil {
 				return err
 			}
-			r.counts.Waiting--
+			failed++
 		case result.Status != http.StatusOK:
 			waiting++
 		}
 	}
 	ended := r.waiting[b.number] - waiting
 	r.counts.Waiting = max(0, r.counts.Waiting-ended)
-	r.counts.Active += max(0, ended)
+	r.counts.Active += max(0, ended-failed)
 	r.waiting[b.number] = waiting
 	return nil
 }
@@ -611,6 +624,7 @@ func (r *importRun) report(u client.Upstream) error {
 }
 
 func (r *importRun) printFailures() error {
+	slices.SortFunc(r.shown, func(a, b importFailure) int { return a.Line - b.Line }) // batches end in any order
 	t := newTable(r.e.stderr, "LINE", "TENANT", "WHY")
 	for _, f := range r.shown {
 		t.row(f.Line, f.ID, f.Code+": "+f.Detail)

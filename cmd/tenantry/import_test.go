@@ -237,7 +237,7 @@ func TestImport(t *testing.T) {
 		t.Errorf("the same again made calls: %v after %v", after, before)
 	}
 	raw, err := os.ReadFile(failed)
-	if err != nil || !strings.HasPrefix(string(raw), "id,display_name,labels.plan,error\nuser_7,\"Doe, 7\",pro,\"attributes_differ: ") {
+	if err != nil || !strings.HasPrefix(string(raw), "id,display_name,labels.plan,error\n") || !strings.Contains(string(raw), "\nuser_7,\"Doe, 7\",pro,\"attributes_differ: ") || strings.Count(string(raw), "\n") != 3 {
 		t.Fatalf("what failed is written as %s, %v", raw, err)
 	}
 	corrected := strings.NewReplacer("user_7,", "user_seven,").Replace(string(raw))
@@ -347,6 +347,34 @@ func TestImportGoesOn(t *testing.T) {
 	}
 	if s := w.State(); s.Apps != n || s.Keys != n {
 		t.Errorf("Clarifai has %d apps and %d keys; want %d of each", s.Apps, s.Keys, n)
+	}
+}
+
+// Who is deleted while waiting stays so, and is told of.
+func TestImportOfWhoIsDeleted(t *testing.T) {
+	t.Parallel()
+	w, p, with := importing(t)
+	w.Faults(map[string]any{"call": "PostApps", "status": 11006})
+	file := usersFile(t, 3, "")
+	one := start(t, with, "import", file, "--yes", "--url", p.url)
+	deleted := func(wantState string) bool {
+		_, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_1", with["TENANTRY_TOKEN"])
+		return strings.Contains(body, `"state":"`+wantState+`"`)
+	}
+	provisiontest.Eventually(t, "the users wait", func() bool { return deleted("provisioning") })
+	if status, body := p.request(http.MethodDelete, p.url+"/v1/tenants/user_1", with["TENANTRY_TOKEN"]); status != http.StatusOK {
+		t.Errorf("a deletion is answered %d %s", status, body)
+	}
+	w.Faults()
+	if exit := <-one.exit; exit != exitDiffers || !strings.Contains(one.stderr.String(), "user_1") || !strings.Contains(one.stderr.String(), "1 failed") {
+		t.Errorf("an import of somebody who is deleted exits with %d: %s", exit, one.stderr.String())
+	}
+	exit, _, log := command(t, with, "import", file, "--yes", "--url", p.url)
+	if exit != exitDiffers || !strings.Contains(log, "tenant_deleting") || !deleted("deleted") {
+		t.Errorf("run again it exits with %d: %s", exit, log)
+	}
+	if log := must(t, with, "import", file, "--yes", "--again", "--url", p.url); !deleted("active") {
+		t.Errorf("who was deleted is not signed up anew: %s", log)
 	}
 }
 

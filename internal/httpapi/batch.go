@@ -38,7 +38,7 @@ func (s *server) postBatch(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	items, dryRun, err := parseBatch(body)
+	items, rule, err := parseBatch(body)
 	if err != nil {
 		return err
 	}
@@ -46,7 +46,8 @@ func (s *server) postBatch(w http.ResponseWriter, r *http.Request) error {
 	for i, raw := range items {
 		ups[i] = parseBatchItem(raw)
 	}
-	ends, err := s.Service.SignUpMany(r.Context(), ups, scopeOf(r), dryRun, actorOf(r))
+	rule.Within = scopeOf(r)
+	ends, err := s.Service.SignUpMany(r.Context(), ups, rule, actorOf(r))
 	if err != nil {
 		return err
 	}
@@ -58,13 +59,13 @@ func (s *server) postBatch(w http.ResponseWriter, r *http.Request) error {
 }
 
 // parseBatch reads what holds the items, and leaves what they hold to parseBatchItem.
-func parseBatch(body []byte) (items []json.RawMessage, dryRun bool, err error) {
+func parseBatch(body []byte) (items []json.RawMessage, rule provision.BatchRule, err error) {
 	var fields map[string]json.RawMessage // that it is an object, or where the fault is
 	if err := json.Unmarshal(body, &fields); err != nil {
-		return nil, false, bodyFault(err)
+		return nil, rule, bodyFault(err)
 	}
 	if fields == nil {
-		return nil, false, invalid("body", "is null, and must be an object")
+		return nil, rule, invalid("body", "is null, and must be an object")
 	}
 	seen := map[string]bool{}
 	d := json.NewDecoder(bytes.NewReader(body))
@@ -72,32 +73,38 @@ func parseBatch(body []byte) (items []json.RawMessage, dryRun bool, err error) {
 	for d.More() {
 		token, err := d.Token()
 		if err != nil {
-			return nil, false, bodyFault(err)
+			return nil, rule, bodyFault(err)
 		}
 		name := token.(string)
 		if seen[name] {
-			return nil, false, invalid("body", "gives one field twice")
+			return nil, rule, invalid("body", "gives one field twice")
 		}
 		seen[name] = true
 		var raw json.RawMessage
 		if err := d.Decode(&raw); err != nil {
-			return nil, false, bodyFault(err)
+			return nil, rule, bodyFault(err)
 		}
 		switch {
 		case name == "tenants" && json.Unmarshal(raw, &items) != nil || string(raw) == "null":
-			return nil, false, invalid(name, "must be an array, of objects")
+			return nil, rule, invalid(name, "must be an array, of objects")
 		case name == "tenants":
-		case name == "dry_run" && json.Unmarshal(raw, &dryRun) != nil:
-			return nil, false, invalid(name, "must be true or false")
+		case name == "dry_run" && json.Unmarshal(raw, &rule.DryRun) != nil:
+			return nil, rule, invalid(name, "must be true or false")
 		case name == "dry_run":
+		case name == "on_deleted":
+			var what string
+			if json.Unmarshal(raw, &what) != nil || what != "refuse" {
+				return nil, rule, invalid(name, "must be refuse, or left out")
+			}
+			rule.LeaveDeleted = true
 		default:
-			return nil, false, unknown(name, "body", "a field", []string{"tenants", "dry_run"})
+			return nil, rule, unknown(name, "body", "a field", []string{"tenants", "dry_run", "on_deleted"})
 		}
 	}
 	if len(items) < 1 || len(items) > MaxBatch {
-		return nil, false, invalid("tenants", "must have 1 to %d items, and has %d", MaxBatch, len(items))
+		return nil, rule, invalid("tenants", "must have 1 to %d items, and has %d", MaxBatch, len(items))
 	}
-	return items, dryRun, nil
+	return items, rule, nil
 }
 
 func parseBatchItem(raw json.RawMessage) provision.BatchSignUp {

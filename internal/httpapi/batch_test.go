@@ -111,6 +111,14 @@ func TestBatch(t *testing.T) {
 		t.Errorf("a limited caller's tenant is %s", got.body)
 	}
 
+	s.call(tenant.Provisioner, "DELETE", "/v1/tenants/user_1", "")
+	if got := s.batch(tenant.Provisioner, `{"tenants":[{"id":"user_1"}],"on_deleted":"refuse"}`)[0]; got.String() != "user_1 409 tenant_deleting tenants[0]" {
+		t.Errorf("who was deleted ends as %q", got)
+	}
+	if got := s.batch(tenant.Provisioner, `{"tenants":[{"id":"user_1"}]}`)[0]; got.String() != "user_1 202 created provisioning" {
+		t.Errorf("who was deleted begins again as %q", got)
+	}
+
 	// The path is no tenant's: one of that name is reached as any other.
 	if got := s.call(tenant.Viewer, "GET", "/v1/tenants/batch", ""); got.status != http.StatusOK || got.at(t, "profile") != "narrow" {
 		t.Errorf("the tenant named batch is answered %d %s", got.status, got.body)
@@ -140,6 +148,7 @@ func TestBatchesThatAreNone(t *testing.T) {
 		`{"tenants":[],"tenants":[]}`:       "body",
 		`{"tenants":[{}],"dry_run":"true"}`: "dry_run",
 		`{"tenants":[{}],"dry_run":null}`:   "dry_run",
+		`{"tenants":[{}],"on_deleted":"x"}`: "on_deleted",
 		list(httpapi.MaxBatch + 1):          "tenants",
 	} {
 		got := s.call(tenant.Provisioner, "POST", "/v1/tenants/batch", body)

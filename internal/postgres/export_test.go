@@ -17,3 +17,10 @@ func (cfg Config) Traced(by pgx.QueryTracer) Config {
 
 // Forward moves the clock of what is held in memory.
 func (db *DB) Forward(d time.Duration) { db.cache.ahead.Add(int64(d)) }
+
+// The statements that tests look at the plans of.
+const (
+	ClaimSQL             = claimAndWakeSQL
+	StartBuildsSQL       = startBuildsSQL
+	ClaimInBackgroundSQL = claimInBackgroundSQL
+)

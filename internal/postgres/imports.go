@@ -11,7 +11,7 @@ import (
 
 // SignUpMany makes the tenants of a batch, in one transaction, and leaves them to wait in
 // the background. One that is there already is returned as it stands; one that is deleted
-// begins its next generation. What it returns is in the order of the batch.
+// begins its next generation, unless they are left. What it returns is in the order of the batch.
 func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Actor) ([]tenant.SignedUp, error) {
 	ids, profiles, names, labels := make([]tenant.ID, len(n.Tenants)), make([]string, len(n.Tenants)), make([]string, len(n.Tenants)), make([]string, len(n.Tenants))
 	hashes, place := make([][]byte, len(n.Tenants)), make(map[tenant.ID]int, len(n.Tenants))
@@ -34,8 +34,9 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 		within = tenant.Scope{}
 	}
 	for _, statement := range []struct {
-		made string
-		args []any
+		made  string
+		args  []any
+		again bool
 	}{{`
 		WITH made AS (
 			INSERT INTO tenants (id, profile, display_name, labels, attributes_hash, background)
@@ -43,7 +44,7 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 			FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[]) AS m (id, profile, display_name, labels, attributes_hash)
 			ORDER BY id COLLATE "C"
 			ON CONFLICT (id) DO NOTHING
-			RETURNING id, generation, profile`, args}, {`
+			RETURNING id, generation, profile`, args, false}, {`
 		WITH gone AS MATERIALIZED (
 			SELECT id FROM tenants WHERE id = ANY ($1) AND state = 'deleted' AND labels @> $8
 			ORDER BY id FOR UPDATE
@@ -55,9 +56,9 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 			FROM gone JOIN unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[]) AS m (id, profile, display_name, labels, attributes_hash)
 				ON m.id = gone.id
 			WHERE t.id = gone.id AND t.state = 'deleted'
-			RETURNING t.id, t.generation, t.profile`, append(args, within)},
+			RETURNING t.id, t.generation, t.profile`, append(args, within), true},
 	} {
-		if n.DryRun {
+		if n.DryRun || n.LeaveDeleted && statement.again {
 			break
 		}
 		batch.Queue(statement.made+`
@@ -88,7 +89,8 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 				if err != nil {
 					return err
 				}
-				up.Created = made[up.Tenant.ID] || n.DryRun && up.Tenant.State == tenant.Deleted && n.Within.Covers(up.Tenant.Labels)
+				up.Created = made[up.Tenant.ID] ||
+					n.DryRun && up.Tenant.State == tenant.Deleted && !n.LeaveDeleted && n.Within.Covers(up.Tenant.Labels)
 				ups[place[up.Tenant.ID]] = up
 			}
 			return rows.Err()

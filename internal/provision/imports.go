@@ -25,32 +25,38 @@ type BatchEnd struct {
 	Err error
 }
 
+// A BatchRule says what is special about a batch.
+type BatchRule struct {
+	Within       tenant.Scope // of who asks; that of each sign-up counts for nothing
+	LeaveDeleted bool         // refuse a tenant that is deleted, as one that is being deleted
+	DryRun       bool         // change nothing: Created says what would be made
+}
+
 // errOutside is why nothing is done for a tenant that the caller may not know of.
 var errOutside = tenant.Errorf(tenant.NotFound, "tenant_not_found", "there is no such tenant among those that the token is limited to")
 
 // SignUpMany signs tenants up and does not wait for their apps, which are built when no
 // other tenant waits and the pools are full. Each ends as it would by SignUp, in their
-// order, whatever comes of the others, but that Replace is not honoured; within is the
-// scope of all of them. A dry run changes nothing: Created says what would be made.
+// order, whatever comes of the others, but that Replace is not honoured.
 //
 // An error means that it is not known how far it came; the same again does no harm.
-func (s *Service) SignUpMany(ctx context.Context, ups []BatchSignUp, within tenant.Scope, dryRun bool, actor tenant.Actor) ([]BatchEnd, error) {
+func (s *Service) SignUpMany(ctx context.Context, ups []BatchSignUp, rule BatchRule, actor tenant.Actor) ([]BatchEnd, error) {
 	ends := make([]BatchEnd, len(ups))
 	for at := 0; at < len(ups); at += importChunk {
 		to := min(at+importChunk, len(ups))
-		if err := s.signUpChunk(ctx, ups[at:to], ends[at:to], within, dryRun, actor); err != nil {
+		if err := s.signUpChunk(ctx, ups[at:to], ends[at:to], rule, actor); err != nil {
 			return nil, err
 		}
 	}
 	return ends, nil
 }
 
-func (s *Service) signUpChunk(ctx context.Context, ups []BatchSignUp, ends []BatchEnd, within tenant.Scope, dryRun bool, actor tenant.Actor) error {
-	batch := tenant.NewBatch{Within: within, DryRun: dryRun}
+func (s *Service) signUpChunk(ctx context.Context, ups []BatchSignUp, ends []BatchEnd, rule BatchRule, actor tenant.Actor) error {
+	batch := tenant.NewBatch{Within: rule.Within, LeaveDeleted: rule.LeaveDeleted, DryRun: rule.DryRun}
 	place := map[tenant.ID]int{} // in the batch, of the first good sign-up of an id
 	for i := range ups {
 		up := &ups[i]
-		up.Within = within
+		up.Within = rule.Within
 		if ends[i].Err = up.Fault; up.Fault == nil {
 			ends[i].Err = up.Validate()
 		}
@@ -78,11 +84,11 @@ func (s *Service) signUpChunk(ctx context.Context, ups []BatchSignUp, ends []Bat
 			continue
 		}
 		first := &got[place[up.ID]]
-		if dryRun && first.Created { // what stands there would not be what the next sees
+		if rule.DryRun && first.Created { // what stands there would not be what the next sees
 			ends[i].Created = true
 			continue
 		}
-		if ends[i], err = s.endSignUp(ctx, up, first, dryRun, actor); err != nil {
+		if ends[i], err = s.endSignUp(ctx, up, first, rule.DryRun, actor); err != nil {
 			return err
 		}
 	}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -27,7 +28,7 @@ func batchOf(prefix string, n int) []provision.BatchSignUp {
 // importAll signs tenants up in the background, and returns how many it made.
 func importAll(t *testing.T, r *provisiontest.Replica, ups []provision.BatchSignUp) (made int) {
 	t.Helper()
-	ends, err := r.SignUpMany(t.Context(), ups, nil, false, caller)
+	ends, err := r.SignUpMany(t.Context(), ups, provision.BatchRule{}, caller)
 	if err != nil {
 		t.Fatalf("SignUpMany: %v", err)
 	}
@@ -82,6 +83,25 @@ func TestImportEnds(t *testing.T) {
 	}
 	if _, secret := keyOf(t, r, "user_0007"); !secret.IsSet() {
 		t.Error("an imported tenant has no key")
+	}
+}
+
+// Apps on their way to who is imported are no surplus of the pool, and in the end the pool
+// has what it had.
+func TestImportBesideAPool(t *testing.T) {
+	t.Parallel()
+	const n = 60
+	w := filled(t, 2)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) {
+		pool(2, 2)(c)
+		c.PoolEvery, c.PoolPatience = time.Millisecond, time.Nanosecond
+	}})
+	conn := pgtest.Conn(t, w.URL)
+	importAll(t, r, batchOf("user", n))
+	provisiontest.Eventually(t, "all are active", func() bool { return countOf(t, conn, `tenants WHERE state = 'active'`) == n })
+	poolIs(t, w, 2)
+	if drained := countOf(t, conn, `audit_events WHERE action = 'app.drained'`); drained != 0 || w.State().Apps != n+2 {
+		t.Errorf("%d apps were taken out of the pool, and Clarifai has %d; want none, and %d", drained, w.State().Apps, n+2)
 	}
 }
 
@@ -263,13 +283,16 @@ func TestBatchRefuses(t *testing.T) {
 		return codes
 	}
 	within := tenant.Scope{"team": "a"}
+	if got := codes(r.SignUpMany(t.Context(), []provision.BatchSignUp{{ID: "gone"}}, provision.BatchRule{LeaveDeleted: true}, caller)); !slices.Equal(got, []string{"tenant_deleting"}) {
+		t.Errorf("of who was deleted and shall not begin again came %v", got)
+	}
 	refusals := []string{"invalid_x", "profile_unknown", "invalid_labels", "label_forbidden", "tenant_not_found", "created", "tenant_not_found"}
 	for _, dry := range []bool{true, false} {
 		want := append([]string{"created", "provisioning", "attributes_differ", "attributes_differ"}, refusals...)
 		if dry {
 			want = append([]string{"created", "created", "created", "created"}, refusals...)
 		}
-		if got := codes(r.SignUpMany(t.Context(), batch(), within, dry, caller)); !slices.Equal(got, want) {
+		if got := codes(r.SignUpMany(t.Context(), batch(), provision.BatchRule{Within: within, DryRun: dry}, caller)); !slices.Equal(got, want) {
 			t.Errorf("of a batch (dry run: %v) came %v; want %v", dry, got, want)
 		}
 		if n, want := countOf(t, pgtest.Conn(t, w.URL), `tenants`), map[bool]int{true: 5, false: 6}[dry]; n != want {
@@ -300,7 +323,7 @@ func TestBatchesAtOnce(t *testing.T) {
 			if i%2 == 1 {
 				slices.Reverse(ups)
 			}
-			ends, err := r.SignUpMany(t.Context(), ups, nil, false, caller)
+			ends, err := r.SignUpMany(t.Context(), ups, provision.BatchRule{}, caller)
 			if err != nil {
 				t.Errorf("SignUpMany: %v", err)
 			}

@@ -58,6 +58,7 @@ func TestAnyOrder(t *testing.T) {
 				m := l.begin(rt)
 				rt.Repeat(map[string]func(*rapid.T){
 					"sign up":     m.signUp,
+					"import":      m.importSome,
 					"look up":     m.lookUp,
 					"try now":     m.tryNow,
 					"work":        m.work,
@@ -188,6 +189,41 @@ func (m *model) signUp(rt *rapid.T) {
 	default:
 		m.names[id] = name
 		m.saw(rt, got)
+	}
+}
+
+// importSome signs tenants up in the background. They are others than those who sign up by
+// themselves: for who does so while waiting in the background an app of its own is begun.
+func (m *model) importSome(rt *rapid.T) {
+	name := rapid.SampledFrom([]string{"Ada", "Ada", "Bob"}).Draw(rt, "name")
+	ups := make([]provision.BatchSignUp, rapid.IntRange(1, 3).Draw(rt, "how many"))
+	for i := range ups {
+		ups[i] = provision.BatchSignUp{ID: tenant.ID(m.prefix + rapid.SampledFrom([]string{"i", "j", "k"}).Draw(rt, "imported")), SignUp: tenant.SignUp{DisplayName: &name}}
+	}
+	var ends []provision.BatchEnd
+	lived := m.run(func(ctx context.Context) {
+		var err error
+		if ends, err = m.r.SignUpMany(ctx, ups, provision.BatchRule{}, caller); err != nil {
+			rt.Fatalf("import %v: %v", ups, err)
+		}
+	})
+	for i, up := range ups {
+		was, known := m.names[up.ID]
+		switch {
+		case !lived:
+			if taken := query[string](m, `SELECT display_name FROM tenants WHERE id = $1`, up.ID); len(taken) == 1 {
+				m.names[up.ID] = taken[0]
+			}
+		case known && was != name:
+			if !errors.Is(ends[i].Err, tenant.Conflict) {
+				rt.Fatalf("%s was signed up as %s, and in a batch as %s ends with %v; want a conflict", up.ID, was, name, ends[i].Err)
+			}
+		case ends[i].Err != nil || ends[i].Created == known:
+			rt.Fatalf("%s in a batch ends as %+v, and was known: %v", up.ID, ends[i], known)
+		default:
+			m.names[up.ID] = name
+			m.saw(rt, ends[i].Tenant)
+		}
 	}
 }
 
