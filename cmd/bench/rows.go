@@ -343,7 +343,7 @@ func (b *bench) batches(r *replica) row {
 			turn++
 			prefix = fmt.Sprintf("batch_%d_", turn)
 			got, err := b.tool.load(ctx, b.stage.dir, requests{url: r.url, token: r.token, method: http.MethodPost, path: "/v1/tenants/batch",
-				body: `{"tenants":[` + slots + `]}`, item: `{"id":"` + prefix + slot + `","display_name":"User ` + slot + `"}`, items: batchSize,
+				body: `{"tenants":[` + slots + `]}`, item: `{"id":"` + prefix + slot + `","display_name":"A user"}`, items: batchSize,
 				of: 1_000_000, inOrder: true}, n, during)
 			got.requests *= batchSize
 			got.perSecond *= batchSize
