@@ -214,7 +214,10 @@ func (b *bench) rows(ctx context.Context, main *replica) (rows []row, closeBare 
 	rows = []row{
 		{name: pgRead, load: pg("-S")},
 		{name: bare, load: func(ctx context.Context, n int, during time.Duration) (sample, error) {
-			return b.tool.load(ctx, b.stage.dir, baseline, n, during)
+			before := ownCPU() // which serves it
+			got, err := b.tool.load(ctx, b.stage.dir, baseline, n, during)
+			got.tenantryCPU = ownCPU() - before
+			return got, err
 		}},
 		cached,
 		lookUp,
