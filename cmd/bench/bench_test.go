@@ -1,13 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/csv"
+	"encoding/json"
 	"encoding/xml"
 	"errors"
 	"io"
+	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -105,5 +110,55 @@ func TestReport(t *testing.T) {
 	}
 	if lineCount != 4 { // three rates and one ratio
 		t.Errorf("the plot has %d lines", lineCount)
+	}
+}
+
+// What is sent is one request of the length that it says, whichever tool sends it.
+func TestRequests(t *testing.T) {
+	t.Parallel()
+	for name, r := range map[string]requests{
+		"look-up":  {token: "t", path: "/v1/tenants/there_" + slot, header: uncached, of: 10},
+		"list":     {token: "t", path: "/v1/tenants?limit=100"},
+		"sign-up":  {token: "t", method: http.MethodPut, path: "/v1/tenants/new_" + slot, of: 10, inOrder: true},
+		"identify": identify(10),
+		"batch": {token: "t", method: http.MethodPost, path: "/v1/tenants/batch", body: `{"tenants":[` + slots + `]}`, item: `{"id":"b_` + slot + `"}`, items: 3,
+			of: 100, inOrder: true},
+	} {
+		text := r.script("host:1", 1)
+		if strings.Contains(text, slot) || strings.Contains(text, slots) {
+			t.Errorf("%s: a place for a number is left: %s", name, text)
+		}
+		parts := regexp.MustCompile(`= ("(?:[^"\\]|\\.)*"), ("(?:[^"\\]|\\.)*"), ("(?:[^"\\]|\\.)*"), ("(?:[^"\\]|\\.)*")`).FindStringSubmatch(text)
+		if parts == nil {
+			t.Fatalf("%s: there are no texts in %s", name, text)
+		}
+		var p [4]string
+		for i := range p {
+			var err error
+			if p[i], err = strconv.Unquote(parts[i+1]); err != nil {
+				t.Fatal(err)
+			}
+		}
+		before, head, tail, after := p[0], p[1], p[2], p[3]
+		one := head + numbered(7) + tail
+		whole := one
+		switch {
+		case r.of == 0:
+			whole = before + after
+		case r.items > 1:
+			whole = before + strings.Join([]string{one, one, one}, ",") + after
+		}
+		in := bufio.NewReader(strings.NewReader(whole))
+		req, err := http.ReadRequest(in)
+		if err != nil {
+			t.Fatalf("%s: %v: %s", name, err, whole)
+		}
+		body, err := io.ReadAll(req.Body)
+		if err != nil || in.Buffered() > 0 || len(body) != len(r.with(r.body, 7)) || (len(body) > 0 && !json.Valid(body)) {
+			t.Errorf("%s: %v, %d bytes are left of %s", name, err, in.Buffered(), whole)
+		}
+		if req.Header.Get("Cache-Control") != strings.TrimPrefix(r.header, "Cache-Control: ") {
+			t.Errorf("%s lacks a header: %s", name, whole)
+		}
 	}
 }

@@ -101,7 +101,7 @@ func (all samples) table(out io.Writer, rows []row, connections int) {
 			against = fmt.Sprintf("%.2f (%s)", of.median(func(s sample) float64 { return all.ratio(s, r.against) }), short(r.against))
 			toBare = fmt.Sprintf("%.2f", of.median(func(s sample) float64 { return all.ratio(s, bare) }))
 		}
-		if r.replica != nil {
+		if r.replica != nil || r.name == bare {
 			own = of.median(tenantryCPU)
 		}
 		if r.name != bare {

@@ -302,7 +302,7 @@ func answerOf(req *http.Request) ([]byte, error) {
 }
 
 // withCPU adds to a measurement what Tenantry and Postgres used of the processors
-// meanwhile. A nil replica used nothing.
+// meanwhile. A nil replica used nothing, besides what measure has noted.
 func (s *stage) withCPU(r *replica, measure func() (sample, error)) (sample, error) {
 	tenantry := func() time.Duration {
 		if r == nil {
@@ -312,7 +312,8 @@ func (s *stage) withCPU(r *replica, measure func() (sample, error)) (sample, err
 	}
 	tenantryBefore, postgresBefore := tenantry(), cpuOf(s.cluster.PID())
 	got, err := measure()
-	got.tenantryCPU, got.postgresCPU = tenantry()-tenantryBefore, cpuOf(s.cluster.PID())-postgresBefore
+	got.tenantryCPU += tenantry() - tenantryBefore
+	got.postgresCPU = cpuOf(s.cluster.PID()) - postgresBefore
 	return got, err
 }
 
@@ -343,4 +344,13 @@ func cpuOf(pid int) time.Duration {
 		}
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond // a hundred a second, on every Linux that Go runs on
+}
+
+// ownCPU is how long this process has run, its children not counted.
+func ownCPU() time.Duration {
+	var used syscall.Rusage
+	if err := syscall.Getrusage(syscall.RUSAGE_SELF, &used); err != nil {
+		return 0
+	}
+	return time.Duration(used.Utime.Nano() + used.Stime.Nano())
 }

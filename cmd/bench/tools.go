@@ -36,7 +36,7 @@ type sample struct {
 }
 
 // requests are what a load tool sends: each is about one number, or about several in a
-// row, which stands where slot is.
+// row, which stands where slot is, and that is in one place.
 type requests struct {
 	url, token string
 	method     string // GET if it is empty
@@ -156,10 +156,15 @@ func (r requests) script(host string, seed int32) string {
 		text += fmt.Sprintf("Content-Length: %d\r\n", len(r.with(r.body, 0)))
 	}
 	text += "\r\n" + r.body
-	before, after, _ := strings.Cut(text, slots)
-	head, tail, _ := strings.Cut(r.item, slot)
-	if r.items == 0 {
+	var before, head, tail, after string
+	switch {
+	case r.items > 0:
+		before, after, _ = strings.Cut(text, slots)
+		head, tail, _ = strings.Cut(r.item, slot)
+	case r.of > 0:
 		head, tail, _ = strings.Cut(text, slot)
+	default:
+		before = text
 	}
 	return fmt.Sprintf(wrkScript, before, head, tail, after, r.of, r.numbers(), r.inOrder, seed, digits)
 }
@@ -310,6 +315,9 @@ func (s *stage) runPgbench(ctx context.Context, path string, args ...string) (go
 // runPgbenchMode measures one of the transactions that pgbench has, prepared. Where the time is
 // over before all clients are connected, as with many on a slow machine, it takes longer.
 func (s *stage) runPgbenchMode(ctx context.Context, path, mode string, clients int, during time.Duration) (got sample, err error) {
+	if clients > targetAt { // to connect all of them is a good part of a second
+		during += time.Second
+	}
 	for range 3 {
 		got, err = s.runPgbench(ctx, path, mode, "-n", "-M", "prepared", "-c", strconv.Itoa(clients), "-j", strconv.Itoa(min(clients, runtime.NumCPU())),
 			"-T", strconv.Itoa(int(during.Seconds())))
