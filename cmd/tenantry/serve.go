@@ -467,7 +467,14 @@ func (s *service) serveAPI(w http.ResponseWriter, r *http.Request) {
 
 func (s *service) checks() map[string]httpapi.Check {
 	return map[string]httpapi.Check{
-		"database": func(ctx context.Context) error { return s.db.Ping(ctx) },
+		"database": func(ctx context.Context) error {
+			err := s.db.Ping(ctx)
+			if err != nil && s.started.Load() && s.db.AnswersAlone() {
+				// Were it not ready, nobody would be sent here who could be answered.
+				return httpapi.Notice(err.Error() + "; look-ups are answered from memory")
+			}
+			return err
+		},
 		"started": func(context.Context) error {
 			if !s.started.Load() {
 				return errors.New("starting: the database, its schema, the keyset and the PAT are being checked")

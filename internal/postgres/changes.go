@@ -380,6 +380,10 @@ type CacheStats struct {
 	Behind time.Duration
 }
 
+// AnswersAlone reports whether look-ups of what is held in memory would be answered while
+// the database cannot be reached.
+func (db *DB) AnswersAlone() bool { return db.cache.lives() && db.CacheStats().Entries > 0 }
+
 // CacheStats reads what is told of the rows that are held in memory.
 func (db *DB) CacheStats() CacheStats {
 	c := db.cache
