@@ -503,7 +503,11 @@ func TestFailOverForgets(t *testing.T) {
 			run("cp", "-a", dir, data+"/kept")
 			start()
 			until(t, "it is trusted", func() bool { return db.CacheStats().Trusted })
-			rename(t, db, "user_1", "lost")
+			until(t, "changes are taken again", func() bool { // by none of the connections that the restart has cut
+				name := "lost"
+				_, err := db.UpdateTenant(t.Context(), "user_1", tenant.Patch{DisplayName: &name}, func(tenant.Tenant) bool { return true }, actor)
+				return err == nil
+			})
 			if got := held(t, db, "user_1").DisplayName; got != "lost" {
 				t.Fatalf("the name is %q", got)
 			}

@@ -149,10 +149,12 @@ type follower struct {
 }
 
 // A history is what a database must not have another of, for what was read of it to
-// hold: after a fail-over transactions may be missing.
+// hold: a server that was put in its place, or started on what was restored, may lack
+// transactions, also some that were read before the follower has seen their events.
 type history struct {
 	system   int64
 	timeline string
+	started  time.Time // the server
 }
 
 // errNotFollowed means that the log cannot be followed from where it was.
@@ -228,12 +230,12 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 	// The name of the log file has the timeline at once; the control file has it only
 	// after the first checkpoint.
 	if err := conn.QueryRow(ctx, `
-		SELECT (SELECT system_identifier FROM pg_control_system()), left(pg_walfile_name(pg_current_wal_lsn()), 8)`).
-		Scan(&now.system, &now.timeline); err != nil {
+		SELECT (SELECT system_identifier FROM pg_control_system()), left(pg_walfile_name(pg_current_wal_lsn()), 8), pg_postmaster_start_time()`).
+		Scan(&now.system, &now.timeline, &now.started); err != nil {
 		return err
 	}
-	if f.begun && now != f.of {
-		f.log.Warn("forgetting everything that is held in memory: the database was restored or failed over")
+	if f.begun && (now.system != f.of.system || now.timeline != f.of.timeline || !now.started.Equal(f.of.started)) {
+		f.log.Warn("forgetting everything that is held in memory: the database was restarted, restored or failed over")
 		f.restart()
 	}
 	f.of = now
