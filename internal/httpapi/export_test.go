@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"context"
 	"encoding/json"
 	"maps"
 	"net/http"
@@ -75,7 +76,7 @@ func (l *Limiters) Len() int { return len(l.limiters.byToken) }
 
 // Layers are what a look-up passes through before it is authorised, and after it is
 // found, each on top of those before.
-var Layers = []string{"routing", "observing, no log", "log", "time limit", "encoding"}
+var Layers = []string{"routing", "observing, no log", "log", "failures", "encoding"}
 
 // Peeled returns a handler of look-ups that has the first layers only: it knows its
 // answer.
@@ -142,4 +143,13 @@ func Encoded(t []tenant.Tenant, next string) (got, want []string, quick []bool) 
 		got, want, quick = append(got, written.Body.String()), append(want, text.String()), append(quick, ok)
 	}
 	return got, want, quick
+}
+
+// WorkTimeout is how long a request may work.
+const WorkTimeout = workTimeout
+
+// Limited returns the context of a request, and what ends it.
+func Limited(ctx context.Context) (limit context.Context, done func()) {
+	l := &limited{info: requestInfo{Context: ctx}, end: time.Now().Add(workTimeout)}
+	return l, l.done
 }
