@@ -1,10 +1,14 @@
 package httpapi
 
 import (
+	"context"
+	"encoding/json"
 	"maps"
 	"net/http"
 	"net/http/httptest"
+	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -72,7 +76,7 @@ func (l *Limiters) Len() int { return len(l.limiters.byToken) }
 
 // Layers are what a look-up passes through before it is authorised, and after it is
 // found, each on top of those before.
-var Layers = []string{"routing", "observing, no log", "log", "time limit", "encoding"}
+var Layers = []string{"routing", "observing, no log", "log", "failures", "encoding"}
 
 // Peeled returns a handler of look-ups that has the first layers only: it knows its
 // answer.
@@ -111,4 +115,41 @@ func Peeled(layers int, log *zap.Logger, t tenant.Tenant) http.Handler {
 		r.Get("/v1/tenants/{tenant_id}", func(w http.ResponseWriter, req *http.Request) { _ = plain(w, req) })
 	}
 	return r
+}
+
+// TenantFields is how many fields the body of a tenant has.
+var TenantFields = reflect.TypeFor[tenantBody]().NumField()
+
+// Encoded returns the body of a list of tenants with next, and of the first of them, as they are
+// written, and as encoding/json writes them. Quick says whether they are appended.
+func Encoded(t []tenant.Tenant, next string) (got, want []string, quick []bool) {
+	s := &server{Config: Config{Service: &provision.Service{}}}
+	list := tenantListBody{Tenants: []tenantBody{}, NextCursor: next}
+	for _, t := range t {
+		list.Tenants = append(list.Tenants, s.tenantBody(t))
+	}
+	bodies := []appender{list}
+	if len(t) > 0 {
+		bodies = append(bodies, list.Tenants[0])
+	}
+	for _, body := range bodies {
+		written := httptest.NewRecorder()
+		writeJSON(written, http.StatusOK, "application/json", body)
+		var text strings.Builder
+		enc := json.NewEncoder(&text)
+		enc.SetEscapeHTML(false)
+		_ = enc.Encode(body) // what it cannot write leaves nothing, which is compared, too
+		_, ok := body.appendJSON(nil)
+		got, want, quick = append(got, written.Body.String()), append(want, text.String()), append(quick, ok)
+	}
+	return got, want, quick
+}
+
+// WorkTimeout is how long a request may work.
+const WorkTimeout = workTimeout
+
+// Limited returns the context of a request, and what ends it.
+func Limited(ctx context.Context) (limit context.Context, done func()) {
+	l := &limited{info: requestInfo{Context: ctx}, end: time.Now().Add(workTimeout)}
+	return l, l.done
 }

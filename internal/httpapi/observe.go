@@ -2,11 +2,14 @@ package httpapi
 
 import (
 	"context"
+	"encoding/binary"
 	"fmt"
+	"math/rand/v2"
 	"net/http"
 	"regexp"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -18,13 +21,80 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// requestInfo is what is learnt of a request on its way, for its one log line.
+// requestInfo is what is learnt of a request on its way, for its one log line. As a context it ends
+// when the caller goes away, and has no time limit.
 type requestInfo struct {
+	context.Context
+
 	id     string
-	base   context.Context // ends when the caller goes away; has no time limit
 	caller tenant.Caller
 	tenant tenant.ID
 	err    error
+}
+
+func (i *requestInfo) Value(key any) any {
+	if key == (infoKey{}) {
+		return i
+	}
+	return i.Context.Value(key)
+}
+
+// A limited is the context of a request that may work until end. The timer for that is set for
+// those who ask whether it has ended: what is answered from memory needs none.
+type limited struct {
+	info requestInfo
+	end  time.Time
+
+	mu     sync.Mutex
+	timed  context.Context // guarded by mu; nil until somebody asks
+	cancel context.CancelFunc
+}
+
+func (l *limited) Deadline() (time.Time, bool) { return l.end, true }
+
+func (l *limited) Done() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.timed == nil {
+		l.timed, l.cancel = context.WithDeadline(&l.info, l.end)
+	}
+	return l.timed.Done()
+}
+
+func (l *limited) Err() error {
+	if timed := l.asked(); timed != nil {
+		return timed.Err()
+	}
+	if err := l.info.Err(); err != nil || time.Now().Before(l.end) {
+		return err
+	}
+	return context.DeadlineExceeded
+}
+
+// Value finds the context with the timer too, of which others are made without a goroutine for each.
+func (l *limited) Value(key any) any {
+	if key == (infoKey{}) {
+		return &l.info
+	}
+	if timed := l.asked(); timed != nil {
+		return timed.Value(key)
+	}
+	return l.info.Value(key)
+}
+
+func (l *limited) asked() context.Context {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.timed
+}
+
+// done takes the timer back.
+func (l *limited) done() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.cancel != nil {
+		l.cancel()
+	}
 }
 
 type infoKey struct{}
@@ -44,12 +114,14 @@ var saneRequestID = regexp.MustCompile(`^[A-Za-z0-9._:/+=@-]{1,128}$`)
 func (s *server) observe(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
 		began := time.Now()
-		info := &requestInfo{id: r.Header.Get("X-Request-Id")}
+		// Waiting comes on top of the limit: see waiting.
+		ctx := &limited{info: requestInfo{Context: r.Context(), id: r.Header.Get("X-Request-Id")}, end: began.Add(workTimeout)}
+		defer ctx.done()
+		info := &ctx.info
 		if info.id == "" || !saneRequestID.MatchString(info.id) || isTokenLike(info.id) {
-			info.id = uuid.NewString()
+			info.id = newRequestID()
 		}
-		info.base = context.WithValue(r.Context(), infoKey{}, info)
-		r = r.WithContext(info.base)
+		r = r.WithContext(ctx)
 		w := middleware.NewWrapResponseWriter(rw, r.ProtoMajor)
 		w.Header().Set("X-Request-Id", info.id)
 		defer func() {
@@ -67,6 +139,15 @@ func (s *server) observe(next http.Handler) http.Handler {
 		}()
 		next.ServeHTTP(w, r)
 	})
+}
+
+// newRequestID returns a random UUID. It is no secret: it need not come from the kernel.
+func newRequestID() string {
+	var id uuid.UUID
+	binary.NativeEndian.PutUint64(id[:8], rand.Uint64())
+	binary.NativeEndian.PutUint64(id[8:], rand.Uint64())
+	id[6], id[8] = id[6]&0x0f|0x40, id[8]&0x3f|0x80 // version 4, variant 1
+	return id.String()
 }
 
 // isTokenLike keeps a token, or a key or PAT of Clarifai, that was sent in the wrong

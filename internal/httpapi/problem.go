@@ -112,6 +112,12 @@ func setRetryAfter(w http.ResponseWriter, d time.Duration) {
 func writeJSON(w http.ResponseWriter, status int, contentType string, body any) {
 	w.Header().Set("Content-Type", contentType)
 	w.WriteHeader(status)
+	if a, ok := body.(appender); ok {
+		if text, ok := a.appendJSON(make([]byte, 0, 512)); ok {
+			_, _ = w.Write(append(text, '\n')) // the caller went away: nobody is left to tell
+			return
+		}
+	}
 	enc := json.NewEncoder(w)
 	enc.SetEscapeHTML(false)
 	_ = enc.Encode(body) // the caller went away: nobody is left to tell

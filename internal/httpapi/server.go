@@ -193,10 +193,6 @@ type handler func(w http.ResponseWriter, r *http.Request) error
 
 func (s *server) handle(h handler) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		// Waiting comes on top: see waiting.
-		ctx, cancel := context.WithTimeout(r.Context(), workTimeout)
-		defer cancel()
-		r = r.WithContext(ctx)
 		if err := h(w, r); err != nil {
 			s.writeProblem(w, r, err)
 		}
@@ -312,11 +308,11 @@ func waiting(w http.ResponseWriter, r *http.Request, wait time.Duration) (contex
 	// Unsupported only outside a server, where there are no limits to lift.
 	_ = rc.SetReadDeadline(end)
 	_ = rc.SetWriteDeadline(end.Add(ReadTimeout))
-	ctx, cancel := context.WithDeadline(infoOf(r).base, end)
+	ctx, cancel := context.WithDeadline(infoOf(r), end)
 	return ctx, cancel
 }
 
 // isGone reports whether a request failed because its caller went away.
 func isGone(r *http.Request, err error) bool {
-	return errors.Is(err, context.Canceled) && infoOf(r).base.Err() != nil
+	return errors.Is(err, context.Canceled) && infoOf(r).Err() != nil
 }
