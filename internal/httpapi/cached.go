@@ -6,6 +6,8 @@ import (
 	"strings"
 	"time"
 
+	"github.com/go-chi/chi/v5"
+
 	"github.com/tenantry/tenantry/internal/postgres"
 )
 
@@ -21,6 +23,20 @@ func refusesCached(r *http.Request) bool {
 		}
 	}
 	return false
+}
+
+// cachedRoutes are those that are answered from memory.
+var cachedRoutes = map[string]bool{
+	"/v1/tenants/{tenant_id}":                 true,
+	"/v1/tenants/{tenant_id}/keys":            true,
+	"/v1/tenants/{tenant_id}/keys/{key_name}": true,
+	"/v1/apps/{app_id}":                       true,
+}
+
+// mayBeCached reports whether a request is answered from memory where that can be.
+func mayBeCached(r *http.Request) bool {
+	return (r.Method == http.MethodGet || r.Method == http.MethodHead) && cachedRoutes[chi.RouteContext(r.Context()).RoutePattern()] &&
+		!refusesCached(r)
 }
 
 // staleHeader says why an answer may be wrong.

@@ -259,3 +259,27 @@ func TestLookUpsWhilePostgresIsAway(t *testing.T) {
 		t.Errorf("after a change, GET answers %s", got.body)
 	}
 }
+
+// A token that could not be checked may look up what can be in memory, and nothing else,
+// whatever else Postgres would answer.
+func TestUncheckedTokensOnlyLookUp(t *testing.T) {
+	t.Parallel()
+	s := newSite(t)
+	s.signUp("u")
+	provisiontest.Eventually(t, "what is held is trusted", func() bool { return s.replica.DB.CacheStats().Trusted })
+	s.call(tenant.Provisioner, "GET", "/v1/tenants/u", "")
+	lock := pgtest.Conn(t, s.world.URL)
+	if _, err := lock.Exec(t.Context(), `BEGIN; LOCK TABLE audit_events, callers IN ACCESS EXCLUSIVE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "what is held is not trusted", func() bool { return !s.replica.DB.CacheStats().Trusted })
+	for path, status := range map[string]int{"/v1/tenants/u": 200, "/v1/tenants": 503, "/v1/tenants/u/keys/default/secret": 503, "/v1/upstream": 503} {
+		if got := s.call(tenant.Provisioner, "GET", path, ""); got.status != status {
+			t.Errorf("with a token that could not be checked, GET %s answers %d %s", path, got.status, got.body)
+		}
+	}
+	if _, err := lock.Exec(t.Context(), `ROLLBACK`); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "lists are answered again", func() bool { return s.call(tenant.Provisioner, "GET", "/v1/tenants", "").status == 200 })
+}

@@ -65,13 +65,13 @@ func (s *server) confine(r *http.Request) error {
 	return nil
 }
 
-// labelsOf reads the labels of a tenant. What is to be changed is judged by what is in
-// Postgres.
+// labelsOf reads the labels of a tenant: from Postgres for what is to be changed or
+// revealed.
 func (s *server) labelsOf(r *http.Request, id tenant.ID) (map[string]string, error) {
-	if r.Method != http.MethodGet && r.Method != http.MethodHead || refusesCached(r) {
-		return s.DB.TenantLabels(r.Context(), id)
+	if mayBeCached(r) {
+		return s.DB.LookUpLabels(r.Context(), id)
 	}
-	return s.DB.LookUpLabels(r.Context(), id)
+	return s.DB.TenantLabels(r.Context(), id)
 }
 
 // errNotCovered is answered to a limited caller for a tenant that is not one of its

@@ -207,9 +207,12 @@ func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
 		if err != nil {
 			return err
 		}
-		caller, err := s.DB.Authenticate(r.Context(), token)
+		caller, fresh, err := s.DB.Authenticate(r.Context(), token)
 		if err != nil {
 			return err
+		}
+		if fresh.Stale() && !mayBeCached(r) {
+			return postgres.ErrAway // or a revoked token would do more than look up
 		}
 		infoOf(r).caller = caller
 		if err := s.limiters.take(w, caller, time.Now()); err != nil {

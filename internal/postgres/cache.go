@@ -264,7 +264,7 @@ func insist[T any](ctx context.Context, c *cache, k cacheKey, ask func(context.C
 		t, err := ask(ctx)
 		return t, Freshness{}, err
 	}
-	away := error(errAway)
+	away := error(ErrAway)
 	if c.asks() {
 		asking, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
@@ -287,8 +287,8 @@ func insist[T any](ctx context.Context, c *cache, k cacheKey, ask func(context.C
 	return t, Freshness{Age: age}, err
 }
 
-// errAway is answered where Postgres was not asked again, and nothing is held.
-var errAway = &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailable",
+// ErrAway is answered while Postgres cannot be reached, and is not asked again.
+var ErrAway = &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailable",
 	Detail: "the database cannot be reached; try again", RetryAfter: 2 * time.Second}
 
 // alone reads for one caller, which gets what it is at the end; the context may end
@@ -442,8 +442,8 @@ const expiryDoubt = time.Minute
 // Authenticate returns the caller that holds token, from memory where that is right. It
 // reports tenant.Unauthenticated for a token that is unknown, revoked or expired, and
 // notes the use, exact to a minute. While Postgres cannot be reached, a token that was
-// valid is taken for as long as what else is held.
-func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Caller, error) {
+// valid is taken for as long as what else is held; the Freshness says so.
+func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Caller, Freshness, error) {
 	c, k := db.cache, cacheKey{cachedCaller, token.ID}
 	decode := func(e cacheEntry) (tenant.Caller, error) {
 		if e.caller == nil || subtle.ConstantTimeCompare(e.caller.hash, token.Hash) != 1 || e.caller.endsWithin(0) {
@@ -451,39 +451,29 @@ func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Call
 		}
 		return e.caller.Caller, nil
 	}
-	e, found := c.peek(k)
-	caller, err := decode(e)
-	switch trusted := c.trusted(); {
-	case !found || err != nil:
-		if !trusted {
-			return db.authenticate(ctx, token)
-		}
-		got, err := typed[authenticated](c.share(ctx, k, db.callerReader(token)))
-		if err == nil && subtle.ConstantTimeCompare(got.hash, token.Hash) != 1 { // another token of this id was asked for
-			return db.authenticate(ctx, token)
-		}
-		if err == nil {
-			err = got.err
-		}
-		return got.caller, err
-	case trusted && c.clock() < e.caller.noteAt && !e.caller.endsWithin(expiryDoubt):
-		return caller, nil
-	}
-	caller, _, err = insist(ctx, c, k, func(ctx context.Context) (tenant.Caller, error) {
+	ask := func(ctx context.Context) (tenant.Caller, error) {
 		if !c.trusted() {
 			return db.authenticate(ctx, token)
 		}
-		// Its use is to be noted: once, for all who use it now.
 		got, err := typed[authenticated](c.share(ctx, k, db.callerReader(token)))
-		if err == nil && subtle.ConstantTimeCompare(got.hash, token.Hash) != 1 {
+		if err != nil {
+			return tenant.Caller{}, err
+		}
+		if subtle.ConstantTimeCompare(got.hash, token.Hash) != 1 { // another token of this id was asked for
 			return db.authenticate(ctx, token)
 		}
-		if err == nil {
-			err = got.err
-		}
-		return got.caller, err
-	}, decode)
-	return caller, err
+		return got.caller, got.err
+	}
+	e, _ := c.peek(k)
+	caller, err := decode(e)
+	switch {
+	case err != nil:
+		caller, err = ask(ctx)
+		return caller, Freshness{}, err
+	case c.trusted() && c.clock() < e.caller.noteAt && !e.caller.endsWithin(expiryDoubt):
+		return caller, Freshness{}, nil
+	}
+	return insist(ctx, c, k, ask, decode)
 }
 
 // endsWithin reports whether a token has expired, or does within d.

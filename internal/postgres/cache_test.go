@@ -248,7 +248,7 @@ func TestUnfollowedIsNotTrusted(t *testing.T) {
 	signUp(t, url, a, "user_1")
 	token, _ := addCaller(t, a, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, b, "user_1")
-	if _, err := b.Authenticate(t.Context(), token); err != nil {
+	if _, _, err := b.Authenticate(t.Context(), token); err != nil {
 		t.Fatal(err)
 	}
 	conn, lock := pgtest.Conn(t, url), pgtest.Conn(t, url)
@@ -266,7 +266,7 @@ func TestUnfollowedIsNotTrusted(t *testing.T) {
 	if got := nameOf(t, b, "user_1"); got != "unseen" {
 		t.Errorf("while the log cannot be read, a look-up finds the name %q", got)
 	}
-	if _, err := b.Authenticate(t.Context(), token); !errors.Is(err, tenant.Unauthenticated) {
+	if _, _, err := b.Authenticate(t.Context(), token); !errors.Is(err, tenant.Unauthenticated) {
 		t.Errorf("while the log cannot be read, a revoked token is answered %v", err)
 	}
 	if _, err := lock.Exec(t.Context(), `ROLLBACK`); err != nil {
@@ -285,7 +285,7 @@ func TestCallersHeld(t *testing.T) {
 	good, _ := addCaller(t, a, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	other, _ := addCaller(t, a, tenant.NewCaller{Name: "other", Role: tenant.Viewer, Scope: tenant.Scope{"plan": "pro"}})
 	use := func(db *postgres.DB, token tenant.Token) error {
-		_, err := db.Authenticate(t.Context(), token)
+		_, _, err := db.Authenticate(t.Context(), token)
 		return err
 	}
 	for _, token := range []tenant.Token{good, other, good, other} {
@@ -389,7 +389,7 @@ func TestPostgresAway(t *testing.T) {
 	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, db, "user_1")
 	for range 2 {
-		if _, err := db.Authenticate(t.Context(), token); err != nil {
+		if _, _, err := db.Authenticate(t.Context(), token); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -401,13 +401,13 @@ func TestPostgresAway(t *testing.T) {
 	if err != nil || !fresh.Stale() || got.AppID != "t-user_1" {
 		t.Errorf("while Postgres is away, LookUpTenant = %+v, %+v, %v", got, fresh, err)
 	}
-	if _, err := db.Authenticate(t.Context(), token); err != nil {
+	if _, _, err := db.Authenticate(t.Context(), token); err != nil {
 		t.Errorf("while Postgres is away, a token that was held is answered %v", err)
 	}
 	for what, err := range map[string]error{
 		"one that is not held": errorOf(db.LookUpTenant(t.Context(), "user_2")),
 		"no-cache":             errorOf2(db.Tenant(t.Context(), "user_1")),
-		"an unknown token":     errorOf2(db.Authenticate(t.Context(), tenant.Token{ID: "x"})),
+		"an unknown token":     errorOf(db.Authenticate(t.Context(), tenant.Token{ID: "x"})),
 	} {
 		if !errors.Is(err, tenant.Unavailable) {
 			t.Errorf("while Postgres is away, %s is answered %v", what, err)
@@ -436,7 +436,7 @@ func TestPostgresHangs(t *testing.T) {
 	signUp(t, url, db, "user_1")
 	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, db, "user_1")
-	if _, err := db.Authenticate(t.Context(), token); err != nil {
+	if _, _, err := db.Authenticate(t.Context(), token); err != nil {
 		t.Fatal(err)
 	}
 	lock := pgtest.Conn(t, url)
@@ -447,7 +447,7 @@ func TestPostgresHangs(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			if _, err := db.Authenticate(t.Context(), token); err != nil {
+			if _, _, err := db.Authenticate(t.Context(), token); err != nil {
 				t.Errorf("Authenticate: %v", err)
 			}
 			if _, fresh, err := db.LookUpTenant(t.Context(), "user_1"); err != nil || !fresh.Stale() {

@@ -52,7 +52,7 @@ func TestLimitedCallerOnOldCode(t *testing.T) {
 		scope tenant.Scope
 		old   int
 	}{"limited": {limited, scope, 0}, "rotated": {next, scope, 0}, "open": {open, tenant.Scope{}, 1}} {
-		got, err := db.Authenticate(t.Context(), c.token)
+		got, _, err := db.Authenticate(t.Context(), c.token)
 		if diff := cmp.Diff(c.scope, got.Scope); err != nil || diff != "" {
 			t.Errorf("%s: Authenticate fails with %v, or with another scope: %s", name, err, diff)
 		}
@@ -88,7 +88,7 @@ func TestRotateCaller(t *testing.T) {
 	}
 	works := func(token tenant.Token, want bool) {
 		t.Helper()
-		if _, err := db.Authenticate(t.Context(), token); (err == nil) != want {
+		if _, _, err := db.Authenticate(t.Context(), token); (err == nil) != want {
 			t.Errorf("Authenticate fails with %v; want success: %v", err, want)
 		}
 	}

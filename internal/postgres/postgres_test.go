@@ -425,7 +425,7 @@ func TestCallers(t *testing.T) {
 		token tenant.Token
 		ok    bool
 	}{"good": {good, true}, "future": {future, true}, "expired": {expired, false}, "forged": {forged, false}, "unknown": {tenant.Token{ID: "x"}, false}} {
-		got, err := db.Authenticate(t.Context(), c.token)
+		got, _, err := db.Authenticate(t.Context(), c.token)
 		if c.ok && (err != nil || got.Name != name || got.Role != tenant.Viewer) || !c.ok && !errors.Is(err, tenant.Unauthenticated) {
 			t.Errorf("Authenticate of the %s token = %+v, %v", name, got, err)
 		}
@@ -439,7 +439,7 @@ func TestCallers(t *testing.T) {
 			t.Errorf("RevokeCaller = %+v, %v", c, err)
 		}
 	}
-	if _, err := db.Authenticate(t.Context(), good); !errors.Is(err, tenant.Unauthenticated) {
+	if _, _, err := db.Authenticate(t.Context(), good); !errors.Is(err, tenant.Unauthenticated) {
 		t.Errorf("a revoked token authenticates: %v", err)
 	}
 	if _, err := db.RevokeCaller(t.Context(), "nobody", actor); !errors.Is(err, tenant.NotFound) {
