@@ -211,7 +211,7 @@ func (b *bench) rows(ctx context.Context, main *replica) (rows []row, closeBare 
 	lookUp.target, lookUp.targetOf = 0.45, pgRead
 	signUp := b.signUps(main, "pooled sign-up")
 	signUp.target, signUp.targetOf = 0.60, pgWrite
-	rows = []row{
+	return []row{
 		{name: pgRead, load: pg("-S")},
 		{name: bare, load: func(ctx context.Context, n int, during time.Duration) (sample, error) {
 			before := ownCPU() // which serves it
@@ -229,26 +229,8 @@ func (b *bench) rows(ctx context.Context, main *replica) (rows []row, closeBare 
 		b.row(main, "identify", pgWrite, identify(there)),
 		signUp,
 		b.builtSignUps(builder),
-	}
-	batcher.goOn()
-	defer batcher.pause()
-	switch req, err := http.NewRequestWithContext(ctx, http.MethodPost, batcher.url+"/v1/tenants/batch", strings.NewReader(`{"tenants":[{"id":"first"}]}`)); {
-	case err != nil:
-		return nil, closeBare, err
-	default:
-		req.Header.Set("Authorization", "Bearer "+batcher.token)
-		req.Header.Set("Content-Type", "application/json")
-		resp, err := http.DefaultClient.Do(req)
-		if err != nil {
-			return nil, closeBare, err
-		}
-		_ = resp.Body.Close()
-		if resp.StatusCode == http.StatusNotFound || resp.StatusCode == http.StatusMethodNotAllowed {
-			b.say("sign-ups in a batch are left out: POST /v1/tenants/batch answers %s", resp.Status)
-			return rows, closeBare, nil
-		}
-	}
-	return append(rows, b.batches(batcher)), closeBare, nil
+		b.batches(batcher),
+	}, closeBare, nil
 }
 
 // row is one whose requests go to a replica.
