@@ -40,7 +40,7 @@ func TestCallersReadTheirWrites(t *testing.T) {
 	s := newSite(t)
 	byHand := s.world.AppByHand(provisiontest.PAT, "hand-made", nil)
 	paths := []string{"/v1/tenants/u", "/v1/tenants/u/keys", "/v1/tenants/u/keys/default", "/v1/tenants/u/keys/reports",
-		"/v1/tenants/adopted", "/v1/tenants/adopted/keys", "/v1/apps/hand-made"}
+		"/v1/tenants/adopted", "/v1/tenants/adopted/keys", "/v1/apps/hand-made", "/v1/tenants/in_a_batch"}
 	show := func(a answer) string {
 		body := string(a.body)
 		if a.status >= 400 {
@@ -93,6 +93,7 @@ func TestCallersReadTheirWrites(t *testing.T) {
 		{"DELETE " + tenants, "/v1/tenants/u?purge=now", "", tenant.Admin, 200},
 		{"PUT " + tenants, "/v1/tenants/u?on_deleting=replace", `{"display_name":"Ada","labels":{"plan":"pro"}}`, tenant.Provisioner, 201},
 		{"PUT " + tenants, "/v1/tenants/adopted", adoptBody(`"app_id":"hand-made","key":"` + byHand.Reveal() + `"`), tenant.Provisioner, 201},
+		{"POST /v1/tenants/batch", "/v1/tenants/batch", `{"tenants":[{"id":"in_a_batch"}]}`, tenant.Provisioner, 200},
 	} {
 		warm()
 		method, _, _ := strings.Cut(step.route, " ")
@@ -109,7 +110,7 @@ func TestCallersReadTheirWrites(t *testing.T) {
 			secret = fmt.Sprint(a.at(t, "key"))
 		}
 		if app, ok := s.call(tenant.Viewer, "GET", "/v1/tenants/u", "").at(t, "app", "id").(string); ok {
-			paths = append(paths[:7:7], "/v1/apps/"+app)
+			paths = append(paths[:8:8], "/v1/apps/"+app)
 		}
 	}
 	// The log is read soon: not each time sooner than the next request comes.

@@ -120,7 +120,7 @@ func hotPaths(n int) []hotPath {
 	yes, no := true, false
 	return []hotPath{
 		{name: "authenticate", do: func(ctx context.Context, db *postgres.DB) error {
-			_, err := db.Authenticate(ctx, tenant.Token{ID: "token7", Hash: []byte("no such")})
+			_, _, err := db.Authenticate(ctx, tenant.Token{ID: "token7", Hash: []byte("no such")})
 			return expect(err, tenant.Unauthenticated)
 		}},
 		{name: "tenant", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.Tenant(ctx, id)) }},
