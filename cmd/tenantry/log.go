@@ -17,7 +17,7 @@ const (
 )
 
 // A lateWriter writes several lines at once. It is safe for use by many goroutines. A write that
-// fails loses its lines, and no later ones.
+// fails loses its lines, and no later ones: zap's BufferedWriteSyncer would write nothing any more.
 type lateWriter struct {
 	to io.Writer
 
