@@ -2116,7 +2116,7 @@ type ClientInterface interface {
 	// ListProfiles The profiles, and how many tenants are on which revision
 	//
 	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 	// counted. Roles: all.
 	//
 	// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
@@ -2797,7 +2797,7 @@ func (c *Client) ListPools(ctx context.Context, reqEditors ...RequestEditorFn) (
 // ListProfiles The profiles, and how many tenants are on which revision
 //
 // The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 // counted. Roles: all.
 //
 // Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
@@ -5933,7 +5933,7 @@ type ClientWithResponsesInterface interface {
 	// ListProfilesWithResponse The profiles, and how many tenants are on which revision
 	//
 	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 	// counted. Roles: all.
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -13544,7 +13544,7 @@ func (c *ClientWithResponses) ListPoolsWithResponse(ctx context.Context, reqEdit
 // ListProfilesWithResponse The profiles, and how many tenants are on which revision
 //
 // The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
+// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
 // counted. Roles: all.
 //
 // Returns a wrapper object for the known response body format(s).
