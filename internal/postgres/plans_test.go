@@ -277,7 +277,7 @@ func hotPaths(n int) []hotPath {
 // TENANTRY_PLAN_TENANTS=2000000 plans at that size, to see that the shapes are the same.
 func TestPlans(t *testing.T) {
 	t.Parallel()
-	n := 50_000
+	n := 30_000
 	if s := os.Getenv("TENANTRY_PLAN_TENANTS"); s != "" {
 		if _, err := fmt.Sscan(s, &n); err != nil {
 			t.Fatal(err)

@@ -336,7 +336,7 @@ var compareSQL = []string{
 	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
 		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
 		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
-	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
+	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id AND s.app_id > $3 AND s.app_id <= $4
 	WHERE a.id > $3 AND a.id <= $4 AND a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
 		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.marked_at IS NULL AND a.profile_revision = 'adopted')
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id
@@ -390,6 +390,9 @@ var stateSQL = []string{
 // time: it is called until the phase is another. It also records which apps of the pool
 // were seen with their keys.
 func (db *DB) Compare(ctx context.Context, r tenant.Reconciliation) error {
+	if err := db.knowLists(ctx, r); err != nil {
+		return translate("look what was listed", err)
+	}
 	var from, to tenant.AppID
 	if err := db.pool.QueryRow(ctx, `
 		SELECT compared, least(
@@ -425,7 +428,21 @@ func (db *DB) Compare(ctx context.Context, r tenant.Reconciliation) error {
 	})
 }
 
+// knowLists has Postgres look at the lists before they are compared: a moment ago they
+// may have been empty, and are planned for as such.
+func (db *DB) knowLists(ctx context.Context, r tenant.Reconciliation) error {
+	var begins bool
+	err := db.pool.QueryRow(ctx, `SELECT compared = '' FROM reconciliations WHERE id = $1`, r.ID).Scan(&begins)
+	if err == nil && begins {
+		_, err = db.pool.Exec(ctx, `ANALYZE reconciliation_apps, reconciliation_keys`)
+	}
+	return err
+}
+
 func compare(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, from, to tenant.AppID) error {
+	if err := interpreted(ctx, tx); err != nil {
+		return err
+	}
 	// A parameter that a statement does not use must have a type all the same.
 	find := func(given, sql string, args ...any) error {
 		_, err := tx.Exec(ctx, `
