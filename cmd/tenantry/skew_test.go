@@ -61,7 +61,11 @@ func TestOldCodeOnNewSchema(t *testing.T) {
 			}
 			goesOn("before the migration")
 			conn := pgtest.Conn(t, url)
-			for step := n; step <= postgres.KnownSchema(); step++ {
+			var known int // which may be less than n-1: branches come together
+			if err := conn.QueryRow(t.Context(), `SELECT version FROM schema_migrations`).Scan(&known); err != nil {
+				t.Fatal(err)
+			}
+			for step := known + 1; step <= postgres.KnownSchema(); step++ {
 				sql, err := migrations.FS.ReadFile(fileOf(t, step))
 				if err != nil {
 					t.Fatal(err)

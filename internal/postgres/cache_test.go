@@ -75,9 +75,21 @@ func signUp(t *testing.T, url tenant.Secret, db *postgres.DB, id tenant.ID) tena
 	return got.Tenant
 }
 
-// held makes db hold a tenant.
+// caughtUp waits until all events that are there have been acted on.
+func caughtUp(t *testing.T, db *postgres.DB) {
+	t.Helper()
+	began := time.Now()
+	until(t, "the log is read to its end", func() bool {
+		behind := db.CacheStats().Behind
+		return behind >= 0 && behind < time.Since(began)
+	})
+}
+
+// held looks a tenant up until that is answered from memory, from where no event that is
+// there takes it any more.
 func held(t *testing.T, db *postgres.DB, id tenant.ID) tenant.Tenant {
 	t.Helper()
+	caughtUp(t, db)
 	var got tenant.Tenant
 	until(t, "the look-up is answered from memory", func() bool {
 		before := db.CacheStats().Hits
@@ -88,6 +100,18 @@ func held(t *testing.T, db *postgres.DB, id tenant.ID) tenant.Tenant {
 		return db.CacheStats().Hits > before
 	})
 	return got
+}
+
+// heldCaller waits until a token is held in memory.
+func heldCaller(t *testing.T, db *postgres.DB, token tenant.Token) {
+	t.Helper()
+	caughtUp(t, db)
+	until(t, "the token is held in memory", func() bool { // which it is once it was asked for while memory was trusted
+		if _, _, err := db.Authenticate(t.Context(), token); err != nil {
+			t.Fatal(err)
+		}
+		return db.HoldsCaller(token.ID)
+	})
 }
 
 func rename(t *testing.T, db *postgres.DB, id tenant.ID, name string) {
@@ -388,11 +412,7 @@ func TestPostgresAway(t *testing.T) {
 	signUp(t, url, db, "user_2")
 	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, db, "user_1")
-	for range 2 {
-		if _, _, err := db.Authenticate(t.Context(), token); err != nil {
-			t.Fatal(err)
-		}
-	}
+	heldCaller(t, db, token)
 	if err := cluster.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -436,9 +456,9 @@ func TestPostgresHangs(t *testing.T) {
 	signUp(t, url, db, "user_1")
 	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, db, "user_1")
-	if _, _, err := db.Authenticate(t.Context(), token); err != nil {
-		t.Fatal(err)
-	}
+	heldCaller(t, db, token)
+	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	defer cancel()
 	lock := pgtest.Conn(t, url)
 	if _, err := lock.Exec(t.Context(), `BEGIN; LOCK TABLE audit_events, tenants, callers IN ACCESS EXCLUSIVE MODE`); err != nil {
 		t.Fatal(err)
@@ -447,10 +467,10 @@ func TestPostgresHangs(t *testing.T) {
 	var all sync.WaitGroup
 	for range 20 {
 		all.Go(func() {
-			if _, _, err := db.Authenticate(t.Context(), token); err != nil {
+			if _, _, err := db.Authenticate(ctx, token); err != nil {
 				t.Errorf("Authenticate: %v", err)
 			}
-			if _, fresh, err := db.LookUpTenant(t.Context(), "user_1"); err != nil || !fresh.Stale() {
+			if _, fresh, err := db.LookUpTenant(ctx, "user_1"); err != nil || !fresh.Stale() {
 				t.Errorf("LookUpTenant = %v, %v", fresh, err)
 			}
 		})

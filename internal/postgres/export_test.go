@@ -24,3 +24,9 @@ const (
 	StartBuildsSQL       = startBuildsSQL
 	ClaimInBackgroundSQL = claimInBackgroundSQL
 )
+
+// HoldsCaller reports whether a caller is held in memory.
+func (db *DB) HoldsCaller(tokenID string) bool {
+	_, found := db.cache.peek(cacheKey{cachedCaller, tokenID})
+	return found
+}
