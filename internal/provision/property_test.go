@@ -24,7 +24,7 @@ import (
 // How many random sequences are tried in each of so many worlds, and of how many
 // steps, unless -rapid.checks and -rapid.steps say otherwise.
 const (
-	sequences      = 500
+	sequences      = 200
 	steps          = 12
 	propertyWorlds = 4
 )
