@@ -547,7 +547,9 @@ func TestFailOverForgets(t *testing.T) {
 				})
 			}
 			until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
-			until(t, "look-ups are answered again", func() bool { return errorOf2(db.Tenant(t.Context(), "user_1")) == nil && errorOf(db.LookUpTenant(t.Context(), "user_1")) == nil })
+			until(t, "look-ups are answered again", func() bool {
+				return errorOf2(db.Tenant(t.Context(), "user_1")) == nil && errorOf(db.LookUpTenant(t.Context(), "user_1")) == nil
+			})
 			if got := nameOf(t, db, "user_1"); got != "kept" {
 				t.Errorf("after a fail-over that has lost a change, the name is %q", got)
 			}
