@@ -447,13 +447,10 @@ func agrees(up tenant.SignUp, t tenant.Tenant, first []byte) error {
 // Tenant reads a tenant, and waits for wait until it has reached a state that
 // it stays in.
 func (s *Service) Tenant(ctx context.Context, id tenant.ID, wait time.Duration) (tenant.Tenant, error) {
-	if wait <= 0 {
-		return s.Store.Tenant(ctx, id)
-	}
 	changed, stop := s.Store.Watch(id)
 	defer stop()
 	t, err := s.Store.Tenant(ctx, id)
-	if err != nil {
+	if err != nil || wait <= 0 {
 		return t, err
 	}
 	return s.await(ctx, t, wait, changed)
