@@ -12,9 +12,11 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/tenantry/tenantry/internal/localpg"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
@@ -136,6 +138,23 @@ func (p *process) ready() {
 func (p *process) get(url string) (int, string) {
 	p.t.Helper()
 	return p.request(http.MethodGet, url, "")
+}
+
+// metric reads a metric without labels.
+func (p *process) metric(name string) float64 {
+	p.t.Helper()
+	_, text := p.get(p.internal + "/metrics")
+	for line := range strings.Lines(text) {
+		if value, ok := strings.CutPrefix(line, name+" "); ok {
+			v, err := strconv.ParseFloat(strings.TrimSpace(value), 64)
+			if err != nil {
+				p.t.Fatal(err)
+			}
+			return v
+		}
+	}
+	p.t.Fatalf("there is no metric %s", name)
+	return 0
 }
 
 // request sends a request; headers are name, value pairs.
@@ -379,9 +398,19 @@ func TestDatabaseAway(t *testing.T) {
 	if status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token); status != http.StatusCreated {
 		t.Fatalf("sign-up answers %d %s", status, body)
 	}
-	if status, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_1", token); status != http.StatusOK {
-		t.Fatalf("a look-up answers %d %s", status, body)
-	}
+	// Once the log is followed beyond the sign-up, what is held of it stays.
+	signedUp := time.Now()
+	provisiontest.Eventually(t, "the change log is followed beyond the sign-up", func() bool {
+		behind := p.metric("tenantry_cache_behind_seconds")
+		return behind >= 0 && behind < time.Since(signedUp).Seconds()
+	})
+	provisiontest.Eventually(t, "a look-up is answered from memory", func() bool {
+		hits := p.metric("tenantry_cache_hits_total")
+		if status, body := p.request(http.MethodGet, p.url+"/v1/tenants/user_1", token); status != http.StatusOK {
+			t.Fatalf("a look-up answers %d %s", status, body)
+		}
+		return p.metric("tenantry_cache_hits_total") > hits
+	})
 	halt()
 	// Look-ups of what is in memory go on.
 	away(p, "database_unavailable", http.StatusOK)
