@@ -4,10 +4,13 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -123,8 +126,9 @@ func fileOf(t *testing.T, migration int) string {
 	return ""
 }
 
-// buildBefore builds the last version that did not know a migration yet. Without
-// the history, as in an archive of the source, the test is skipped.
+// buildBefore builds the last version that did not know a migration yet, and knew those
+// before it as they are now: while one was being written, versions had parts of it.
+// Without the history, as in an archive of the source, the test is skipped.
 func buildBefore(t *testing.T, migration int) string {
 	t.Helper()
 	dir := t.TempDir()
@@ -143,12 +147,32 @@ func buildBefore(t *testing.T, migration int) string {
 	if exec.Command("git", "-C", "../..", "rev-parse", "HEAD").Run() != nil {
 		t.Skip("there is no git history here")
 	}
-	added := sh(`git log --diff-filter=A --format=%H -- "migrations/$1" | tail -1`, fileOf(t, migration))
-	if added == "" || exec.Command("git", "-C", "../..", "rev-parse", "--verify", "--quiet", added+"^").Run() != nil {
-		t.Skipf("the history does not reach back to before migration %d", migration)
+	steps := func(tree string, below int) (blobs []string) {
+		for line := range strings.Lines(sh(`git ls-tree "$1"`, tree)) {
+			blob, name, _ := strings.Cut(strings.TrimSpace(line), "\t")
+			number, err := strconv.Atoi(strings.SplitN(name, "_", 2)[0])
+			if err == nil && number < below && strings.HasSuffix(name, ".up.sql") {
+				blobs = append(blobs, blob)
+			}
+		}
+		return blobs
 	}
-	sh(`mkdir "$2/src" && git archive "$1^" | tar -x -C "$2/src" && cd "$2/src" && go build -o "$2/tenantry" ./cmd/tenantry`, added, dir)
-	return filepath.Join(dir, "tenantry")
+	want := steps("HEAD:migrations", migration)
+	seen := map[string]bool{}
+	commits := sh(`git rev-list --topo-order HEAD -- | while read -r c; do echo "$c $(git rev-parse --verify --quiet "$c:migrations" || true)"; done`)
+	for line := range strings.Lines(commits) {
+		commit, tree, _ := strings.Cut(strings.TrimSpace(line), " ")
+		if tree == "" || seen[tree] {
+			continue
+		}
+		seen[tree] = true
+		if slices.Equal(steps(tree, math.MaxInt), want) {
+			sh(`mkdir "$2/src" && git archive "$1" | tar -x -C "$2/src" && cd "$2/src" && go build -o "$2/tenantry" ./cmd/tenantry`, commit, dir)
+			return filepath.Join(dir, "tenantry")
+		}
+	}
+	t.Skipf("in the history that is here, no version stopped before migration %d", migration)
+	return ""
 }
 
 func oldCommand(old string, vars map[string]string, args ...string) *exec.Cmd {
