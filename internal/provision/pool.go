@@ -91,9 +91,10 @@ func (s *Service) keepPools(ctx context.Context) error {
 
 // importBuilds is how many builds are under way at once while tenants of a profile wait
 // in the background. A build waits twice for a call that nobody else wants: with as many
-// as there are calls in a second some build has one to make, whenever it is free.
+// as there are calls in a second some build has one to make, whenever it is free; where
+// calls are shared, enough to fill them.
 func (s *Service) importBuilds() int {
-	return min(max(poolBuilds, int(math.Ceil(s.Rate))), max(poolBuilds, s.MaxBuilds))
+	return min(max(poolBuilds, int(math.Ceil(s.Rate))*s.ItemsPerCall), max(poolBuilds, s.MaxBuilds))
 }
 
 // pooled are the profiles that keep a pool, by name.

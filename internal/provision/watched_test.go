@@ -403,6 +403,16 @@ func (u watchedUpstream) CreateApp(ctx context.Context, app tenant.NewApp) error
 	return u.Upstream.CreateApp(ctx, app)
 }
 
+func (u watchedUpstream) CreateApps(ctx context.Context, apps []tenant.NewApp) error {
+	defer u.returned()
+	return u.Upstream.CreateApps(ctx, apps)
+}
+
+func (u watchedUpstream) CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant.Secret, error) {
+	defer u.returned()
+	return u.Upstream.CreateKeys(ctx, keys)
+}
+
 func (u watchedUpstream) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error) {
 	defer u.returned()
 	return u.Upstream.App(ctx, id)
