@@ -46,7 +46,7 @@ var crashScenarios = map[string]crashScenario{
 	"sign-up": {
 		points: []string{
 			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
-			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
 			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
@@ -522,7 +522,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"pool": {
-		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "makeApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
+		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "createApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "Pools Pools", "Pools Fence"},
 		prepare: first, options: keepsPool, spare: 2,
 	},
@@ -542,7 +542,7 @@ var crashScenarios = map[string]crashScenario{
 		options: keepsPool, spare: 3,
 	},
 	"import": {
-		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend MarkApp"},
 		prepare: first, act: func(s *scene) { importAll(s.t, s.r, batchOf("imported", 3)) }, settle: imported,
 		newcomers: imports,
