@@ -547,6 +547,26 @@ var crashScenarios = map[string]crashScenario{
 		prepare: first, act: func(s *scene) { importAll(s.t, s.r, batchOf("imported", 3)) }, settle: imported,
 		newcomers: imports,
 	},
+	"import with shared calls": {
+		points:  []string{"makeApp BeginApp", "postApps CreateApps", "build AppMade", "makeKey BeginKey", "postKeys CreateKeys", "build FinishBuild"},
+		prepare: first, options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
+	},
+	"import with shared calls while listings are masked": {
+		points: []string{"postKeys CreateKeys"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			first(s)
+		},
+		options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
+	},
+	"import with shared calls that are refused": {
+		points: []string{"postApps CreateApps", "lookAt App", "createApp CreateApp"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"several_items": "refused"})
+			first(s)
+		},
+		options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
+	},
 	"import that gets apps of the pool": {
 		points: []string{"keepPools ClaimInBackground", "keepPools FillPool"},
 		prepare: func(s *scene) {
@@ -1068,6 +1088,15 @@ func sharedKeyAgain(s *scene) {
 }
 
 var imports = []tenant.ID{"imported_0000", "imported_0001", "imported_0002"}
+
+// sharesCalls is a replica whose builds have time to gather between two calls.
+var sharesCalls = provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate, c.ItemsPerCall = 20, 10 }}
+
+// importTogether has all of an import wait for the same slot.
+func importTogether(s *scene) {
+	exec(s.t, s.w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '500 ms'`)
+	importAll(s.t, s.r, batchOf("imported", len(imports)))
+}
 
 // imported runs an import again, and waits until all have their apps: nobody has come for
 // them, which would hurry them.

@@ -263,9 +263,6 @@ func (c Config) Validate() error {
 		fault("Rate", "upstream rate %v must be more than 0 calls a second", c.Rate)
 	}
 	faults = append(faults, checkProfiles(c.Profiles)...)
-	if c.ItemsPerCall < 1 || c.ItemsPerCall > 100 {
-		fault("ItemsPerCall", "%d must be from 1 to 100", c.ItemsPerCall)
-	}
 	if c.JobTimeout < 2*c.CallTimeout {
 		fault("CallTimeout", "upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout)
 	}
