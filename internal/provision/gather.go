@@ -53,6 +53,14 @@ const (
 	gatherAgainCap = time.Hour
 )
 
+// sharing is how many builds it takes to fill the calls that they share; 0 if they share none.
+func (s *Service) sharing() int {
+	if s.ItemsPerCall < 2 {
+		return 0
+	}
+	return 2 * s.ItemsPerCall
+}
+
 // takes reports whether a build may have something made together with others: if it is in
 // no hurry, and nothing of it is in doubt or has failed.
 func (g *gatherer[I, R]) takes(a tenant.App) bool {
