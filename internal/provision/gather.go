@@ -2,6 +2,7 @@ package provision
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -40,9 +41,11 @@ type gathering[I, R any] struct {
 
 // A gathered is what one build wants made.
 type gathered[I, R any] struct {
+	ctx   context.Context // of the build
 	what  I
 	begun bool // the intent is written
 	made  R
+	done  bool // made holds what was made
 }
 
 // After a call for several that was not carried out in full, each goes alone for gatherAgain,
@@ -77,7 +80,7 @@ func (g *gatherer[I, R]) takes(a tenant.App) bool {
 // row says whether it is in doubt.
 func (g *gatherer[I, R]) make(ctx context.Context, begin func() (I, error)) (R, error) {
 	var none R
-	it := &gathered[I, R]{}
+	it := &gathered[I, R]{ctx: ctx}
 	b := g.join(it)
 	var t turn
 	leads := false
@@ -111,6 +114,9 @@ func (g *gatherer[I, R]) make(ctx context.Context, begin func() (I, error)) (R, 
 	select {
 	case <-b.ended:
 		tenant.NoteUpstreamRequest(ctx, b.request)
+		if b.err == nil && !it.done {
+			return none, &deferred{}
+		}
 		return it.made, b.err
 	case <-ctx.Done():
 		return none, &deferred{} // the others go on
@@ -171,31 +177,36 @@ func (g *gatherer[I, R]) close(b *gathering[I, R]) {
 // send makes the call of a gathering for those whose intents are written.
 func (g *gatherer[I, R]) send(ctx context.Context, b *gathering[I, R], t turn) {
 	defer close(b.ended)
-	var begun []*gathered[I, R]
-	var what []I
-	for _, it := range b.items {
-		if it.begun {
-			begun, what = append(begun, it), append(what, it.what)
-		}
-	}
-	if len(begun) == 0 {
+	if !slices.ContainsFunc(b.items, func(it *gathered[I, R]) bool { return it.begun }) {
 		return
 	}
+	var asked []*gathered[I, R]
 	var made []R
 	b.err = g.s.send(ctx, t, func(ctx context.Context) (err error) {
+		var what []I
+		for _, it := range b.items {
+			// Who has given up while another slot was waited for is looked for by now: what is
+			// made later could be missed.
+			if it.begun && it.ctx.Err() == nil {
+				asked, what = append(asked, it), append(what, it.what)
+			}
+		}
+		if len(asked) == 0 {
+			return &deferred{}
+		}
+		g.s.Metrics.gathered(g.call, len(asked))
 		made, err = g.post(ctx, what)
 		return err
 	})
 	b.request = tenant.LastUpstreamRequest(ctx)
-	g.s.Metrics.gathered(g.call, len(begun))
-	if len(begun) > 1 {
-		b.err = g.learn(ctx, len(begun), b.err)
+	if len(asked) > 1 {
+		b.err = g.learn(ctx, len(asked), b.err)
 	}
 	if b.err != nil {
 		return
 	}
-	for i, it := range begun {
-		it.made = made[i]
+	for i, it := range asked {
+		it.made, it.done = made[i], true
 	}
 }
 
