@@ -133,7 +133,7 @@ type Store interface {
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
 	PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error
 	ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error
-	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error
+	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error
 	DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error)
 	KeyProven(ctx context.Context, a tenant.App) error
 	MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error

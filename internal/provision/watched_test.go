@@ -738,9 +738,9 @@ func (s watchedStore) PlanPools(ctx context.Context, profiles []tenant.Profile, 
 	return s.Store.PlanPools(ctx, profiles, plan, actor)
 }
 
-func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
+func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
 	defer s.returned()
-	return s.Store.FillPool(ctx, p, ids, forPool)
+	return s.Store.FillPool(ctx, p, ids, forPool, forImport)
 }
 
 func (s watchedStore) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {
