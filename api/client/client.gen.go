@@ -1545,6 +1545,8 @@ type Upstream struct {
 		State UpstreamBreakerState `json:"state"`
 	} `json:"breaker"`
 	Budget struct {
+		// ItemsPerCall How many apps, or keys, one call may make for those that wait in the background.
+		ItemsPerCall      int     `json:"items_per_call"`
 		NextSlotInSeconds float32 `json:"next_slot_in_seconds"`
 		RequestsPerSecond float32 `json:"requests_per_second"`
 	} `json:"budget"`
@@ -1571,7 +1573,7 @@ type Upstream struct {
 		// EtaSeconds Until the last waiting tenant is served, at the budget's rate and if nothing fails.
 		EtaSeconds float32 `json:"eta_seconds"`
 
-		// ImportEtaSeconds The same with those that wait in the background.
+		// ImportEtaSeconds The same with those that wait in the background, if each call makes one app or one key.
 		ImportEtaSeconds float32 `json:"import_eta_seconds"`
 
 		// ImportingTenants Tenants beside those that wait in the background, from batches.

@@ -77,7 +77,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	}
 	say("chaos for %d s, seed %d, logs in %s", seconds, seed, dir)
 
-	s, err := raise(ctx, dir, setting{replicas: 2, throttle: rate + 1, connections: 16, pool: 5})
+	s, err := raise(ctx, dir, setting{replicas: 2, throttle: rate + 1, connections: 16, pool: 5, items: 10})
 	if err != nil {
 		return failed(err)
 	}

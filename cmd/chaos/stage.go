@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -35,6 +36,7 @@ type setting struct {
 	throttle    int // calls a second that Clarifai allows; 0 means any number
 	connections int // of a replica to Postgres
 	pool        int // apps that are kept ready at most; 0 means none
+	items       int // that one call may make for builds of the first replica; 0 means one
 }
 
 // A stage is everything that runs.
@@ -226,6 +228,9 @@ func (s *stage) addReplica(ctx context.Context) (*program, error) {
 	name := fmt.Sprint("tenantry-", len(s.running)+1)
 	p := &program{name: name, addr: addr, url: "http://" + addr, log: s.file(name + ".log"),
 		args: []string{filepath.Join(s.bin, "tenantry"), "serve", "--addr", addr, "--internal-addr", "127.0.0.1:0"}, env: s.env}
+	if len(s.running) == 0 && s.items > 1 {
+		p.env = append(slices.Clone(s.env), fmt.Sprint("TENANTRY_ITEMS_PER_CALL=", s.items))
+	}
 	if err := p.start(); err != nil {
 		return nil, err
 	}

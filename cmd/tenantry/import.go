@@ -240,6 +240,9 @@ func (r *importRun) plan(u client.Upstream) string {
 	}
 	if n += r.counts.Waiting; n > 0 {
 		text += fmt.Sprintf("; an app and a key each are 2 calls, at %g a second: about %s", rate, roughly(callsTake(2*n, rate)))
+		if most := u.Budget.ItemsPerCall; most > 1 {
+			text += fmt.Sprintf(", or down to %s where one call makes up to %d apps or keys", roughly(callsTake(2*(n+most-1)/most, rate)), most)
+		}
 	}
 	before := u.Queue.WaitingTenants + u.Queue.ImportingTenants - r.counts.Waiting
 	switch {
@@ -552,7 +555,11 @@ func (r *importRun) pace(u client.Upstream, left int, passed time.Duration, serv
 	if passed > time.Second && served > 0 {
 		text += fmt.Sprintf(", %.1f/s", float64(served)/passed.Seconds())
 	}
-	text += ", about " + roughly(callsTake(2*(left+u.Queue.WaitingTenants), rate)) + " to go"
+	text += ", "
+	if u.Budget.ItemsPerCall > 1 {
+		text += "at most "
+	}
+	text += "about " + roughly(callsTake(2*(left+u.Queue.WaitingTenants), rate)) + " to go"
 	if u.Breaker.State != "closed" {
 		text += "; paused"
 		if u.Breaker.Reason != nil {

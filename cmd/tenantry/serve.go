@@ -50,6 +50,8 @@ type serveCmd struct {
 	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai, 7.5s at most."`
 	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica."`
 
+	ItemsPerCall int `env:"TENANTRY_ITEMS_PER_CALL" default:"1" help:"Most apps, or keys, that one call to Clarifai makes for tenants of an import and for pools, 1 to 100. How Clarifai fails such calls in part is not public: try it before you rely on it."`
+
 	ReportInterval time.Duration `env:"TENANTRY_REPORT_INTERVAL" default:"24h" help:"How often Clarifai is compared with the database; changes nothing."`
 	RemovalCap     int           `env:"TENANTRY_REMOVAL_CAP" default:"100" help:"Most apps and keys that repairs remove in an hour."`
 	MarkTenants    bool          `env:"TENANTRY_MARK_TENANTS" default:"true" negatable:"" help:"Write the tenant, sealed, into its app's metadata at Clarifai: from it the mapping is rebuilt if the database is lost."`
@@ -123,6 +125,9 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 		note(fmt.Errorf("TENANTRY_WORKERS: %d must be from 1 to 1000", c.Workers))
 	}
 	p.workers = c.Workers
+	if c.ItemsPerCall < 1 || c.ItemsPerCall > 100 {
+		note(fmt.Errorf("TENANTRY_ITEMS_PER_CALL: %d must be from 1 to 100", c.ItemsPerCall))
+	}
 	if c.ReportInterval < time.Minute {
 		note(fmt.Errorf("TENANTRY_REPORT_INTERVAL: %s must be at least 1m", c.ReportInterval))
 	}
@@ -226,6 +231,7 @@ func (c serveCmd) engine(p plan) provision.Config {
 		AppPrefix:    c.AppPrefix,
 		Rate:         c.UpstreamRate,
 		CallTimeout:  c.UpstreamTimeout,
+		ItemsPerCall: c.ItemsPerCall,
 		ReportEvery:  c.ReportInterval,
 		RemovalCap:   c.RemovalCap,
 		SkipMarks:    !c.MarkTenants,

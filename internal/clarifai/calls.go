@@ -77,29 +77,51 @@ func plausibleUserID(id string) bool {
 // CreateApp makes an app with its marker. It reports tenant.UpstreamDuplicate if
 // the id is taken, by an earlier call of ours or by somebody else.
 func (c *Client) CreateApp(ctx context.Context, app tenant.NewApp) error {
-	metadata, err := json.Marshal(map[string]tenant.Marker{markerField: app.Marker})
-	if err != nil {
-		return &tenant.UpstreamError{Call: callPostApps, Class: tenant.UpstreamRefused, Detail: "not called: the marker cannot be encoded"}
+	return c.CreateApps(ctx, []tenant.NewApp{app})
+}
+
+// CreateApps makes apps by one call. How a call for several fails in part is not
+// documented: if it may have been carried out and does not name each of them, the error
+// is Unclear, of whatever class it is, and any of them may have been made.
+func (c *Client) CreateApps(ctx context.Context, apps []tenant.NewApp) error {
+	body := make([]appJSON, len(apps))
+	missing := make(map[string]bool, len(apps))
+	for i, app := range apps {
+		metadata, err := json.Marshal(map[string]tenant.Marker{markerField: app.Marker})
+		if err != nil {
+			return &tenant.UpstreamError{Call: callPostApps, Class: tenant.UpstreamRefused, Detail: "not called: the marker cannot be encoded"}
+		}
+		body[i] = appJSON{
+			ID:              string(app.ID),
+			DefaultLanguage: app.Language,
+			Description:     app.Description,
+			DefaultWorkflow: &workflowJSON{ID: app.BaseWorkflow, UserID: "clarifai", AppID: "main"},
+			Metadata:        metadata,
+		}
+		missing[body[i].ID] = true
 	}
-	// One app a call: how a batch fails in part is not documented.
-	body := map[string][]appJSON{"apps": {{
-		ID:              string(app.ID),
-		DefaultLanguage: app.Language,
-		Description:     app.Description,
-		DefaultWorkflow: &workflowJSON{ID: app.BaseWorkflow, UserID: "clarifai", AppID: "main"},
-		Metadata:        metadata,
-	}}}
-	return c.do(ctx, request{call: callPostApps, method: http.MethodPost, path: c.path("apps"), body: body, limit: maxAnswer},
+	return c.do(ctx, request{call: callPostApps, method: http.MethodPost, path: c.path("apps"), limit: answerOf(len(apps)),
+		body: map[string][]appJSON{"apps": body}, items: len(apps)},
 		func(a answer) string {
 			var got struct {
 				Apps []appJSON `json:"apps"`
 			}
-			if !a.decode(&got) || len(got.Apps) != 1 || got.Apps[0].ID != string(app.ID) {
-				return "it does not name the one app that was to be made"
+			const fault = "it does not name each app that was to be made, and no other"
+			if !a.decode(&got) || len(got.Apps) != len(apps) {
+				return fault
+			}
+			for _, app := range got.Apps {
+				delete(missing, app.ID)
+			}
+			if len(missing) > 0 {
+				return fault
 			}
 			return ""
 		})
 }
+
+// answerOf is the limit of an answer that shows so many apps or keys.
+func answerOf(items int) int64 { return maxAnswer + int64(items-1)*maxItem }
 
 // App looks an app up. It reports tenant.UpstreamNotFound if there is none of
 // that id; not for one that was given another id, which is tenant.UpstreamRefused.
@@ -152,32 +174,55 @@ func nothing(answer) string { return "" }
 // There is nothing to address a key by whose answer was lost: when the error is
 // Unclear, look for the marker with AppKeys.
 func (c *Client) CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error) {
-	marker := key.Marker.String()
-	body := map[string][]keyJSON{"keys": {{
-		Description: marker,
-		Scopes:      key.Scopes,
-		Apps:        []appJSON{{ID: string(key.AppID), UserID: string(c.operator)}},
-	}}}
-	var secret tenant.Secret
-	err := c.do(ctx, request{call: "PostKeys", method: http.MethodPost, path: c.path("keys"), body: body, limit: maxAnswer},
+	secrets, err := c.CreateKeys(ctx, []tenant.NewKey{key})
+	if err != nil {
+		return tenant.Secret{}, err
+	}
+	return secrets[0], nil
+}
+
+// CreateKeys makes keys by one call and returns their secrets in the order of keys. Of
+// several it errs as CreateApps does, and returns none.
+func (c *Client) CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant.Secret, error) {
+	body := make([]keyJSON, len(keys))
+	place := make(map[string]int, len(keys)) // of a marker
+	for i, key := range keys {
+		body[i] = keyJSON{Description: key.Marker.String(), Scopes: key.Scopes,
+			Apps: []appJSON{{ID: string(key.AppID), UserID: string(c.operator)}}}
+		place[body[i].Description] = i
+	}
+	secrets := make([]tenant.Secret, len(keys))
+	err := c.do(ctx, request{call: "PostKeys", method: http.MethodPost, path: c.path("keys"), limit: answerOf(len(keys)),
+		body: map[string][]keyJSON{"keys": body}, items: len(keys)},
 		func(a answer) string {
 			var got struct {
 				Keys []keyJSON `json:"keys"`
 			}
-			if !a.decode(&got) || len(got.Keys) != 1 {
-				return "it does not hold the one key that was to be made"
+			if !a.decode(&got) || len(got.Keys) != len(keys) {
+				return "it does not hold each key that was to be made, and no other"
 			}
-			made := got.Keys[0]
-			switch {
-			case made.Description != "" && made.Description != marker, len(made.Apps) > 0 && made.Apps[0].ID != string(key.AppID):
-				return "it holds another key than the one that was to be made"
-			case !usableKey(made.ID):
-				return "it holds no usable key"
+			for _, made := range got.Keys {
+				if made.Description == "" && len(keys) == 1 {
+					made.Description = body[0].Description
+				}
+				i, known := place[made.Description]
+				// Of several, each has to say which it is: a tenant's key must open the tenant's app.
+				says := len(keys) == 1 || len(made.Apps) == 1
+				switch {
+				case !known, !says, len(made.Apps) > 0 && made.Apps[0].ID != string(keys[i].AppID):
+					return "it holds another key than the one that was to be made"
+				case !usableKey(made.ID):
+					return "it holds no usable key"
+				}
+				secrets[i] = tenant.NewSecret(made.ID)
+				delete(place, made.Description)
 			}
-			secret = tenant.NewSecret(made.ID)
 			return ""
 		})
-	return secret, err
+	if err != nil {
+		return nil, err
+	}
+	return secrets, nil
 }
 
 // Apps returns one page of the operator's apps, oldest first, counted from 1; a page

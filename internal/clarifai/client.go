@@ -60,6 +60,7 @@ type Client struct {
 const (
 	maxHeader  = 64 << 10
 	maxAnswer  = 1 << 20
+	maxItem    = 64 << 10 // of an answer that shows several
 	maxListing = 16 << 20
 )
 
@@ -149,6 +150,8 @@ type request struct {
 	pat tenant.Secret
 	// also is a status code that is a success too; 0 for none.
 	also int
+	// items is how many things the call makes; 0 where it makes none.
+	items int
 }
 
 // changes reports whether the call changes something upstream.
@@ -181,6 +184,9 @@ func (c *Client) do(ctx context.Context, r request, read func(answer) string) er
 	err.Call, err.Detail = r.call, clean(err.Detail, secrets)
 	err.RequestID = cleanRequestID(err.RequestID, secrets)
 	tenant.NoteUpstreamRequest(ctx, err.RequestID)
+	if r.items > 1 && err.HTTP != 0 && err.Class != tenant.UpstreamThrottled {
+		err.Unclear = true // what refuses one of them may come after others were made
+	}
 	err.Unclear = err.Unclear && r.changes()
 	c.observe(r.call, string(err.Class), time.Since(began))
 	return err

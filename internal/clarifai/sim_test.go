@@ -248,6 +248,87 @@ func TestLookAfterLostAnswer(t *testing.T) {
 	}
 }
 
+// Of a call for several only what is certain counts: that all were made, or none.
+func TestSeveralItems(t *testing.T) {
+	t.Parallel()
+	ctx, sim := t.Context(), simulate(t)
+	c := sim.client(t)
+	made := 0
+	call := func() (appsErr, keysErr error) {
+		t.Helper()
+		var apps []tenant.NewApp
+		var keys []tenant.NewKey
+		for range 3 {
+			made++
+			id := tenant.AppID(fmt.Sprint("several-", made))
+			must(t, c.CreateApp(ctx, tenant.NewApp{ID: id, BaseWorkflow: "Empty"}))
+			apps = append(apps, tenant.NewApp{ID: id + "-b", BaseWorkflow: "Empty", Marker: tenant.Marker{Deployment: "d", App: id + "-b"}})
+			keys = append(keys, tenant.NewKey{AppID: id, Scopes: []string{"Apps_Get"}, Marker: tenant.KeyMarker{Deployment: "d", KeyID: uuid.New()}})
+		}
+		secrets, keysErr := c.CreateKeys(ctx, keys)
+		if keysErr != nil && secrets != nil {
+			t.Error("secrets came with an error")
+		}
+		for i, secret := range secrets {
+			opened, err := c.Opens(ctx, secret)
+			if must(t, err); opened.AppID != keys[i].AppID {
+				t.Errorf("key %d opens %s; want %s", i, opened.AppID, keys[i].AppID)
+			}
+		}
+		return c.CreateApps(ctx, apps), keysErr
+	}
+	appsErr, keysErr := call()
+	must(t, appsErr)
+	must(t, keysErr)
+	for mode, want := range map[string]tenant.UpstreamClass{"all": tenant.UpstreamDown, "first": tenant.UpstreamDown, "partial": tenant.UpstreamDown, "refused": tenant.UpstreamRefused} {
+		sim.set(t, func(s *clarifaisim.Settings) { s.SeveralItems, s.FailingItem = mode, 2 })
+		appsErr, keysErr := call()
+		wantClass(t, "PostApps", appsErr, want, true)
+		wantClass(t, "PostKeys", keysErr, want, true)
+	}
+	sim.fault(t, map[string]any{"call": "PostKeys", "count": 1, "status": 11005})
+	_, keysErr = call()
+	wantClass(t, "PostKeys", keysErr, tenant.UpstreamThrottled, false)
+	sim.fault(t, map[string]any{"call": "PostKeys", "count": 1, "status": 11008})
+	_, keysErr = call()
+	wantClass(t, "PostKeys", keysErr, tenant.UpstreamPAT, true)
+	sim.fault(t, map[string]any{"call": "PostKeys", "count": 1, "drop_before": true})
+	_, keysErr = call()
+	wantClass(t, "PostKeys", keysErr, tenant.UpstreamDown, true)
+}
+
+// Keys of one call are told by their markers and apps, in whatever order they come; an
+// answer that leaves a doubt of one is believed of none.
+func TestKeysOfOneCall(t *testing.T) {
+	t.Parallel()
+	keys := []tenant.NewKey{{AppID: "app-a", Marker: tenant.KeyMarker{Deployment: "d", KeyID: uuid.New()}},
+		{AppID: "app-b", Marker: tenant.KeyMarker{Deployment: "d", KeyID: uuid.New()}}}
+	key := func(id string, of int, app string) string {
+		return `{"id":"` + id + `","description":"` + keys[of].Marker.String() + `","apps":[` + app + `]}`
+	}
+	const a, b = `{"id":"app-a"}`, `{"id":"app-b"}`
+	for name, answer := range map[string]string{
+		"good":          key("secret-of-b", 1, b) + "," + key("secret-of-a", 0, a),
+		"one is absent": key("secret-of-a", 0, a),
+		"one twice":     key("secret-of-a", 0, a) + "," + key("secret-of-a", 0, a),
+		"one too many":  key("secret-of-a", 0, a) + "," + key("secret-of-b", 1, b) + "," + key("secret-of-c", 1, b),
+		"apps swapped":  key("secret-of-a", 0, b) + "," + key("secret-of-b", 1, a),
+		"no app":        key("secret-of-a", 0, "") + "," + key("secret-of-b", 1, b),
+		"no marker":     `{"id":"secret-of-a","apps":[` + a + `]},` + key("secret-of-b", 1, b),
+		"masked":        key("*****************ofa", 0, a) + "," + key("secret-of-b", 1, b),
+	} {
+		up := serve(t, page(200, "application/json", `{`+okStatus+`,"keys":[`+answer+`]}`))
+		secrets, err := newClient(t, clarifai.Config{BaseURL: up.URL}).CreateKeys(t.Context(), keys)
+		if name != "good" {
+			wantClass(t, "PostKeys", err, tenant.UpstreamDown, true)
+			continue
+		}
+		if err != nil || secrets[0].Reveal() != "secret-of-a" || secrets[1].Reveal() != "secret-of-b" {
+			t.Errorf("CreateKeys = %v, %v; want both, in the order that was asked for", secrets, err)
+		}
+	}
+}
+
 // An app that somebody renamed is not gone: to forget it would forget its keys.
 func TestRenamedApp(t *testing.T) {
 	t.Parallel()

@@ -128,8 +128,7 @@ func (s *Sim) saveFailed() answer {
 	return refuse(codeInternal, "the simulator cannot save its state")
 }
 
-// postApps makes all apps of the request or none: what Clarifai does when one of
-// several fails is not known.
+// postApps makes the apps of the request.
 func (s *Sim) postApps(c *call) answer {
 	var req struct {
 		Apps []*appFields `json:"apps"`
@@ -141,46 +140,85 @@ func (s *Sim) postApps(c *call) answer {
 		return refuse(codeInvalidRequest, "there is no app in the request")
 	}
 	c.log.AppID = req.Apps[0].ID
-	var changes []change
-	made := make([]appFields, 0, len(req.Apps))
 	taken := make(map[string]bool)
-	for _, f := range req.Apps {
-		if f.ID == "" {
-			f.ID = newSecret()[:min(32, s.settings.MaxIDLength)]
-		}
-		if err := f.check(); err != nil {
-			return refuse(codeInvalidRequest, "%v", err)
-		}
-		if err := s.checkAppID(f.ID); err != nil {
-			return refuse(codeInvalidRequest, "%v", err)
-		}
-		if _, ok := s.world.apps[appRef{c.user, f.ID}]; ok || taken[f.ID] {
-			return s.duplicate(f.ID)
-		}
-		taken[f.ID] = true
-		f.UserID, f.CreatedAt, f.ModifiedAt, f.ExtraInfo = c.user, c.now, c.now, nil
-		if f.Visibility == nil {
-			f.Visibility = &visibility{gettablePrivate}
-		}
-		if f.DefaultWorkflow == nil {
-			f.DefaultWorkflow = json.RawMessage(`{"id":"Universal","user_id":"clarifai","app_id":"main"}`)
-		}
-		made = append(made, *f)
-		changes = append(changes, change{PutApp: &app{App: *f, VisibleAt: s.visibleFrom(c.now)}})
-		if s.settings.FirstKey {
-			changes = append(changes, change{PutKey: &key{
-				ID: newSecret(), UserID: c.user, AppID: f.ID, Description: "first key of the app", Scopes: []string{"All"},
-				CreatedAt: c.now, VisibleAt: s.visibleFrom(c.now),
-			}})
-		}
+	return postSeveral(s, "apps", req.Apps, func(f *appFields) (made appFields, changes []change, refusal answer, refused bool) {
+		changes, refusal, refused = s.newApp(c, f, taken)
+		return *f, changes, refusal, refused
+	})
+}
+
+// newApp checks an app that is to be made beside those that are taken, and completes it.
+func (s *Sim) newApp(c *call, f *appFields, taken map[string]bool) (changes []change, refusal answer, refused bool) {
+	if f.ID == "" {
+		f.ID = newSecret()[:min(32, s.settings.MaxIDLength)]
 	}
-	if quota := s.settings.AppQuota; quota > 0 && s.world.perUser[c.user]+len(made) > quota {
-		return refuse(codeExceedsLimits, "the account may have %d apps", quota)
+	if err := f.check(); err != nil {
+		return nil, refuse(codeInvalidRequest, "%v", err), true
+	}
+	if err := s.checkAppID(f.ID); err != nil {
+		return nil, refuse(codeInvalidRequest, "%v", err), true
+	}
+	if _, ok := s.world.apps[appRef{c.user, f.ID}]; ok || taken[f.ID] {
+		return nil, s.duplicate(f.ID), true
+	}
+	if quota := s.settings.AppQuota; quota > 0 && s.world.perUser[c.user]+len(taken) >= quota {
+		return nil, refuse(codeExceedsLimits, "the account may have %d apps", quota), true
+	}
+	taken[f.ID] = true
+	f.UserID, f.CreatedAt, f.ModifiedAt, f.ExtraInfo = c.user, c.now, c.now, nil
+	if f.Visibility == nil {
+		f.Visibility = &visibility{gettablePrivate}
+	}
+	if f.DefaultWorkflow == nil {
+		f.DefaultWorkflow = json.RawMessage(`{"id":"Universal","user_id":"clarifai","app_id":"main"}`)
+	}
+	changes = append(changes, change{PutApp: &app{App: *f, VisibleAt: s.visibleFrom(c.now)}})
+	if s.settings.FirstKey {
+		changes = append(changes, change{PutKey: &key{
+			ID: newSecret(), UserID: c.user, AppID: f.ID, Description: "first key of the app", Scopes: []string{"All"},
+			CreatedAt: c.now, VisibleAt: s.visibleFrom(c.now),
+		}})
+	}
+	return changes, answer{}, false
+}
+
+// postSeveral makes the items of a request, each by what prepare says, as the settings
+// have it where one of several fails.
+func postSeveral[F, M any](s *Sim, list string, items []F, prepare func(F) (made M, changes []change, refusal answer, refused bool)) answer {
+	several := len(items) > 1
+	if several && s.settings.SeveralItems == SeveralRefused {
+		return refuse(codeInvalidRequest, "there is more than one item in the request")
+	}
+	all := make([]M, 0, len(items))
+	var changes []change
+	var failure *answer
+	for i, f := range items {
+		made, needs, refusal, refused := prepare(f)
+		if several && i+1 == s.settings.FailingItem {
+			refusal, refused = refuse(codeInternal, "item %d of the request fails, as the simulator was told", i+1), true
+		}
+		if !refused {
+			all, changes = append(all, made), append(changes, needs...)
+			continue
+		}
+		if !several || s.settings.SeveralItems == SeveralAll {
+			return refusal
+		}
+		failure = &refusal
+		if s.settings.SeveralItems == SeveralFirst {
+			break
+		}
 	}
 	if s.commit(changes...) != nil {
 		return s.saveFailed()
 	}
-	return ok(member{"apps", made})
+	switch {
+	case failure == nil:
+		return ok(member{list, all})
+	case s.settings.SeveralItems == SeveralFirst:
+		return *failure
+	}
+	return answer{code: codeMixed, details: failure.details, body: []member{{list, all}}}
 }
 
 func (s *Sim) visibleFrom(now time.Time) time.Time {

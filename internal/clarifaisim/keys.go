@@ -31,7 +31,7 @@ func (k *key) answered(masked bool) keyFields {
 	return f
 }
 
-// postKeys makes all keys of the request or none.
+// postKeys makes the keys of the request.
 func (s *Sim) postKeys(c *call) answer {
 	var req struct {
 		Keys []*keyFields `json:"keys"`
@@ -42,28 +42,21 @@ func (s *Sim) postKeys(c *call) answer {
 	if len(req.Keys) == 0 || slices.Contains(req.Keys, nil) {
 		return refuse(codeInvalidRequest, "there is no key in the request")
 	}
-	var changes []change
-	made := make([]keyFields, 0, len(req.Keys))
 	perApp := make(map[*app]int)
-	for _, f := range req.Keys {
+	return postSeveral(s, "keys", req.Keys, func(f *keyFields) (made keyFields, _ []change, refusal answer, refused bool) {
 		a, refusal, refused := s.appOfNewKey(c, f)
 		if refused {
-			return refusal
+			return made, nil, refusal, true
 		}
 		if perApp[a]++; s.settings.KeyQuota > 0 && len(a.keys)+perApp[a] > s.settings.KeyQuota {
-			return refuse(codeExceedsLimits, "an app may have %d keys", s.settings.KeyQuota)
+			return made, nil, refuse(codeExceedsLimits, "an app may have %d keys", s.settings.KeyQuota), true
 		}
 		k := &key{
 			ID: newSecret(), UserID: c.user, AppID: a.App.ID, Description: f.Description, Scopes: f.Scopes, Endpoints: f.Endpoints,
 			CreatedAt: c.now, ExpiresAt: f.ExpiresAt, VisibleAt: s.visibleFrom(c.now),
 		}
-		changes = append(changes, change{PutKey: k})
-		made = append(made, k.answered(false))
-	}
-	if s.commit(changes...) != nil {
-		return s.saveFailed()
-	}
-	return ok(member{"keys", made})
+		return k.answered(false), []change{{PutKey: k}}, answer{}, false
+	})
 }
 
 // appOfNewKey checks a key that is to be made, and returns the app it is for.

@@ -39,6 +39,12 @@ type Settings struct {
 	// 0 means any number. Beyond it is 11006.
 	AppQuota int `json:"app_quota"`
 	KeyQuota int `json:"key_quota"`
+	// SeveralItems is what becomes of a PostApps or PostKeys with several items of which
+	// one fails: SeveralAll, SeveralFirst, SeveralPartial or SeveralRefused.
+	SeveralItems string `json:"several_items"`
+	// FailingItem is which item, counted from 1, of such a call fails by itself, with
+	// 98004; 0 means none.
+	FailingItem int `json:"failing_item"`
 	// AsyncDeleteMS makes DeleteApp answer 10070 and the app go only so much later;
 	// its keys die at once. 0 means 10000, and gone.
 	AsyncDeleteMS int `json:"async_delete_ms"`
@@ -53,6 +59,14 @@ type Settings struct {
 	ConsistencyDelayMS int `json:"consistency_delay_ms"`
 }
 
+// What becomes of a call with several items of which one fails. Of Clarifai it is not known.
+const (
+	SeveralAll     = "all"     // none is made, and the answer is the failure of the first that fails
+	SeveralFirst   = "first"   // those before it are made, and the answer is the failure
+	SeveralPartial = "partial" // the others are made, and the answer, 10010, shows them
+	SeveralRefused = "refused" // calls with several items get 11102 and make nothing, whether or not one fails
+)
+
 // DefaultSettings are Clarifai as far as it is known: 15 calls a second, nothing
 // slow.
 func DefaultSettings() Settings {
@@ -64,6 +78,7 @@ func DefaultSettings() Settings {
 		UnknownKeyCode:  codeKeyInvalid,
 		HonourExpiresAt: true,
 		MaxIDLength:     32,
+		SeveralItems:    SeveralAll,
 		Shares:          []Share{},
 
 		CollaboratorCode: codeDoesNotExist,
@@ -87,7 +102,7 @@ func (s Settings) clone() Settings {
 
 func (s Settings) check() error {
 	for name, v := range map[string]int{
-		"rate_limit": s.RateLimit, "latency_ms": s.LatencyMS, "app_quota": s.AppQuota, "key_quota": s.KeyQuota,
+		"rate_limit": s.RateLimit, "latency_ms": s.LatencyMS, "app_quota": s.AppQuota, "key_quota": s.KeyQuota, "failing_item": s.FailingItem,
 		"async_delete_ms": s.AsyncDeleteMS, "consistency_delay_ms": s.ConsistencyDelayMS,
 	} {
 		if v < 0 {
@@ -108,6 +123,8 @@ func (s Settings) check() error {
 		return fmt.Errorf("collaborator_code is %d: it has to be %d or %d", s.CollaboratorCode, codeDoesNotExist, codeScopes)
 	case !isFailure(s.PATOnlyCode):
 		return fmt.Errorf("pat_only_code is %d: it has to be the code of a failure", s.PATOnlyCode)
+	case !slices.Contains([]string{SeveralAll, SeveralFirst, SeveralPartial, SeveralRefused}, s.SeveralItems):
+		return fmt.Errorf("several_items is %q: it has to be %s, %s, %s or %s", s.SeveralItems, SeveralAll, SeveralFirst, SeveralPartial, SeveralRefused)
 	case s.MaxIDLength < 1:
 		return fmt.Errorf("max_id_length is %d: it has to be 1 or more", s.MaxIDLength)
 	}

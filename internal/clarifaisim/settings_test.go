@@ -77,6 +77,40 @@ func TestSwitches(t *testing.T) {
 		f.want(10000, "DELETE", "/v2/users/acme/apps/a", "")
 		f.makeApp("c")
 	})
+	t.Run("several_items", func(t *testing.T) {
+		t.Parallel()
+		for mode, want := range map[string]struct {
+			code int
+			made string // of the items a, b and c, of which b fails
+		}{"all": {98004, ""}, "first": {98004, "a"}, "partial": {10010, "ac"}, "refused": {11102, ""}} {
+			f := newFixture(t)
+			for _, id := range []string{"x", "y", "z"} {
+				f.makeApp(id)
+			}
+			f.update(func(s *clarifaisim.Settings) { s.SeveralItems, s.FailingItem = mode, 2 })
+			f.want(want.code, "POST", "/v2/users/acme/apps", `{"apps":[{"id":"a"},{"id":"b"},{"id":"c"}]}`)
+			for _, id := range []string{"a", "b", "c"} {
+				code := 11101
+				if strings.Contains(want.made, id) {
+					code = 10000
+				}
+				f.want(code, "GET", "/v2/users/acme/apps/"+id, "")
+			}
+			key := func(app string) string { return `{"scopes":["All"],"apps":[{"id":"` + app + `"}]}` }
+			before := len(f.Keys())
+			f.want(want.code, "POST", "/v2/users/acme/keys", `{"keys":[`+key("x")+`,`+key("y")+`,`+key("z")+`]}`)
+			if n := len(f.Keys()) - before; n != len(want.made) {
+				t.Errorf("%s: %d keys were made; want %d", mode, n, len(want.made))
+			}
+			f.makeApp("d") // one alone meets none of that
+			f.update(func(s *clarifaisim.Settings) { s.FailingItem, s.SeveralItems = 0, "all" })
+			f.want(10000, "POST", "/v2/users/acme/apps", `{"apps":[{"id":"e"},{"id":"f"}]}`)
+		}
+		f := newFixture(t)
+		if err := f.Update(func(s *clarifaisim.Settings) { s.SeveralItems = "some" }); err == nil {
+			t.Error("a way that there is not was taken")
+		}
+	})
 	t.Run("async_delete_ms", func(t *testing.T) {
 		t.Parallel()
 		var clk clock

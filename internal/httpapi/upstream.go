@@ -33,6 +33,7 @@ type patBody struct {
 type budgetBody struct {
 	RequestsPerSecond float64 `json:"requests_per_second"`
 	NextSlotInSeconds float64 `json:"next_slot_in_seconds"`
+	ItemsPerCall      int     `json:"items_per_call"`
 }
 
 type breakerBody struct {
@@ -68,7 +69,7 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 	body := upstreamBody{
 		Operator: s.Service.Deployment.Operator,
 		PAT:      patBody{State: pat.State, Since: pat.Since.UTC(), CheckedAt: pat.CheckedAt.UTC()},
-		Budget:   budgetBody{RequestsPerSecond: rate, NextSlotInSeconds: u.NextSlotIn.Seconds()},
+		Budget:   budgetBody{RequestsPerSecond: rate, NextSlotInSeconds: u.NextSlotIn.Seconds(), ItemsPerCall: s.Service.ItemsPerCall},
 		Breaker:  breakerBody{State: "closed"},
 		Queue: queueBody{WaitingTenants: u.Waiting, OldestWaitingSince: u.OldestSince.UTC(), BuildingApps: u.Building,
 			RevokingKeys: u.Revoking, PurgingApps: u.Purging,

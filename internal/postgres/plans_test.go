@@ -244,7 +244,7 @@ func hotPaths(n int) []hotPath {
 			return errors.Join(
 				db.PlanPools(ctx, profiles, tenant.PoolPlan{Every: 0, Patience: time.Minute, Drain: 5, Beat: 5 * time.Second, Beats: 720,
 					Target: func(tenant.Profile, []int) int { return 3 }}, actor),
-				db.FillPool(ctx, profiles[0], []tenant.AppID{"next-4"}, 1))
+				db.FillPool(ctx, profiles[0], []tenant.AppID{"next-4"}, 1, 1))
 		}},
 		{name: "sweep_due_keys", do: func(ctx context.Context, db *postgres.DB) error { return db.EndDueKeys(ctx, actor) }},
 		{name: "sweep_settle", do: func(ctx context.Context, db *postgres.DB) error { return db.SettleTenants(ctx, actor) }},

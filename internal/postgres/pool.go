@@ -199,12 +199,13 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 // FillPool begins builds for the pool of a profile, and for its tenants that wait in the
 // background, with the given ids: as many as are missing to its target, and for them,
 // when each other tenant that waits has had one. There are no more at once than forPool,
-// or than ids while tenants wait in the background. It begins none while upstream work
+// or, while tenants wait in the background, than forImport, or than them and ids if they
+// are more. It begins none while upstream work
 // stands still, nor for a revision that the pool is not kept of.
 //
 // Nothing tells the builds for the pool and those others apart. The pool has what ends
 // first: ClaimInBackground leaves it what it shall have.
-func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
+func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
 	var began []tenant.AppID
 	first := 0 // of those, that are for the pool
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
@@ -225,7 +226,7 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 				SELECT target + n
 					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $2)
 					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND (profile_revision = $3 OR NOT $6) AND NOT suspect) AS wanted,
-					CASE WHEN n > 0 THEN $5 ELSE $4 END AS at_once
+					CASE WHEN n > 0 THEN greatest($7, n) ELSE $4 END AS at_once
 				FROM pool, importing
 			), building AS (
 				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
@@ -235,7 +236,7 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 			SELECT unnest($1::text[]), $2, $3, true, now() WHERE NOT `+fenced+` AND coalesce(`+upstreamHalted+`) IS NULL
 			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)
 			RETURNING id, (SELECT greatest(0, wanted - importing.n - building.n) FROM lacking, importing, building)`,
-			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools())
+			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools(), min(forImport, len(ids)))
 		var id tenant.AppID
 		_, err := pgx.ForEachRow(rows, []any{&id, &first}, func() error { began = append(began, id); return nil })
 		return err

@@ -188,16 +188,14 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 			return err
 		}
 	}
-	t, err := s.turn(ctx, laneOf(*a))
-	if err != nil {
-		return err
+	app := newApp(profile, s.markerOf(*a))
+	begin := func() error { return s.Store.BeginApp(ctx, *a) }
+	var err error
+	if s.apps.takes(*a) {
+		_, err = s.apps.make(ctx, func() (tenant.NewApp, error) { return app, begin() })
+	} else {
+		err = s.createApp(ctx, laneOf(*a), app, begin)
 	}
-	if err := s.Store.BeginApp(ctx, *a); err != nil {
-		return err
-	}
-	err = s.send(ctx, t, func(ctx context.Context) error {
-		return s.Upstream.CreateApp(ctx, newApp(profile, s.markerOf(*a)))
-	})
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
 		return err
 	}
@@ -207,6 +205,18 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 		return s.abandon(ctx, *a, true, "Clarifai says that the id is taken, and does not show the app")
 	}
 	return err
+}
+
+// createApp makes an app, once begin has written down the intent.
+func (s *Service) createApp(ctx context.Context, l lane, app tenant.NewApp, begin func() error) error {
+	t, err := s.turn(ctx, l)
+	if err != nil {
+		return err
+	}
+	if err := begin(); err != nil {
+		return err
+	}
+	return s.send(ctx, t, func(ctx context.Context) error { return s.Upstream.CreateApp(ctx, app) })
 }
 
 // isMade looks whether the app of a build is there, and gives the build up if it is
@@ -251,6 +261,7 @@ func (s *Service) lookAt(ctx context.Context, l lane, id tenant.AppID) (app tena
 // makeKey makes sure that the app of a build has a key whose secret we know, and
 // returns it. Afterwards a.Creating is the row of that key.
 func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
+	shares := s.keys.takes(*a)
 	if a.Creating.InDoubt {
 		key, found, err := s.findKey(ctx, laneOf(*a), a.ID, a.Creating.ID)
 		switch {
@@ -272,30 +283,44 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 		}
 		a.Creating = tenant.CreatingKey{}
 	}
+	begin := func() (tenant.NewKey, error) {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return tenant.NewKey{}, err
+		}
+		if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
+			return tenant.NewKey{}, err
+		}
+		a.Creating.ID = id
+		return s.newKey(a.ID, id, profile.KeyScopes), nil
+	}
+	if shares {
+		return s.keys.make(ctx, begin)
+	}
 	t, err := s.turn(ctx, laneOf(*a))
 	if err != nil {
 		return tenant.Secret{}, err
 	}
-	id, err := uuid.NewV7()
+	key, err := begin()
 	if err != nil {
 		return tenant.Secret{}, err
 	}
-	if id, err = s.Store.BeginKey(ctx, *a, tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: profile.KeyScopes}); err != nil {
-		return tenant.Secret{}, err
-	}
-	a.Creating.ID = id
-	secret, err := s.createKey(ctx, t, a.ID, id, profile.KeyScopes)
+	secret, err := s.createKey(ctx, t, key)
 	if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions {
 		return secret, s.abandon(ctx, *a, true, "the app is gone upstream")
 	}
 	return secret, err
 }
 
-// createKey makes the key of a row, whose intent is written down.
-func (s *Service) createKey(ctx context.Context, t turn, app tenant.AppID, id uuid.UUID, scopes []string) (secret tenant.Secret, err error) {
+// newKey is the key of a row.
+func (s *Service) newKey(app tenant.AppID, id uuid.UUID, scopes []string) tenant.NewKey {
+	return tenant.NewKey{AppID: app, Scopes: scopes, Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}}
+}
+
+// createKey makes a key whose intent is written down.
+func (s *Service) createKey(ctx context.Context, t turn, key tenant.NewKey) (secret tenant.Secret, err error) {
 	err = s.send(ctx, t, func(ctx context.Context) (err error) {
-		secret, err = s.Upstream.CreateKey(ctx, tenant.NewKey{AppID: app, Scopes: scopes,
-			Marker: tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}})
+		secret, err = s.Upstream.CreateKey(ctx, key)
 		return err
 	})
 	return secret, err

@@ -46,7 +46,7 @@ var crashScenarios = map[string]crashScenario{
 	"sign-up": {
 		points: []string{
 			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
-			"workApp LeaseApp", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
 			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
 			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
@@ -522,7 +522,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"pool": {
-		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "makeApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
+		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "createApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "Pools Pools", "Pools Fence"},
 		prepare: first, options: keepsPool, spare: 2,
 	},
@@ -542,10 +542,30 @@ var crashScenarios = map[string]crashScenario{
 		options: keepsPool, spare: 3,
 	},
 	"import": {
-		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "makeApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend MarkApp"},
 		prepare: first, act: func(s *scene) { importAll(s.t, s.r, batchOf("imported", 3)) }, settle: imported,
 		newcomers: imports,
+	},
+	"import with shared calls": {
+		points:  []string{"makeApp BeginApp", "postApps CreateApps", "build AppMade", "makeKey BeginKey", "postKeys CreateKeys", "build FinishBuild"},
+		prepare: first, options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
+	},
+	"import with shared calls while listings are masked": {
+		points: []string{"postKeys CreateKeys"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"masked_keys": true})
+			first(s)
+		},
+		options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
+	},
+	"import with shared calls that are refused": {
+		points: []string{"postApps CreateApps", "lookAt App", "createApp CreateApp"},
+		prepare: func(s *scene) {
+			s.w.Settings(map[string]any{"several_items": "refused"})
+			first(s)
+		},
+		options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
 	},
 	"import that gets apps of the pool": {
 		points: []string{"keepPools ClaimInBackground", "keepPools FillPool"},
@@ -1068,6 +1088,15 @@ func sharedKeyAgain(s *scene) {
 }
 
 var imports = []tenant.ID{"imported_0000", "imported_0001", "imported_0002"}
+
+// sharesCalls is a replica whose builds have time to gather between two calls.
+var sharesCalls = provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate, c.ItemsPerCall = 20, 10 }}
+
+// importTogether has all of an import wait for the same slot.
+func importTogether(s *scene) {
+	exec(s.t, s.w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '500 ms'`)
+	importAll(s.t, s.r, batchOf("imported", len(imports)))
+}
 
 // imported runs an import again, and waits until all have their apps: nobody has come for
 // them, which would hurry them.

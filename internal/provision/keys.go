@@ -92,7 +92,7 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 		if err := s.Store.BeginLeasedKey(ctx, *k); err != nil {
 			return err
 		}
-		if secret, err = s.createKey(ctx, t, k.AppID, k.ID, k.Scopes); err != nil {
+		if secret, err = s.createKey(ctx, t, s.newKey(k.AppID, k.ID, k.Scopes)); err != nil {
 			return err
 		}
 	}

@@ -24,6 +24,7 @@ type Metrics struct {
 	resealLeft   prometheus.Gauge
 	unknownKeys  prometheus.Gauge
 	importing    prometheus.Gauge
+	callItems    *prometheus.HistogramVec
 
 	campaigns                                    *prometheus.GaugeVec
 	campaignItems                                *prometheus.CounterVec
@@ -67,7 +68,10 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
 	m.importing = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, counted every 15 seconds."})
-	reg.MustRegister(m.importing)
+	m.callItems = prometheus.NewHistogramVec(prometheus.HistogramOpts{
+		Name: "tenantry_upstream_call_items", Help: "Apps or keys that a call was to make which builds in the background may share.",
+		Buckets: []float64{1, 2, 5, 10, 20, 50, 100}}, []string{"call"})
+	reg.MustRegister(m.importing, m.callItems)
 	m.campaigns = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "tenantry_campaigns", Help: "Campaigns that have not ended, by kind and state, counted every 15 seconds."}, []string{"kind", "state"})
 	m.campaignItems = prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -91,6 +95,11 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 }
 
 func (m *Metrics) job(kind string, o outcome) { m.jobs.WithLabelValues(kind, string(o)).Inc() }
+
+// gathered notes for how many a call was made that builds may share.
+func (m *Metrics) gathered(call string, items int) {
+	m.callItems.WithLabelValues(call).Observe(float64(items))
+}
 
 // signedUp counts a sign-up of a profile that keeps a pool, by whether it had an app at
 // once.

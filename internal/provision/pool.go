@@ -82,7 +82,7 @@ func (s *Service) keepPools(ctx context.Context) error {
 		if err := s.Store.ClaimInBackground(ctx, p, worker); err != nil {
 			return err
 		}
-		if err := s.Store.FillPool(ctx, p, s.newAppIDs(s.importBuilds()), poolBuilds); err != nil {
+		if err := s.Store.FillPool(ctx, p, s.newAppIDs(s.importBuilds(s.ItemsPerCall)), poolBuilds, s.importBuilds(1)); err != nil {
 			return err
 		}
 	}
@@ -91,9 +91,11 @@ func (s *Service) keepPools(ctx context.Context) error {
 
 // importBuilds is how many builds are under way at once while tenants of a profile wait
 // in the background. A build waits twice for a call that nobody else wants: with as many
-// as there are calls in a second some build has one to make, whenever it is free.
-func (s *Service) importBuilds() int {
-	return min(max(poolBuilds, int(math.Ceil(s.Rate))), max(poolBuilds, s.MaxBuilds))
+// as there are calls in a second some build has one to make, whenever it is free. Calls
+// that are shared take more to be filled, for as many tenants as there are to have them:
+// those who wait otherwise have builds of their own.
+func (s *Service) importBuilds(perCall int) int {
+	return min(max(poolBuilds, int(math.Ceil(s.Rate))*perCall), max(poolBuilds, s.MaxBuilds))
 }
 
 // pooled are the profiles that keep a pool, by name.

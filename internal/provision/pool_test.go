@@ -282,8 +282,8 @@ type turnCounter struct {
 	turns *atomic.Int64
 }
 
-func (c turnCounter) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
-	err := c.Store.FillPool(ctx, p, ids, forPool)
+func (c turnCounter) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
+	err := c.Store.FillPool(ctx, p, ids, forPool, forImport)
 	c.turns.Add(1)
 	return err
 }

@@ -133,7 +133,7 @@ type Store interface {
 	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
 	PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error
 	ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error
-	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error
+	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error
 	DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error)
 	KeyProven(ctx context.Context, a tenant.App) error
 	MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error
@@ -184,7 +184,9 @@ type Upstream interface {
 	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error
 	ChangeApp(ctx context.Context, id tenant.AppID, change tenant.AppChange) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
+	CreateApps(ctx context.Context, apps []tenant.NewApp) error
 	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
+	CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant.Secret, error)
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
 	Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error)
 	KeyExists(ctx context.Context, key tenant.Secret) error
@@ -217,6 +219,9 @@ type Config struct {
 	SealEvery   time.Duration // how often the audit log is sealed; 30 s
 	LookAgain   time.Duration // how often a waiting request reads its row, should a wake-up be lost; 2 s
 	MaxBuilds   int           // builds of one profile at once; 64
+	// ItemsPerCall is how many apps, or keys, builds that nobody waits for have made by
+	// one call at most; 1.
+	ItemsPerCall int
 	// MaxRotations is how many rotations of one campaign are under way at once; as many
 	// as the rate allows calls in 4 s, from 8 to 200.
 	MaxRotations int
@@ -301,6 +306,9 @@ func (c Config) WithDefaults() Config {
 	if c.MaxRotations == 0 {
 		c.MaxRotations = int(min(200, max(8, 4*c.Rate)))
 	}
+	if c.ItemsPerCall == 0 {
+		c.ItemsPerCall = 1
+	}
 	if c.RemovalCap == 0 {
 		c.RemovalCap = 100
 	}
@@ -317,6 +325,8 @@ type Service struct {
 	byRevision profileCount
 	lanes      [background + 1]chan struct{} // each held by the one call of its lane that waits for a slot; urgent has none
 	reread     rereading
+	apps       gatherer[tenant.NewApp, struct{}]
+	keys       gatherer[tenant.NewKey, tenant.Secret]
 
 	drainOnce sync.Once
 	draining  chan struct{} // closed by Drain
@@ -335,6 +345,8 @@ func New(c Config) (*Service, error) {
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}
+	s.apps.s, s.apps.call, s.apps.post = s, callCreateApp, s.postApps
+	s.keys.s, s.keys.call, s.keys.post = s, callCreateKey, s.postKeys
 	s.watchUnknown()
 	return s, nil
 }

@@ -65,14 +65,19 @@ func (s *Service) turn(ctx context.Context, l lane) (turn, error) {
 	return s.takeSlot(ctx, l, tenant.SlotRequest{PAT: fingerprint})
 }
 
+// patience is how long a call may wait for its slot and still have its time.
+func (s *Service) patience(ctx context.Context) time.Duration {
+	if deadline, ok := ctx.Deadline(); ok {
+		return time.Until(deadline) - s.CallTimeout
+	}
+	return s.CallTimeout
+}
+
 // takeSlot waits for the next upstream call of a lane that is free. It returns
 // *deferred if none is in time.
 func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (turn, error) {
 	// A slot that leaves no time for the call would be wasted.
-	end := time.Now().Add(s.CallTimeout)
-	if deadline, ok := ctx.Deadline(); ok {
-		end = deadline.Add(-s.CallTimeout)
-	}
+	end := time.Now().Add(s.patience(ctx))
 	r.PerSecond, r.ProbeTimeout = s.Rate, 2*s.CallTimeout
 	if l != urgent {
 		// One of this replica's calls of a lane at a time waits for its slot. What is

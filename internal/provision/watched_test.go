@@ -403,6 +403,16 @@ func (u watchedUpstream) CreateApp(ctx context.Context, app tenant.NewApp) error
 	return u.Upstream.CreateApp(ctx, app)
 }
 
+func (u watchedUpstream) CreateApps(ctx context.Context, apps []tenant.NewApp) error {
+	defer u.returned()
+	return u.Upstream.CreateApps(ctx, apps)
+}
+
+func (u watchedUpstream) CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant.Secret, error) {
+	defer u.returned()
+	return u.Upstream.CreateKeys(ctx, keys)
+}
+
 func (u watchedUpstream) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error) {
 	defer u.returned()
 	return u.Upstream.App(ctx, id)
@@ -728,9 +738,9 @@ func (s watchedStore) PlanPools(ctx context.Context, profiles []tenant.Profile, 
 	return s.Store.PlanPools(ctx, profiles, plan, actor)
 }
 
-func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool int) error {
+func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
 	defer s.returned()
-	return s.Store.FillPool(ctx, p, ids, forPool)
+	return s.Store.FillPool(ctx, p, ids, forPool, forImport)
 }
 
 func (s watchedStore) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {

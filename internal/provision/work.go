@@ -19,7 +19,8 @@ import (
 )
 
 // StartJobs starts the workers of the job queue: that many builds at once, a quarter
-// of it of keys in the urgent lane, and a quarter of other work. Stop the client that it returns before closing
+// of it of keys in the urgent lane, and a quarter of other work, or, where calls are
+// shared, twice as many as fit into one: while some make their apps others make their keys. Stop the client that it returns before closing
 // direct, whose connections are sessions.
 //
 // Workers never fail a job: what went wrong stands in the row, and the sweep
@@ -41,7 +42,7 @@ func (s *Service) StartJobs(ctx context.Context, direct *pgxpool.Pool, workers i
 		Queues: map[string]river.QueueConfig{
 			tenant.QueueUrgent:      {MaxWorkers: max(1, workers/4), FetchCooldown: tenant.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
 			tenant.QueueInteractive: {MaxWorkers: workers, FetchCooldown: tenant.InteractiveCooldown, FetchPollInterval: 50 * time.Millisecond},
-			tenant.QueueBackground:  {MaxWorkers: max(1, workers/4)},
+			tenant.QueueBackground:  {MaxWorkers: max(1, workers/4, min(workers, s.sharing()))},
 		},
 		JobTimeout:                  s.JobTimeout,
 		RescueStuckJobsAfter:        s.Lease,
