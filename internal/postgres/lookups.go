@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -49,9 +50,13 @@ type wanted struct {
 	end func(lookedUp)
 }
 
-// mostStatements is how many statements look tenants up at once; who comes while there
-// are as many shares the next one. With more of them Postgres does no more.
-const mostStatements = 2
+// Who comes while a statement looks tenants up shares the next one, which begins when that
+// one ends: the more come, the fewer statements each of them costs. One that takes longer
+// than slowStatement is waited for no more, while there are fewer than mostStatements.
+const (
+	slowStatement  = 5 * time.Millisecond
+	mostStatements = 4
+)
 
 // mostTenants is how many tenants one statement looks up.
 const mostTenants = 500
@@ -62,34 +67,63 @@ type lookups struct {
 	group sync.WaitGroup
 
 	mu      sync.Mutex
-	running int      // guarded by mu
-	waiting []wanted // guarded by mu
+	running int       // guarded by mu
+	began   time.Time // when the newest of these statements began; guarded by mu
+	waiting []wanted  // guarded by mu
 }
 
 // add looks a tenant up, in a statement that begins later than now.
 func (l *lookups) add(w wanted) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.running >= mostStatements {
-		l.waiting = append(l.waiting, w)
-		return
+	l.waiting = append(l.waiting, w)
+	switch {
+	case l.running == 0:
+		l.start()
+	case len(l.waiting) == 1:
+		time.AfterFunc(slowStatement, l.relieve)
 	}
-	l.running++
-	l.group.Go(func() { l.run([]wanted{w}) })
 }
 
-func (l *lookups) run(batch []wanted) {
-	for len(batch) > 0 {
-		l.read(batch)
-		l.mu.Lock()
-		n := min(len(l.waiting), mostTenants)
-		batch = slices.Clone(l.waiting[:n])
-		l.waiting = slices.Delete(l.waiting, 0, n)
-		if n == 0 {
-			l.running--
-		}
-		l.mu.Unlock()
+// relieve begins another statement if there are some who wait for a slow one.
+func (l *lookups) relieve() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if len(l.waiting) > 0 && l.running < mostStatements && time.Since(l.began) >= slowStatement {
+		l.start()
 	}
+}
+
+// start is called with mu held.
+func (l *lookups) start() {
+	l.running++
+	l.began = time.Now()
+	l.group.Go(l.run)
+}
+
+func (l *lookups) run() {
+	for {
+		batch := l.next()
+		if len(batch) == 0 {
+			return
+		}
+		l.read(batch)
+	}
+}
+
+// next takes those who wait, or ends one of those that run.
+func (l *lookups) next() []wanted {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	n := min(len(l.waiting), mostTenants)
+	if n == 0 {
+		l.running--
+		return nil
+	}
+	batch := slices.Clone(l.waiting[:n])
+	l.waiting = slices.Delete(l.waiting, 0, n)
+	l.began = time.Now()
+	return batch
 }
 
 func (l *lookups) read(batch []wanted) {
