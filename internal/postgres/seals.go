@@ -96,13 +96,13 @@ func scanSeal(row pgx.CollectableRow) (tenant.AuditSeal, error) {
 const lastSealed = `coalesce((SELECT last_id FROM audit_seals ORDER BY number DESC LIMIT 1), 0)`
 
 // SealAudit seals the events that no seal covers yet and whose order is final,
-// oldest first, a million at most. It waits for patience at most for the
-// transactions that may still add events between them; what it could not seal is
-// left to the next turn.
+// oldest first, a million at most, or as many as there is time for. It waits for
+// patience at most for the transactions that may still add events between them; what
+// it could not seal is left to the next turn.
 func (db *DB) SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error) {
 	var s tenant.Sealing
 	last, err := db.finalAudit(ctx, patience)
-	for more := err == nil && last > 0; more && err == nil && s.Seals < sealsATurn; {
+	for more := err == nil && last > 0; more && err == nil && s.Seals < sealsATurn && !endsSoon(ctx); {
 		if more, err = db.sealNext(ctx, last); more && err == nil {
 			s.Seals++
 		}
@@ -117,6 +117,12 @@ func (db *DB) SealAudit(ctx context.Context, patience time.Duration) (tenant.Sea
 		err = nil
 	}
 	return s, translate("look for events that are not sealed", err)
+}
+
+// endsSoon reports whether ctx ends before another seal is sure to be made and told of.
+func endsSoon(ctx context.Context) bool {
+	end, ok := ctx.Deadline()
+	return ok && time.Until(end) < 15*time.Second
 }
 
 // finalAudit returns the last event such that no transaction can add one with a
