@@ -78,10 +78,11 @@ type index struct {
 	free bool
 }
 
-// indexes are those of our tables; of partitions only what their parents have.
+// indexes are those of our tables; of partitions only what their parents have, which is
+// said to be on the parent alone as long as a partition lacks it.
 func (r *replica) indexes(ctx context.Context) (map[string]index, error) {
 	rows, _ := r.conn.Query(ctx, `
-		SELECT i.indexrelid::regclass::text, pg_get_indexdef(i.indexrelid),
+		SELECT i.indexrelid::regclass::text, CASE WHEN i.indisvalid THEN replace(pg_get_indexdef(i.indexrelid), ' ON ONLY ', ' ON ') ELSE 'not valid' END,
 			NOT EXISTS (SELECT FROM pg_constraint c WHERE c.conindid = i.indexrelid)
 		FROM pg_index i JOIN pg_class c ON c.oid = i.indexrelid
 		WHERE i.indrelid IN ('tenants'::regclass, 'apps'::regclass, 'keys'::regclass, 'audit_events'::regclass) AND NOT c.relispartition`)

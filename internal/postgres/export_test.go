@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"context"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -29,4 +30,10 @@ const (
 func (db *DB) HoldsCaller(tokenID string) bool {
 	_, found := db.cache.peek(cacheKey{cachedCaller, tokenID})
 	return found
+}
+
+// Poll reads the change log as a follower does.
+func (db *DB) Poll(ctx context.Context, from int64, gaps []int64) error {
+	_, err := db.pool.Exec(ctx, newEventsSQL, from, gaps, mostEvents)
+	return err
 }

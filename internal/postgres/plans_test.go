@@ -267,6 +267,9 @@ func hotPaths(n int) []hotPath {
 			return errors.Join(err, ignore(db.CountTenants(ctx)), ignore(db.Fence(ctx)), ignore(db.Upstream(ctx, []byte("pat"))),
 				ignore(db.CountCampaigns(ctx)), ignore(db.LiveProfiles(ctx)))
 		}},
+		{name: "follow", do: func(ctx context.Context, db *postgres.DB) error {
+			return db.Poll(ctx, int64(2*n-10), []int64{7, int64(n)})
+		}},
 		{name: "raise_fence", do: func(ctx context.Context, db *postgres.DB) error { return db.RaiseFence(ctx, "a test") }},
 	}
 }
