@@ -51,9 +51,12 @@ type wanted struct {
 }
 
 // Who comes while a statement looks tenants up shares the next one, which begins when that
-// one ends: the more come, the fewer statements each of them costs. One that takes longer
-// than slowStatement is waited for no more, while there are fewer than mostStatements.
+// one ends: the more come, the fewer statements each of them costs. A second one begins
+// before if there are enough for it, so that Postgres need not wait for us. One that
+// takes longer than slowStatement is waited for no more, while there are fewer than
+// mostStatements.
 const (
+	enough         = 12
 	slowStatement  = 5 * time.Millisecond
 	mostStatements = 4
 )
@@ -78,7 +81,7 @@ func (l *lookups) add(w wanted) {
 	defer l.mu.Unlock()
 	l.waiting = append(l.waiting, w)
 	switch {
-	case l.running == 0:
+	case l.running == 0 || l.running == 1 && len(l.waiting) >= enough:
 		l.start()
 	case len(l.waiting) == 1:
 		time.AfterFunc(slowStatement, l.relieve)
