@@ -170,7 +170,9 @@ func TestFleetPauses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := provisiontest.New(t)
-			replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: patient}), w.Start(provisiontest.Options{Adjust: patient})}
+			// So slow that a call has ended when the next is sent, also on a busy machine.
+			slow := func(c *provision.Config) { patient(c); c.Rate = 8 }
+			replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: slow}), w.Start(provisiontest.Options{Adjust: slow})}
 			w.Faults(c.fault)
 			const n = 20
 			before := len(w.Sim.Calls())
