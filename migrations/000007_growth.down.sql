@@ -1,4 +1,3 @@
-ALTER TABLE tenants ALTER COLUMN labels SET STATISTICS -1;
 ALTER TABLE keys RESET (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold, autovacuum_analyze_scale_factor);
 ALTER TABLE tenants RESET (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold, autovacuum_analyze_scale_factor);
 ALTER TABLE apps RESET (autovacuum_vacuum_scale_factor, autovacuum_vacuum_threshold, autovacuum_analyze_scale_factor);

@@ -10,7 +10,3 @@ CREATE INDEX reconciliation_items_next ON reconciliation_items (reconciliation_i
 ALTER TABLE apps SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02);
 ALTER TABLE tenants SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02);
 ALTER TABLE keys SET (autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02);
-
--- A label that is in one of the values that are remembered counts as that common, and for one that
--- counts as more common than it is, a page of a list is looked for by walking through all tenants.
-ALTER TABLE tenants ALTER COLUMN labels SET STATISTICS 1000;
