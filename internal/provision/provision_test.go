@@ -401,7 +401,9 @@ func TestForeignAppIsLeftAlone(t *testing.T) {
 	}
 	makeForeignApp(t, w, app)
 	r := w.Start(provisiontest.Options{})
-	got := signUp(t, r, "user_1")
+	// Looked up and not signed up again, which may begin a build beside the one that follows.
+	got, err := r.Tenant(t.Context(), "user_1", wait)
+	stateOf(t, got, err, tenant.Active)
 	if string(got.AppID) == app {
 		t.Fatalf("the tenant got the foreign app %s", app)
 	}
