@@ -13,15 +13,13 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// dueAdoption selects the adoptions that there is work on. Behind the fence an app may be
-// a tenant's that the database has forgotten.
-const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + fenced
+// dueAdoption selects the adoptions that there is work on. They wait until it is known that no
+// other database is in use.
+const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + watching
 
 const adoptionColumns = `a.id, a.tenant_id, a.app_id, coalesce(a.app_user_id, ''), a.dry_run, a.state, a.created_at,
 	coalesce(a.problem, CASE WHEN a.state = 'checking' THEN coalesce(
-		(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
-			'the database may be behind Clarifai, and no app is given to a tenant until a reconciliation has shown that it is not: '
-			|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL),
+		(SELECT ` + recoveryProblem + ` WHERE ` + watching + `),
 		` + upstreamHalted + `) END)`
 
 func adoptionFields(a *tenant.Adoption) []any {
@@ -39,6 +37,9 @@ var errAppeared = errors.New("the tenant is there by now")
 func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {
 	var b tenant.BegunAdoption
 	var began bool
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return b, err
+	}
 	begin := func(tx pgx.Tx) error {
 		b, began = tenant.BegunAdoption{}, false
 		// The app before the tenant: who gets the app has it in one commit with its tenant.
@@ -68,19 +69,19 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		}
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO adoptions AS a (id, tenant_id, dry_run, app_id, app_user_id, profile, display_name, labels, attributes_hash,
-				ciphertext, fingerprint, requested_by, request_id, enqueued_at)
-			VALUES ($1, $2, $3, $4, nullif($5, ''), $6, $7, $8, $9, $10, $11, $12, nullif($13, ''), now())
+				ciphertext, fingerprint, requested_by, request_id, by_admin, enqueued_at)
+			VALUES ($1, $2, $3, $4, nullif($5, ''), $6, $7, $8, $9, $10, $11, $12, nullif($13, ''), $14, now())
 			ON CONFLICT (tenant_id, dry_run) DO UPDATE
 			SET id = excluded.id, app_id = excluded.app_id, app_user_id = excluded.app_user_id, profile = excluded.profile,
 				display_name = excluded.display_name, labels = excluded.labels, attributes_hash = excluded.attributes_hash,
 				ciphertext = excluded.ciphertext, fingerprint = excluded.fingerprint, state = 'checking', told = false,
-				requested_by = excluded.requested_by, request_id = excluded.request_id, leased_until = '-infinity', enqueued_at = now(),
+				requested_by = excluded.requested_by, by_admin = excluded.by_admin, request_id = excluded.request_id, leased_until = '-infinity', enqueued_at = now(),
 				next_attempt_at = now(), attempts = 0, problem = NULL, created_at = now(), updated_at = now()
 			WHERE a.state <> 'checking' AND a.told
-				OR (a.app_id, a.app_user_id, a.profile, a.attributes_hash, a.fingerprint) IS DISTINCT FROM
-					(excluded.app_id, excluded.app_user_id, excluded.profile, excluded.attributes_hash, excluded.fingerprint)`,
+				OR (a.app_id, a.app_user_id, a.profile, a.attributes_hash, a.fingerprint, a.by_admin) IS DISTINCT FROM
+					(excluded.app_id, excluded.app_user_id, excluded.profile, excluded.attributes_hash, excluded.fingerprint, excluded.by_admin)`,
 			n.ID, n.TenantID, n.DryRun, n.AppID, n.AppUserID, n.Profile, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(),
-			n.Key.Ciphertext, n.Key.Fingerprint, actor.Name, actor.RequestID)
+			n.Key.Ciphertext, n.Key.Fingerprint, actor.Name, actor.RequestID, n.ByAdmin)
 		if err != nil {
 			return err
 		}
@@ -139,8 +140,8 @@ func adoptionJob(id uuid.UUID) river.InsertManyParams {
 	return river.InsertManyParams{Args: tenant.AdoptionJob{AdoptionID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}}
 }
 
-// unclaimed reports tenant.Conflict for an app that the database knows: R1 never gives
-// it to a second tenant.
+// unclaimed reports tenant.Conflict for an app that the database knows, unless it is retired:
+// R1 never gives it to a second tenant.
 func unclaimed(ctx context.Context, tx pgx.Tx, id tenant.AppID, by tenant.ID) error {
 	var state tenant.AppState
 	var owner tenant.ID
@@ -148,7 +149,7 @@ func unclaimed(ctx context.Context, tx pgx.Tx, id tenant.AppID, by tenant.ID) er
 	if errors.Is(err, pgx.ErrNoRows) {
 		return nil
 	}
-	if err != nil {
+	if err != nil || state == tenant.AppRetired {
 		return err
 	}
 	return claimedBy(state, owner, by)
@@ -185,8 +186,8 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 	err := db.pool.QueryRow(ctx, `
 		UPDATE adoptions a SET leased_until = now() + $2
 		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.attempts, a.leased_until`, id, lease).
-		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.Attempts, &a.LeasedUntil)...)
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.attempts, a.leased_until`, id, lease).
+		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Attempts, &a.LeasedUntil)...)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("adoption")
 	}
@@ -216,8 +217,12 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 			return err
 		}
 		tag, err := tx.Exec(ctx, `
-			INSERT INTO apps (id, user_id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, pending)
-			VALUES ($1, nullif($2, ''), $3, $4, 'held', $5, $6, now(), now(), true) ON CONFLICT (id) DO NOTHING`,
+			INSERT INTO apps AS a (id, user_id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, pending)
+			VALUES ($1, nullif($2, ''), $3, $4, 'held', $5, $6, now(), now(), true)
+			ON CONFLICT (id) DO UPDATE
+			SET state = 'held', tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation, made_at = coalesce(a.made_at, now()),
+				ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL, pending = true, attempts = 0, problem = NULL, next_attempt_at = now(), updated_at = now()
+			WHERE a.state = 'retired'`,
 			a.AppID, a.AppUserID, a.Profile, tenant.AdoptedRevision, a.TenantID, generation)
 		if err != nil {
 			return err
@@ -299,9 +304,9 @@ func lockAdopter(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) (gener
 	}
 	var up bool
 	err = tx.QueryRow(ctx, `
-		SELECT `+fenced+` FROM adoptions WHERE id = $1 AND leased_until = $2 AND state = 'checking' AND NOT dry_run FOR UPDATE`,
+		SELECT `+watching+` FROM adoptions WHERE id = $1 AND leased_until = $2 AND state = 'checking' AND NOT dry_run FOR UPDATE`,
 		a.ID, a.LeasedUntil).Scan(&up)
-	if errors.Is(err, pgx.ErrNoRows) || err == nil && up { // behind the fence it is not due
+	if errors.Is(err, pgx.ErrNoRows) || err == nil && up { // it is not due
 		return 0, there, tenant.ErrLeaseLost
 	}
 	return t.Generation + 1, there, err
@@ -343,9 +348,16 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		}
 		return []keyInLane{{a.ID, tenant.Normal}}, audit(ctx, tx, actor, e)
 	}
+	// Of a retired app the rows may know the key already, and others that may be dead.
+	if _, err := tx.Exec(ctx, `
+		UPDATE keys SET state = 'retiring', retires_at = now(), end_reason = 'rotated', updated_at = now()
+		WHERE app_id = $1 AND name = $2 AND state = 'active' AND fingerprint <> $3`, a.AppID, tenant.DefaultKey, key.Fingerprint); err != nil {
+		return nil, err
+	}
 	tag, err := tx.Exec(ctx, `
-		INSERT INTO keys (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
-		VALUES ($1, $2, $3, $4, 'active', $5, $6, $7, now()) ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO NOTHING`,
+		INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
+		VALUES ($1, $2, $3, $4, 'active', $5, $6, $7, now())
+		ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO UPDATE SET updated_at = now() WHERE k.app_id = excluded.app_id AND k.state = 'active'`,
 		a.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
 	if err != nil {
 		return nil, err

@@ -12,24 +12,34 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// dueApp selects the apps that there is work on. While the fence is up nothing is
-// removed, and what was built before it went up is left as it is.
+// dueApp selects the apps that there is work on. Of earlier incarnations only apps of tenants
+// are worked on, and none is removed in recovery mode unless a person named it. The first
+// build waits until the control record exists.
 const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
-	WHEN 'building' THEN NOT suspect
-	WHEN 'purging' THEN NOT ` + fenced + `
-	WHEN 'held' THEN pending
-	WHEN 'ready' THEN NOT suspect AND coalesce(proven_at, ready_at) < now() - ` + poolAge + `
+	WHEN 'building' THEN incarnation = ` + currentIncarnation + ` AND EXISTS (SELECT FROM current_incarnation
+		WHERE control_seen_at IS NOT NULL OR control_problem IS NOT NULL OR recovery IS NOT NULL)
+	WHEN 'purging' THEN ` + mayRemove + `
+	WHEN 'held' THEN pending AND NOT (end_unknown_keys AND ` + watching + `)
+	WHEN 'retained' THEN pending AND NOT (end_unknown_keys AND ` + watching + `) OR ` + duePurge + `
+	WHEN 'ready' THEN incarnation = ` + currentIncarnation + ` AND coalesce(proven_at, ready_at) < now() - ` + poolAge + `
 	ELSE false END`
 
-// fenced says whether the restore fence is up.
-const fenced = `EXISTS (SELECT FROM deployment WHERE fence_since IS NOT NULL)`
+// mayRemove says of an app that is to be removed that it may be now.
+const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
+	WHEN tenant_id IS NULL THEN false
+	ELSE removal_confirmed OR NOT ` + inRecovery + ` END`
+
+// duePurge says of a retained app that its retention has ended, and that its ownership tag says
+// when: the removal begins with a look at both.
+const duePurge = `(purge_after <= now() AND (removal_confirmed OR tagged_purge_after IS NOT DISTINCT FROM CASE WHEN user_id IS NULL THEN purge_after END) AND ` + mayRemove + `)`
 
 // LeaseApp takes an app that there is work on, for at most lease. It reports
 // tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
 	var a tenant.App
 	var keyID *uuid.UUID
-	var keyInDoubt *bool
+	var keyInDoubt, current *bool // current is null if the database is another than before
+	var purge, tagged *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
 			UPDATE apps SET leased_until = now() + $2
@@ -43,11 +53,13 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND NOT t.background),
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND t.background),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
-			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
+			l.incarnation = `+currentIncarnation+`, l.purge_after, l.tagged_purge_after, l.end_unknown_keys, l.removal_confirmed,
+			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
+		&current, &purge, &tagged, &a.EndUnknownKeys, &a.RemovalConfirmed,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -56,6 +68,8 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	if keyID != nil {
 		a.Creating = tenant.CreatingKey{ID: *keyID, InDoubt: *keyInDoubt}
 	}
+	a.Current = current != nil && *current
+	a.PurgeAfter, a.TaggedPurgeAfter = orZero(purge), orZero(tagged)
 	return a, translate("lease app", err)
 }
 
@@ -111,7 +125,8 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 
 // FinishBuild stores the key of a leased build, makes the app ready, gives it to
 // the tenant that waited longest, wakes who waits for that, and begins the next
-// build if tenants still wait: all or nothing.
+// build if tenants still wait: all or nothing. An app of an earlier incarnation is
+// retired instead.
 func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
 	var began []tenant.AppID
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
@@ -126,8 +141,8 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 		).Exec(func(tag pgconn.CommandTag) error { active = tag.RowsAffected(); return nil })
 		batch.Queue(`
 			UPDATE apps
-			SET state = 'ready', ready_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
-				updated_at = now()
+			SET state = CASE WHEN incarnation = `+currentIncarnation+` THEN 'ready' ELSE 'retired' END, ready_at = now(), attempts = 0,
+				problem = NULL, leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
 			a.ID, a.LeasedUntil,
 		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
@@ -152,17 +167,40 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
-// AppMarked records that the marker of a leased app names its tenant, or that it
-// need not.
+// AppMarked records that the marker of a leased app names its tenant and when it is
+// removed, or that it need not.
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
-	tag, err := db.pool.Exec(ctx, `
+	// Keys of a tenant that was restored wait for the marker.
+	var keys []keyInLane
+	rows, _ := db.pool.Query(ctx, `
+		WITH marked AS (
 		UPDATE apps
 		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
 			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
-			pending = false
-		WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
-		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked)
-	return oneRow("record app as marked", tag, err)
+			tagged_purge_after = $5, pending = purge_after IS DISTINCT FROM $5 OR end_unknown_keys
+		WHERE id = $1 AND leased_until = $2 AND state IN ('held', 'retained')
+		RETURNING id
+		), keys AS (
+			UPDATE keys k SET enqueued_at = now() FROM marked WHERE k.app_id = marked.id AND k.state = 'creating' AND $6
+			RETURNING k.id, k.lane
+		)
+		SELECT keys.id, coalesce(keys.lane, 0) FROM marked LEFT JOIN keys ON true`,
+		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked, nullTime(a.TaggedPurgeAfter), a.Tenant != "" && a.State == tenant.AppHeld)
+	var id *uuid.UUID
+	var lane tenant.Lane
+	tag, err := pgx.ForEachRow(rows, []any{&id, &lane}, func() error {
+		if id != nil {
+			keys = append(keys, keyInLane{*id, lane})
+		}
+		return nil
+	})
+	if err != nil {
+		return translate("record app as marked", err)
+	}
+	if tag.RowsAffected() == 0 {
+		return tenant.ErrLeaseLost
+	}
+	return db.enqueue(ctx, keyJobs(keys))
 }
 
 // AppSetback records a failed try on a leased app and lets the lease go.
@@ -174,7 +212,7 @@ func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) er
 				next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
 				in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
 				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held', 'ready')
+			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held', 'retained', 'ready')
 			RETURNING id
 		), key AS (
 			UPDATE keys SET in_doubt_since = NULL, updated_at = now()
@@ -213,6 +251,28 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 		SELECT $4, nullif($6, ''), 'app.abandoned', id, jsonb_build_object('reason', $5::text) FROM abandoned`,
 		a.ID, a.LeasedUntil, state, actor.Name, reason, actor.UpstreamRequestID)
 	return oneRow("abandon app", tag, err)
+}
+
+// RetireApp takes the app of a leased build out of use.
+func (db *DB) RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error {
+	tag, err := db.pool.Exec(ctx, `
+		WITH retired AS (
+			UPDATE apps SET state = 'retired', made_at = coalesce(made_at, now()), attempts = 0, problem = NULL, in_doubt_since = NULL,
+				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'building'
+			RETURNING id)
+		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
+		SELECT $3, nullif($5, ''), 'app.retired', id, jsonb_build_object('reason', $4::text) FROM retired`,
+		a.ID, a.LeasedUntil, actor.Name, reason, actor.UpstreamRequestID)
+	return oneRow("retire app", tag, err)
+}
+
+// UnknownKeys returns those of the keys found at an app that no row knows.
+func (db *DB) UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error) {
+	rows, _ := db.pool.Query(ctx, `
+		SELECT f.id FROM unnest($2::uuid[]) AS f (id) WHERE NOT EXISTS (SELECT FROM keys k WHERE k.id = f.id AND k.app_id = $1)`, app, found)
+	ids, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
+	return ids, translate("look for unknown keys", err)
 }
 
 // AppDeleted records that a leased app that was purging is gone upstream, and

@@ -12,7 +12,8 @@ import (
 // ReserveSlot reserves the next upstream call, if it can begin within the
 // request's patience. Slots follow one another at the rate; unused ones are not
 // saved up, so that there is never a burst. After a pause one call at a time
-// tries whether Clarifai is back. No answer means no call.
+// tries whether Clarifai is back. No answer means no call. A database that was stopped, since
+// another is in use, makes no call but that for the control record.
 func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
 	// reserve in the past.
@@ -28,6 +29,7 @@ func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slo
 				AND paused_until <= clock_timestamp()
 				AND (pauses = 0 OR probe_until <= clock_timestamp())
 				AND NOT EXISTS (SELECT FROM refused)
+				AND ($6 OR NOT EXISTS (SELECT FROM current_incarnation WHERE recovery = 'stopped'))
 			RETURNING next_slot_at - $1::interval AS at, epoch, pauses > 0 AS probe, failures > 0 AS shaky)
 		SELECT true, greatest(at - clock_timestamp(), '0'), clock_timestamp() - statement_timestamp(), epoch, probe, shaky, false
 		FROM slot
@@ -36,10 +38,11 @@ func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slo
 				CASE WHEN pauses > 0 THEN least(probe_until - clock_timestamp(), '250ms') END,
 				next_slot_at - clock_timestamp() - $2::interval,
 				(SELECT next_check_at - clock_timestamp() FROM refused),
+				(SELECT interval '5 seconds' FROM current_incarnation WHERE recovery = 'stopped' AND NOT $6),
 				'1ms'),
 			'0', epoch, false, false, EXISTS (SELECT FROM refused)
 		FROM upstream_budget WHERE NOT EXISTS (SELECT FROM slot)`,
-		time.Duration(float64(time.Second)/r.PerSecond), r.Patience, r.PAT, r.ChecksPAT, r.ProbeTimeout).
+		time.Duration(float64(time.Second)/r.PerSecond), r.Patience, r.PAT, r.ChecksPAT, r.ProbeTimeout, r.Control).
 		Scan(&s.Granted, &s.Wait, &s.ServerTime, &s.Epoch, &s.Probe, &s.Shaky, &s.PATRefused)
 	return s, translate("reserve an upstream call", err)
 }

@@ -108,7 +108,7 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		var err error
 		c, err = insertCampaign(ctx, tx, n, actor, `
-			NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
+			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
 			AND EXISTS (
 				SELECT FROM keys k JOIN tenants t ON t.app_id = k.app_id
 				WHERE k.state = 'active' AND k.activated_at <= now() - $9::interval AND t.profile = $10 AND t.state = 'active' AND t.app_user_id IS NULL
@@ -204,8 +204,9 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 	return c, changed, db.enqueue(ctx, []river.InsertManyParams{campaignJob(id)})
 }
 
-// dueCampaign selects the campaigns that there is work on.
-const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR state = 'stopped') AND next_attempt_at <= now() AND leased_until < now()`
+// dueCampaign selects the campaigns that there is work on. In recovery mode they wait.
+const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR state = 'stopped') AND next_attempt_at <= now() AND leased_until < now()
+	AND NOT ` + inRecovery
 
 // LeaseCampaign takes a campaign that there is work on, for at most lease. It reports
 // tenant.NotFound if there is nothing to do or another worker does it.

@@ -3,7 +3,10 @@ package postgres
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
+
+	"github.com/google/uuid"
 
 	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
@@ -143,10 +146,26 @@ type follower struct {
 	begun bool
 	of    history
 	last  int64 // the highest id that was seen
+	// The events that were read last, and when. If one of them is gone, the database was
+	// rolled back.
+	recent []readEvent
 	// The ids below last that were not seen, each with the xmax of the first snapshot
 	// that left it out.
 	gaps map[int64]int64
 }
+
+// A readEvent is an event that a follower has read.
+type readEvent struct {
+	id int64
+	at time.Time
+}
+
+// maxRecent bounds the events that a follower remembers as evidence, and recentFor for how
+// long: partitions of the log may be dropped, but not within an hour.
+const (
+	maxRecent = 1000
+	recentFor = time.Hour
+)
 
 // A history is what a database must not have another of, for what was read of it to
 // hold: a server that was put in its place, or started on what was restored, may lack
@@ -155,10 +174,19 @@ type history struct {
 	system   int64
 	timeline string
 	started  time.Time // the server
+	// incarnation is the one that events were read in.
+	incarnation uuid.UUID
 }
 
-// errNotFollowed means that the log cannot be followed from where it was.
+// errNotFollowed means that the log cannot be followed from where it was, a lostEvent why: the
+// database does not have it any more.
 var errNotFollowed = errors.New("the change log does not go on where it was followed to")
+
+type lostEvent int64
+
+func (e lostEvent) Error() string {
+	return fmt.Sprintf("the database does not have the event %d any more", int64(e))
+}
 
 // once follows the log over one connection.
 func (f *follower) once(ctx context.Context, following func()) error {
@@ -178,6 +206,12 @@ func (f *follower) once(ctx context.Context, following func()) error {
 		}
 		looked := time.Now()
 		err := f.poll(ctx, conn)
+		if lost, ok := errors.AsType[lostEvent](err); ok {
+			if err := f.rolledBack(ctx, lost); err != nil {
+				return err
+			}
+			continue
+		}
 		if errors.Is(err, errNotFollowed) {
 			f.log.Warn("forgetting everything that is held in memory", zap.Error(err))
 			f.restart()
@@ -208,9 +242,22 @@ func (f *follower) rest(ctx context.Context, conn *pgx.Conn, looked time.Time) e
 	return ctx.Err()
 }
 
+// rolledBack has the database know that it lacks an event that was read. What is held in
+// memory is forgotten.
+func (f *follower) rolledBack(ctx context.Context, lost lostEvent) error {
+	f.log.Error("the database was rolled back: it lacks an audit event that this replica has read", zap.Int64("event", int64(lost)))
+	ctx, cancel := context.WithTimeout(ctx, 5*pollTimeout)
+	defer cancel()
+	if err := f.db.reportLoss(ctx, f.of.incarnation, int64(lost)); err != nil {
+		return err
+	}
+	f.restart()
+	return nil
+}
+
 // restart forgets everything: nothing is held until begin.
 func (f *follower) restart() {
-	f.begun = false
+	f.begun, f.recent = false, nil
 	f.db.cache.forgetAll(false)
 }
 
@@ -234,10 +281,18 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 		Scan(&now.system, &now.timeline, &now.started); err != nil {
 		return err
 	}
+	if lost, err := f.missing(ctx, conn); err != nil {
+		return err
+	} else if lost > 0 {
+		if err := f.rolledBack(ctx, lost); err != nil {
+			return err
+		}
+	}
 	if f.begun && (now.system != f.of.system || now.timeline != f.of.timeline || !now.started.Equal(f.of.started)) {
 		f.log.Warn("forgetting everything that is held in memory: the database was restarted, restored or failed over")
 		f.restart()
 	}
+	now.incarnation = f.of.incarnation
 	f.of = now
 	for _, sql := range []string{
 		// To plan the poll anew costs more than the poll, and a month that was empty when it
@@ -252,12 +307,32 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
+// missing returns one of the events that were read lately if the database does not have it.
+func (f *follower) missing(ctx context.Context, conn *pgx.Conn) (lostEvent, error) {
+	var ids []int64
+	for _, e := range f.recent {
+		if time.Since(e.at) < recentFor {
+			ids = append(ids, e.id)
+		}
+	}
+	if len(ids) == 0 {
+		return 0, nil
+	}
+	var lost lostEvent
+	err := conn.QueryRow(ctx, `
+		SELECT coalesce(max(id), 0) FROM unnest($1::bigint[]) AS read (id) WHERE NOT EXISTS (SELECT FROM audit_events e WHERE e.id = read.id)`, ids).Scan(&lost)
+	return lost, err
+}
+
 // begin starts to follow from the newest event, once no transaction can add an event
 // before it any more.
 func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
 	reading, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	f.last, f.gaps = 0, map[int64]int64{}
+	if err := conn.QueryRow(reading, `SELECT id FROM current_incarnation`).Scan(&f.of.incarnation); err != nil {
+		return err
+	}
 	err := conn.QueryRow(reading, `SELECT id FROM audit_events ORDER BY id DESC LIMIT 1`).Scan(&f.last)
 	if err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return err
@@ -276,6 +351,9 @@ func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
 	}
 	f.db.cache.forgetAll(true)
 	f.begun = true
+	if f.last > 0 {
+		f.recent = []readEvent{{f.last, time.Now()}}
+	}
 	return nil
 }
 
@@ -349,12 +427,21 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	switch {
+	case f.last > 0 && !seen[f.last] && len(f.recent) > 0 && time.Since(f.recent[len(f.recent)-1].at) < recentFor:
+		return lostEvent(f.last)
 	case f.last > 0 && !seen[f.last]:
 		return errNotFollowed
 	case len(seen) >= mostEvents || newest-f.last > mostEvents || len(f.gaps) > mostGaps:
 		return errNotFollowed
 	}
 	f.db.cache.forget(keys...)
+	now := time.Now()
+	for id := range seen {
+		if id != f.last {
+			f.recent = append(f.recent, readEvent{id, now})
+		}
+	}
+	f.recent = f.recent[max(0, len(f.recent)-maxRecent):]
 	for id, noticed := range f.gaps {
 		if seen[id] || xmin >= noticed {
 			delete(f.gaps, id)

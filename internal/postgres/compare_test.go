@@ -24,7 +24,8 @@ func TestCompareInParts(t *testing.T) {
 		t.Fatal(err)
 	}
 	// 12,000 apps with a key each. Four are gone, four lack their key, four are not
-	// marked, and four were renamed to an id that comes far before or after their own; beside
+	// marked, and four were renamed to an id that comes far before or after their own, which the
+	// listing has found; beside
 	// them there are foreign apps.
 	if _, err := conn.Exec(t.Context(), `
 		SET session_replication_role = replica;
@@ -49,7 +50,6 @@ func TestCompareInParts(t *testing.T) {
 	}
 	want := map[string]int{
 		"app_gone":     count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 10`),
-		"app_renamed":  count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 11`),
 		"app_unmarked": count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 12`),
 		"key_gone":     count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 13`),
 	}

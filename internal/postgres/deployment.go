@@ -22,15 +22,11 @@ func (db *DB) Deployment(ctx context.Context) (tenant.Deployment, error) {
 }
 
 // PinDeployment writes d if the database belongs to none yet, and returns what
-// stands there: of several first starts at once, one wins. The fence is up from
-// then on until Clarifai was seen to hold nothing that the database does not know.
+// stands there: of several first starts at once, one wins.
 func (db *DB) PinDeployment(ctx context.Context, d tenant.Deployment) (tenant.Deployment, error) {
 	_, err := db.pool.Exec(ctx, `
 		WITH pinned AS (
-			INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline, fence_since, fence_reason)
-			SELECT $1, $2, $3, s.system_identifier, c.timeline_id, now(),
-				'the database is new, and Clarifai is searched for what an earlier one may have made'
-			FROM pg_control_system() s, pg_control_checkpoint() c
+			INSERT INTO deployment (id, operator_user_id, keyset_probe) VALUES ($1, $2, $3)
 			ON CONFLICT (only_row) DO NOTHING
 			RETURNING id)
 		INSERT INTO audit_events (actor, action, detail)

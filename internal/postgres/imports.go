@@ -24,6 +24,11 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 		labels[i] = string(text)
 		place[t.ID] = i
 	}
+	if !n.DryRun {
+		if err := db.ensureIncarnation(ctx); err != nil {
+			return nil, err
+		}
+	}
 	batch := &pgx.Batch{}
 	made := map[tenant.ID]bool{}
 	// In the order of the ids, here and below: two batches that name the same tenants must
@@ -134,10 +139,10 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 // $4 whether a pool is kept of it: where none is, an app of another revision does as well.
 // $5 bounds how many are given.
 const claimInBackgroundSQL = `
-	WITH surplus AS (
-		SELECT CASE WHEN ` + fenced + ` OR EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1)
+	WITH ` + handOut + `, surplus AS (
+		SELECT CASE WHEN EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1)
 			THEN 0 ELSE least($5,
-				(SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $1 AND NOT suspect AND (profile_revision = $3 OR NOT $4))
+				(SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND (profile_revision = $3 OR NOT $4))
 				- coalesce((SELECT target FROM pools WHERE profile = $1 AND revision = $3 AND $4), 0)) END AS n
 	), waiter AS MATERIALIZED (
 		SELECT id, generation, state_since FROM tenants
@@ -145,7 +150,7 @@ const claimInBackgroundSQL = `
 		ORDER BY state_since, id LIMIT greatest(0, (SELECT n FROM surplus)) FOR UPDATE SKIP LOCKED
 	), picked AS MATERIALIZED (
 		SELECT id, ready_at FROM apps
-		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND (profile_revision = $3 OR NOT $4)
+		WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND (profile_revision = $3 OR NOT $4)
 		ORDER BY ready_at DESC, id DESC LIMIT (SELECT count(*) FROM waiter) FOR UPDATE SKIP LOCKED
 	), paired AS (
 		SELECT w.id, w.generation, p.id AS app_id

@@ -71,7 +71,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	add := func(queue string, priority int, args river.JobArgs) {
 		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
 	}
-	var building, later, marks []tenant.AppID
+	var building, later, marks []tenant.AppID // those in building are urgent
 	var reconciliations, adoptions, campaigns []uuid.UUID
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
@@ -80,6 +80,14 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		UPDATE apps SET enqueued_at = now()
 		WHERE id = ANY (ARRAY(
 			SELECT id FROM apps WHERE state = 'building' AND NOT for_pool AND `+dueApp+` AND `+notQueued+`
+			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
+		RETURNING id`, requeueAfter, most)
+	// A caller waits for these: keys to be ended, and the ownership tag before keys are made.
+	collect(batch, &building, `
+		UPDATE apps SET enqueued_at = now()
+		WHERE id = ANY (ARRAY(
+			SELECT id FROM apps WHERE state IN ('held', 'retained') AND pending AND NOT background
+				AND (end_unknown_keys OR state = 'held' AND tagged_purge_after IS NOT NULL) AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id`, requeueAfter, most)
 	batch.Queue(`
@@ -111,8 +119,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		priority int
 	}{
 		{"state = 'building' AND for_pool", &later, priorityOther}, {"state = 'purging'", &later, priorityOther},
-		{"state = 'held' AND pending AND NOT background", &later, priorityOther},
-		{"state = 'held' AND pending AND background", &marks, priorityLast},
+		{"state IN ('held', 'retained') AND pending AND NOT background", &later, priorityOther},
+		{"state IN ('held', 'retained') AND pending AND background", &marks, priorityLast},
+		{"state = 'retained' AND purge_after <= now()", &later, priorityOther},
 		{"state = 'ready' AND coalesce(proven_at, ready_at) < now() - " + poolAge, &later, priorityOther},
 	} {
 		collect(batch, w.ids, `

@@ -52,7 +52,7 @@ func (db *DB) Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error) {
 // Reveal reads the sealed secret of a tenant's active key and writes that it
 // was asked for, in one transaction: no secret leaves without an event. It
 // reports tenant.NotFound for an unknown tenant and for a name that has no
-// active key.
+// active key, and tenant.Conflict while the tenant's app is contested.
 func (db *DB) Reveal(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, []byte, error) {
 	return db.reveal(ctx, id, `k.name = $2`, name, actor)
 }
@@ -64,7 +64,7 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 	err := db.pool.QueryRow(ctx, `
 		WITH key AS (
 			SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
-			WHERE t.id = $1 AND `+which+` AND k.state = 'active'
+			WHERE t.id = $1 AND `+which+` AND k.state = 'active' AND t.problem->>'code' IS DISTINCT FROM 'app_contested'
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $3, nullif($4, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
@@ -73,7 +73,11 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 		id, arg, actor.Name, actor.RequestID).Scan(append(fields, &ciphertext)...)
 	done()
 	if errors.Is(err, pgx.ErrNoRows) {
-		if _, err := db.Tenant(ctx, id); err != nil {
+		t, err := db.Tenant(ctx, id)
+		if err == nil && t.Problem != nil && t.Problem.Code == "app_contested" {
+			err = tenant.Errorf(tenant.Conflict, t.Problem.Code, "%s", t.Problem.Detail)
+		}
+		if err != nil {
 			return k, nil, err
 		}
 		return k, nil, errNotFound("key")
@@ -117,19 +121,31 @@ func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Ac
 	return found, translate("identify", err)
 }
 
-// dueKey selects the keys k that there is work on. While the fence is up nothing is
-// removed. A key of an app that is building is made by the build.
+// dueKey selects the keys k that there is work on. A key of an app that is building is made
+// by the build. Of an app of an earlier incarnation, what ends a key goes on, unless a command
+// asked for it during the watch; a key is made once the watch is over if a command asked for it
+// in this incarnation, and else once recovery mode is. No key is made before the app's
+// ownership tag says that the app is not to be removed.
 const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
-	k.state = 'revoking' AND NOT ` + fenced + `
-	OR k.state = 'creating' AND EXISTS (SELECT FROM apps a WHERE a.id = k.app_id AND a.state = 'held'))`
+	k.state = 'revoking' AND (NOT ` + watching + ` OR k.incarnation <> (SELECT id FROM current_incarnation) OR k.end_reason IS NULL
+		OR k.end_reason NOT IN ('suspended', 'deleted', 'revoked')
+		OR (SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id))
+	OR k.state = 'creating' AND (SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND (a.incarnation = ` + currentIncarnation + `
+			OR NOT ` + inRecovery + ` OR k.incarnation = (SELECT id FROM current_incarnation) AND NOT ` + watching + `)
+		FROM apps a WHERE a.id = k.app_id))`
 
 const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
+	(SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id) IS TRUE, k.replaces,
 	coalesce(now() - k.in_doubt_since, '0'), k.attempts, k.problem, k.leased_until`
 
 func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 	var k tenant.LeasedKey
-	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.InDoubtFor,
+	var replaces *uuid.UUID
+	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.Current, &replaces, &k.InDoubtFor,
 		&k.Attempts, &k.Problem, &k.LeasedUntil)
+	if replaces != nil {
+		k.Replaces = *replaces
+	}
 	return k, err
 }
 
@@ -186,8 +202,8 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
-			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, attempts, leased_until, created_at)
-			SELECT $2, app_id, name, scopes, expires_at, lane, $5, replaces, overlap, request_id, $4, $3, created_at FROM keys WHERE id = $1
+			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, attempts, leased_until, created_at, incarnation)
+			SELECT $2, app_id, name, scopes, expires_at, lane, $5, replaces, overlap, request_id, $4, $3, created_at, incarnation FROM keys WHERE id = $1
 			RETURNING `+leasedKeyColumns, k.ID, id, k.LeasedUntil, k.Attempts, rotation)
 		if next, err = pgx.CollectExactlyOneRow(rows, scanLeasedKey); err != nil {
 			return err
@@ -330,6 +346,30 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 	})
 	db.changed(owner, "")
 	return translate("record end of key", err)
+}
+
+// KeyNotReplaced cancels the rotation of a leased key that is to be made, since the key that
+// it would replace is dead: somebody must decide.
+func (db *DB) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error {
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
+			return err
+		}
+		tag, err := tx.Exec(ctx, `
+			UPDATE keys SET state = 'revoked', revoked_at = now(), end_reason = $3, problem = NULL, leased_until = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'creating'`, k.ID, k.LeasedUntil, tenant.EndDead)
+		if err := oneRow("cancel rotation", tag, err); err != nil {
+			return err
+		}
+		if err := audit(ctx, tx, actor, event{action: "key.revoked", tenant: owner, app: k.AppID, key: k.ID,
+			detail: map[string]any{"name": k.Name, "reason": tenant.EndDead}}); err != nil {
+			return err
+		}
+		return addFinding(ctx, tx, tenant.Finding{Kind: tenant.FoundKeyGone, AppID: k.AppID, KeyID: k.Replaces, TenantID: owner})
+	})
+	db.changed(owner, "")
+	return translate("cancel rotation", err)
 }
 
 // KeySetback records a failed try on a leased key, and lets the lease go.

@@ -49,6 +49,9 @@ func lockOwner(ctx context.Context, tx pgx.Tx, app tenant.AppID) (tenant.ID, err
 func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pgx.Tx, tenant.Tenant) ([]keyInLane, error)) (tenant.Tenant, error) {
 	var t tenant.Tenant
 	var keys []keyInLane
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return t, err
+	}
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, id)
 		var err error
@@ -66,7 +69,11 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 		return t, translate(what, err)
 	}
 	db.changed(id, "")
-	return t, db.enqueue(ctx, keyJobs(keys))
+	var apps []tenant.AppID
+	if t.AppID != "" && t.State != tenant.Active && !t.Settled() {
+		apps = append(apps, t.AppID) // its ownership tag may be to be written first, or unknown keys to be ended
+	}
+	return t, errors.Join(db.enqueue(ctx, keyJobs(keys)), db.enqueueApps(ctx, tenant.QueueInteractive, apps))
 }
 
 // move takes a tenant that is locked to another state, with the event that tells of
@@ -157,6 +164,7 @@ func endKeys(ctx context.Context, tx pgx.Tx, actor tenant.Actor, reason tenant.E
 				remake = $5 AND (was = 'active' OR was = 'creating'
 					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND o.state = 'active')),
 				end_reason = $3, lane = coalesce($4::smallint, lane), request_id = nullif($2, ''), problem = NULL, attempts = 0,
+				incarnation = stored_incarnation(),
 				next_attempt_at = now(), enqueued_at = now(), updated_at = now()
 			FROM live WHERE k.id = live.id
 			RETURNING k.id, k.lane, k.name, k.app_id, k.state, was, tenant_id
@@ -175,23 +183,58 @@ func urgently() *tenant.Lane {
 	return &l
 }
 
+// endUnknownKeys has the keys ended, too, that Clarifai lists for an app with our ownership
+// tag and that no row knows. It does so only for an app of an earlier incarnation: there are
+// no such keys of the others. It reports whether it did.
+func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, error) {
+	tag, err := tx.Exec(ctx, `
+		UPDATE apps SET end_unknown_keys = true, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+		WHERE id = $1 AND state IN ('held', 'retained') AND user_id IS NULL AND incarnation <> stored_incarnation()`, app)
+	return tag.RowsAffected() > 0, err
+}
+
 // Suspend begins to revoke every key of a tenant: SettleTenants and KeyEnded end it.
-// It reports tenant.Conflict for a tenant whose state does not allow it.
+// It reports tenant.Conflict for a tenant whose state does not allow it. The keys of a
+// tenant that the rows call suspended, or in recovery mode deleting, are ended once more if
+// its app is of an earlier incarnation: the rows may be older than the tenant.
 func (db *DB) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
 	return db.change(ctx, "suspend tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
-		done, err := tenant.Suspend.Check(t.State)
-		if err != nil || done {
-			return nil, err
-		}
-		keys, err := endKeys(ctx, tx, actor, tenant.EndSuspended, urgently(), true, `k.app_id = $6`, t.AppID)
-		if err != nil {
-			return nil, err
-		}
-		if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
-			return nil, err
-		}
-		return keys, settle(ctx, tx, id, actor)
+		return suspend(ctx, tx, t, actor)
 	})
+}
+
+func suspend(ctx context.Context, tx pgx.Tx, t tenant.Tenant, actor tenant.Actor) ([]keyInLane, error) {
+	done, err := tenant.Suspend.Check(t.State)
+	if err != nil && t.State == tenant.Deleting {
+		var recovering bool
+		if err := tx.QueryRow(ctx, `SELECT `+inRecovery).Scan(&recovering); err != nil {
+			return nil, err
+		}
+		done = recovering
+	}
+	if err != nil && !done {
+		return nil, err
+	}
+	again, err := endUnknownKeys(ctx, tx, t.AppID)
+	if err != nil || done && !again {
+		return nil, err
+	}
+	var keys []keyInLane
+	if !done {
+		if keys, err = endKeys(ctx, tx, actor, tenant.EndSuspended, urgently(), true, `k.app_id = $6`, t.AppID); err != nil {
+			return nil, err
+		}
+	}
+	switch t.State {
+	case tenant.Deleting:
+		return keys, audit(ctx, tx, actor, event{action: "tenant.suspend_requested", tenant: t.ID, app: t.AppID})
+	case tenant.Suspending:
+		return keys, nil
+	}
+	if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
+		return nil, err
+	}
+	return keys, settle(ctx, tx, t.ID, actor)
 }
 
 // Resume begins to make the keys anew that a tenant had when it was suspended, as the
@@ -252,6 +295,9 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 		}
 		done, err := change.Check(t.State)
 		switch {
+		case err == nil && done && t.State == tenant.Deleting:
+			_, err := endUnknownKeys(ctx, tx, t.AppID)
+			return nil, err
 		case err != nil || done:
 			return nil, err
 		case t.DeletionProtection:
@@ -263,7 +309,9 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 			if err := audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID}); err != nil {
 				return nil, err
 			}
-			_, err := tx.Exec(ctx, `UPDATE apps SET purge_after = now(), updated_at = now() WHERE id = $1 AND state = 'retained'`, t.AppID)
+			_, err := tx.Exec(ctx, `
+				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+				WHERE id = $1 AND state = 'retained'`, t.AppID)
 			return nil, err
 		}
 		keys, err := endKeys(ctx, tx, actor, tenant.EndDeleted, urgently(), true, `k.app_id = $6`, t.AppID)
@@ -272,8 +320,12 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 		}
 		var purgeAfter time.Time
 		if err := tx.QueryRow(ctx, `
-			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = false, problem = NULL, attempts = 0, updated_at = now()
+			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity',
+				problem = NULL, attempts = 0, updated_at = now()
 			WHERE id = $1 AND state = 'held' RETURNING purge_after`, t.AppID, retention).Scan(&purgeAfter); err != nil {
+			return nil, err
+		}
+		if _, err := endUnknownKeys(ctx, tx, t.AppID); err != nil {
 			return nil, err
 		}
 		if err := move(ctx, tx, t, tenant.Deleting, actor, map[string]any{"purge_after": purgeAfter}); err != nil {
@@ -293,7 +345,9 @@ func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor 
 			return nil, err
 		}
 		if _, err := tx.Exec(ctx, `
-			UPDATE apps SET state = 'held', purge_after = NULL, problem = NULL, updated_at = now() WHERE id = $1 AND state = 'retained'`,
+			UPDATE apps SET state = 'held', purge_after = NULL, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', attempts = 0,
+				problem = NULL, updated_at = now()
+			WHERE id = $1 AND state = 'retained'`,
 			t.AppID); err != nil {
 			return nil, err
 		}
@@ -330,44 +384,32 @@ func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, cu
 	})
 }
 
-// PurgeDue gives the apps whose retention has ended to the workers that remove apps:
-// from here on there is no way back. Of the apps of tenants at most perHour are
-// removed in an hour; those beyond say so. Nothing is removed behind the fence.
-func (db *DB) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error) {
-	var purged []tenant.AppID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
-		var due, alone bool
-		if err := tx.QueryRow(ctx, `
-			SELECT EXISTS (SELECT FROM apps WHERE state = 'retained' AND purge_after <= now()) AND NOT `+fenced).Scan(&due); err != nil || !due {
-			return err
-		}
+// BeginPurge turns a leased app whose retention has ended over to its removal, and keeps the
+// lease: from here on there is no way back. At most perHour apps of tenants are removed in an
+// hour. It reports how long to wait if that many were, and then changes nothing.
+func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
+	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		// Two at once would each count what the other is about to remove for nothing.
-		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('purge apps'))`).Scan(&alone); err != nil || !alone {
+		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('purge apps'))`); err != nil {
 			return err
 		}
 		var begun int
-		if err := tx.QueryRow(ctx, `SELECT count(*) FROM apps WHERE purging_since > now() - interval '1 hour'`).Scan(&begun); err != nil {
+		if err := tx.QueryRow(ctx, `
+			SELECT count(*), coalesce(min(purging_since) + interval '1 hour' - now(), '0') FROM apps WHERE purging_since > now() - interval '1 hour'`).
+			Scan(&begun, &wait); err != nil {
 			return err
 		}
-		// The tenant first, as everywhere: a restore may be at it.
-		rows, _ := tx.Query(ctx, `
-			WITH due AS (
-				SELECT id FROM apps WHERE state = 'retained' AND purge_after <= now() ORDER BY purge_after, id LIMIT $1
-			), locked AS (
-				SELECT t.app_id FROM tenants t JOIN due ON due.id = t.app_id WHERE t.state = 'deleting' FOR UPDATE OF t SKIP LOCKED
-			)
-			SELECT id FROM due WHERE id IN (SELECT app_id FROM locked) OR NOT EXISTS (SELECT FROM tenants t WHERE t.app_id = due.id)`,
-			max(0, min(perHour-begun, 100)))
-		ids, err := pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
-		if err != nil {
+		if begun >= perHour {
+			return nil
+		}
+		wait = 0
+		if _, err := lockOwner(ctx, tx, a.ID); err != nil { // a restore may be at it
 			return err
 		}
-		rows, _ = tx.Query(ctx, `
+		tag, err := tx.Exec(ctx, `
 			WITH purging AS (
-				UPDATE apps
-				SET state = 'purging', purging_since = now(), problem = NULL, attempts = 0, next_attempt_at = now(),
-					enqueued_at = now(), updated_at = now()
-				WHERE id = ANY ($1) AND state = 'retained' AND purge_after <= now()
+				UPDATE apps SET state = 'purging', purging_since = now(), problem = NULL, attempts = 0, updated_at = now()
+				WHERE id = $1 AND leased_until = $2 AND state = 'retained' AND `+duePurge+`
 				RETURNING id, tenant_id
 			), moved AS (
 				UPDATE tenants t SET state = 'purging', state_since = now(), version = version + 1, updated_at = now()
@@ -375,26 +417,14 @@ func (db *DB) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (in
 				RETURNING t.id, p.id AS app_id
 			), audited AS (
 				INSERT INTO audit_events (actor, action, tenant_id, app_id, detail)
-				SELECT $2, 'app.purging', tenant_id, id, '{}'::jsonb FROM purging
-				UNION ALL SELECT $2, 'tenant.purging', id, app_id, '{"from": "deleting", "to": "purging"}' FROM moved
+				SELECT $3, 'app.purging', tenant_id, id, '{}'::jsonb FROM purging
+				UNION ALL SELECT $3, 'tenant.purging', id, app_id, '{"from": "deleting", "to": "purging"}' FROM moved
 			)
-			SELECT id FROM purging`, ids, actor.Name)
-		if purged, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID]); err != nil {
-			return err
-		}
-		_, err = tx.Exec(ctx, `
-			UPDATE apps SET problem = jsonb_build_object('code', 'removal_cap', 'since', now(), 'detail',
-				$1::int || ' apps of tenants are removed in an hour at most, and were: this one follows')
-			WHERE state = 'retained' AND purge_after <= now() AND problem IS NULL AND $2`, perHour, begun+len(purged) >= perHour)
-		return err
+			SELECT FROM purging`, a.ID, a.LeasedUntil, actor.Name)
+		return oneRow("begin to remove app", tag, err)
 	})
-	if err != nil {
-		return 0, translate("begin to remove apps", err)
-	}
-	if len(purged) > 0 {
-		db.wakeFollowers()
-	}
-	return len(purged), db.enqueueApps(ctx, tenant.QueueBackground, purged)
+	db.changed(a.Tenant, "")
+	return wait, translate("begin to remove app", err)
 }
 
 // EndDueKeys ends the keys whose overlap is over and those that have expired.

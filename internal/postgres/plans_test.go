@@ -248,11 +248,13 @@ func hotPaths(n int) []hotPath {
 		}},
 		{name: "sweep_due_keys", do: func(ctx context.Context, db *postgres.DB) error { return db.EndDueKeys(ctx, actor) }},
 		{name: "sweep_settle", do: func(ctx context.Context, db *postgres.DB) error { return db.SettleTenants(ctx, actor) }},
-		{name: "sweep_purge", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.PurgeDue(ctx, 20, actor)) }},
+		{name: "sweep_beat", do: func(ctx context.Context, db *postgres.DB) error {
+			_, err := db.Beat(ctx, "1")
+			return errors.Join(err, ignore(db.RetireApps(ctx)), ignore(db.Recovery(ctx)))
+		}},
 		{name: "sweep_enqueue", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.Enqueue(ctx)) }},
-		{name: "sweep_restored", do: func(ctx context.Context, db *postgres.DB) error {
-			_, err := db.CheckRestored(ctx)
-			return errors.Join(err, ignore(db.StartDueReport(ctx, uuid.New(), 1000*time.Hour, actor)))
+		{name: "sweep_reports", do: func(ctx context.Context, db *postgres.DB) error {
+			return errors.Join(ignore(db.StartDueDecisions(ctx, uuid.New())), ignore(db.StartDueReport(ctx, uuid.New(), 1000*time.Hour, actor)))
 		}},
 		{name: "sweep_seal_audit", do: func(ctx context.Context, db *postgres.DB) error {
 			return ignore(db.SealAudit(ctx, time.Second))
@@ -264,13 +266,12 @@ func hotPaths(n int) []hotPath {
 		}},
 		{name: "measure", do: func(ctx context.Context, db *postgres.DB) error {
 			_, _, err := db.Pools(ctx, []string{"default", "pro"})
-			return errors.Join(err, ignore(db.CountTenants(ctx)), ignore(db.Fence(ctx)), ignore(db.Upstream(ctx, []byte("pat"))),
+			return errors.Join(err, ignore(db.CountTenants(ctx)), ignore(db.RecoveryStatus(ctx)), ignore(db.Upstream(ctx, []byte("pat"))),
 				ignore(db.CountCampaigns(ctx)), ignore(db.LiveProfiles(ctx)))
 		}},
 		{name: "follow", do: func(ctx context.Context, db *postgres.DB) error {
 			return db.Poll(ctx, int64(2*n-10), []int64{7, int64(n)})
 		}},
-		{name: "raise_fence", do: func(ctx context.Context, db *postgres.DB) error { return db.RaiseFence(ctx, "a test") }},
 	}
 }
 

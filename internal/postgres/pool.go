@@ -73,6 +73,10 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 		if err != nil {
 			return err
 		}
+		var careful bool
+		if err := tx.QueryRow(ctx, restartsOften).Scan(&careful); err != nil {
+			return err
+		}
 		for _, p := range profiles {
 			if !is[p.Name] {
 				continue
@@ -81,7 +85,11 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 			if signUps[p.Name] == nil {
 				signUps[p.Name] = make([]int, plan.Beats)
 			}
-			if err := planPool(ctx, tx, p, plan.Target(p, signUps[p.Name]), counts[p.Name], plan, actor); err != nil {
+			target := plan.Target(p, signUps[p.Name])
+			if fewest, _ := p.PoolBounds(); careful {
+				target = min(target, fewest)
+			}
+			if err := planPool(ctx, tx, p, target, counts[p.Name], plan, actor); err != nil {
 				return err
 			}
 		}
@@ -97,6 +105,12 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 		return nil
 	}))
 }
+
+// restartsOften says that the database started a second time within a day, less than an hour
+// ago. Each start retires the pools, and retired apps count against the account's quota.
+const restartsOften = `
+	SELECT count(*) FILTER (WHERE began_at > now() - interval '1 day') >= 2 AND coalesce(max(began_at) > now() - interval '1 hour', false)
+	FROM incarnations WHERE reason <> 'first start'`
 
 // signUpCounts are the sign-ups of a profile in the time that is looked at, and how
 // many had an app at once or had to wait for one. Tenants that have changed since count
@@ -132,14 +146,14 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 	err := tx.QueryRow(ctx, `
 		WITH pool AS (
 			SELECT count(*)::int AS ready FROM apps
-			WHERE state = 'ready' AND profile = $1 AND profile_revision = $2 AND NOT suspect
+			WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation+` AND profile_revision = $2
 		), importing AS (
 			SELECT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $1) AS any
 		), planned AS (
 			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses, ready_from, waiting_from)
 			-- What is more than the target may be on its way to a tenant in the background.
 			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 AND NOT importing.any THEN now() END, $4, $5, $6,
-				least((SELECT min(ready_at) FROM apps WHERE state = 'ready' AND profile = $1), now() - `+boundsMargin+`),
+				least((SELECT min(ready_at) FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation+`), now() - `+boundsMargin+`),
 				least((SELECT min(state_since) FROM tenants WHERE `+waits+` AND profile = $1), now() - `+boundsMargin+`)
 			FROM pool, importing
 			ON CONFLICT (profile) DO UPDATE
@@ -163,7 +177,7 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 	// An app of another revision goes when one of this revision is there in its place:
 	// until then it is better than none.
 	var replaced int
-	if err := tx.QueryRow(ctx, `SELECT count(*) - $2 FROM apps WHERE state = 'ready' AND profile = $1 AND NOT suspect`,
+	if err := tx.QueryRow(ctx, `SELECT count(*) - $2 FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation,
 		p.Name, target).Scan(&replaced); err != nil {
 		return err
 	}
@@ -172,7 +186,7 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 }
 
 // takeOut gives up to most ready apps that where selects to the workers that remove
-// apps, the oldest first. Behind the fence it takes none.
+// apps, the oldest first. It takes none of an earlier incarnation.
 func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor tenant.Actor, where string, args ...any) error {
 	if most <= 0 {
 		return nil
@@ -184,7 +198,7 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 	// find as many again each time.
 	_, err := tx.Exec(ctx, `
 		WITH picked AS MATERIALIZED (
-			SELECT id FROM apps WHERE `+where+` AND NOT suspect AND NOT `+fenced+`
+			SELECT id FROM apps WHERE `+where+` AND incarnation = `+currentIncarnation+`
 			ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED
 		), gone AS (
 			UPDATE apps
@@ -225,15 +239,15 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 			), lacking AS (
 				SELECT target + n
 					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $2)
-					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND (profile_revision = $3 OR NOT $6) AND NOT suspect) AS wanted,
+					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND incarnation = `+currentIncarnation+` AND (profile_revision = $3 OR NOT $6)) AS wanted,
 					CASE WHEN n > 0 THEN greatest($7, n) ELSE $4 END AS at_once
 				FROM pool, importing
 			), building AS (
 				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
-				WHERE state = 'building' AND profile = $2 AND NOT suspect
+				WHERE state = 'building' AND profile = $2 AND incarnation = `+currentIncarnation+`
 			)
-			INSERT INTO apps (id, profile, profile_revision, for_pool, enqueued_at)
-			SELECT unnest($1::text[]), $2, $3, true, now() WHERE NOT `+fenced+` AND coalesce(`+upstreamHalted+`) IS NULL
+			INSERT INTO apps (id, profile, profile_revision, incarnation, for_pool, enqueued_at)
+			SELECT unnest($1::text[]), $2, $3, `+currentIncarnation+`, true, now() WHERE `+currentIncarnation+` IS NOT NULL AND coalesce(`+upstreamHalted+`) IS NULL
 			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)
 			RETURNING id, (SELECT greatest(0, wanted - importing.n - building.n) FROM lacking, importing, building)`,
 			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools(), min(forImport, len(ids)))
@@ -271,27 +285,26 @@ func (db *DB) KeyProven(ctx context.Context, a tenant.App) error {
 	return oneRow("record key as proven", tag, err)
 }
 
-// MemberDead gives a leased app of the pool, whose key is gone, to the workers that
-// remove apps. It reports tenant.ErrLeaseLost if a tenant has it by now.
+// MemberDead retires a leased app of the pool whose key is gone: that it was not handed
+// out is no longer certain. It reports tenant.ErrLeaseLost if a tenant has it by now.
 func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
 	return translate("take dead app out of the pool", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			WITH gone AS (
 				UPDATE apps
-				SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity',
-					enqueued_at = '-infinity', updated_at = now()
-				WHERE id = $1 AND leased_until = $2 AND state = 'ready' AND NOT suspect
+				SET state = 'retired', attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				WHERE id = $1 AND leased_until = $2 AND state = 'ready'
 				RETURNING id)
 			INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
-			SELECT $3, nullif($4, ''), 'app.drained', id, jsonb_build_object('reason', $5::text) FROM gone`,
+			SELECT $3, nullif($4, ''), 'app.retired', id, jsonb_build_object('reason', $5::text) FROM gone`,
 			a.ID, a.LeasedUntil, actor.Name, actor.UpstreamRequestID, tenant.PoolDead)
 		return oneRow("take dead app out of the pool", tag, err)
 	}))
 }
 
 // RemakeHeldKey records that a key of a leased app, which a tenant has got, is gone at
-// Clarifai, and that next is made in its place. A key that was revoked meanwhile is
-// left to whoever did it.
+// Clarifai, and that next is made in its place. A key that was revoked meanwhile, or whose
+// tenant is not active any more, is left to whoever did that.
 func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
 	var made []keyInLane
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
@@ -300,15 +313,15 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 			return err
 		}
 		tag, err := tx.Exec(ctx, `
-			UPDATE apps SET proven_at = now(), updated_at = now() WHERE id = $1 AND leased_until = $2 AND state = 'held'`,
-			a.ID, a.LeasedUntil)
+			UPDATE apps SET proven_at = now(), updated_at = now()
+			WHERE id = $1 AND leased_until = $2 AND state = 'held' AND incarnation = `+currentIncarnation, a.ID, a.LeasedUntil)
 		if err := oneRow("record key as gone", tag, err); err != nil {
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
 			WITH gone AS (
 				UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
-				WHERE id = $1 AND state = 'active'
+				WHERE id = $1 AND state = 'active' AND EXISTS (SELECT FROM tenants t WHERE t.id = $5 AND t.state = 'active')
 				RETURNING app_id, name, scopes, expires_at
 			), audited AS (
 				INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id, detail)
@@ -334,10 +347,10 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 	var load tenant.PoolLoad
 	rows, _ := db.pool.Query(ctx, `
 		SELECT m.name, coalesce(p.revision, ''), coalesce(p.target, 0), coalesce(p.planned_at, '0001-01-01 00:00:00Z'),
-			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision = p.revision AND NOT suspect),
-			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision IS DISTINCT FROM p.revision AND NOT suspect),
-			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND suspect),
-			(SELECT count(*) FROM apps a WHERE a.state = 'building' AND a.profile = m.name),
+			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision = p.revision AND a.incarnation = `+currentIncarnation+`),
+			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision IS DISTINCT FROM p.revision AND a.incarnation = `+currentIncarnation+`),
+			(SELECT count(*) FROM (SELECT FROM apps a WHERE a.state = 'retired' AND a.profile = m.name LIMIT 1000) few),
+			(SELECT count(*) FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.incarnation = `+currentIncarnation+`),
 			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND NOT background AND t.profile = m.name),
 			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND background AND t.profile = m.name),
 			coalesce(p.sign_ups, 0), coalesce(p.hits, 0), coalesce(p.misses, 0),

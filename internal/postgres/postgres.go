@@ -19,6 +19,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -40,6 +41,9 @@ type DB struct {
 	cache   *cache
 	lookups *lookups
 	unsent  chan struct{} // holds one while other replicas are to be woken
+
+	replica       uuid.UUID // of this process
+	recoveryWatch time.Duration
 }
 
 // Config says how to reach the database.
@@ -59,6 +63,10 @@ type Config struct {
 	// MaxStale is for how long what is held is answered while the database cannot be
 	// reached; 0 means not at all.
 	MaxStale time.Duration
+
+	// RecoveryWatch is how long an incarnation of the database watches the control record
+	// for renewals by another database. Zero means 150 s.
+	RecoveryWatch time.Duration
 
 	tracer pgx.QueryTracer // sees each statement, in tests
 }
@@ -145,7 +153,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		return nil, fmt.Errorf("open job client: %w", err)
 	}
 	db := &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
-		unsent: make(chan struct{}, 1)}
+		unsent: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
 	db.lookups = &lookups{db: db}
 	return db, nil
 }
@@ -173,6 +181,14 @@ func orZero(t *time.Time) time.Time {
 		return time.Time{}
 	}
 	return *t
+}
+
+// nullTime turns the zero time into null.
+func nullTime(t time.Time) *time.Time {
+	if t.IsZero() {
+		return nil
+	}
+	return &t
 }
 
 // errNotFound is answered for what is not there.

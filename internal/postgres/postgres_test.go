@@ -234,6 +234,7 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 	t.Parallel()
 	url := pgtest.URL(t)
 	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	pgtest.KnowControl(t, url)
 	signed, err := db.SignUp(t.Context(), newTenant("user_1"), actor)
 	if err != nil {
 		t.Fatal(err)

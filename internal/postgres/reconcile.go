@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/rand"
 	"errors"
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -14,7 +15,7 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-const reconciliationColumns = `r.id, r.kind, r.adopt_only, r.report_id, r.requested_by, r.state = 'done', r.phase, r.page,
+const reconciliationColumns = `r.id, r.kind, r.decisions, r.report_id, r.requested_by, r.state = 'done', r.phase, r.page, r.per_page,
 	r.apps_seen, r.keys_seen, r.foreign_apps, coalesce(r.token, ''), r.attempts, r.problem, r.created_at, r.finished_at, r.leased_until`
 
 func scanReconciliation(row pgx.CollectableRow) (tenant.Reconciliation, error) {
@@ -22,7 +23,7 @@ func scanReconciliation(row pgx.CollectableRow) (tenant.Reconciliation, error) {
 	var report *uuid.UUID
 	var finished *time.Time
 	var leased any // may be -infinity
-	err := row.Scan(&r.ID, &r.Kind, &r.AdoptOnly, &report, &r.RequestedBy, &r.Done, &r.Phase, &r.Page,
+	err := row.Scan(&r.ID, &r.Kind, &r.Decisions, &report, &r.RequestedBy, &r.Done, &r.Phase, &r.Page, &r.PerPage,
 		&r.AppsSeen, &r.KeysSeen, &r.ForeignApps, &r.Token, &r.Attempts, &r.Problem, &r.CreatedAt, &finished, &leased)
 	if report != nil {
 		r.ReportID = *report
@@ -56,13 +57,24 @@ func (db *DB) StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor)
 // StartRepair begins to carry out the report that a token names. It reports
 // tenant.Conflict, and changes nothing, if the token is no report's, if something
 // was reconciled since or the report is old, and while a reconciliation runs.
-func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, actor tenant.Actor) (tenant.Reconciliation, error) {
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return tenant.Reconciliation{}, err
+	}
+	recovery, err := db.Recovery(ctx)
+	if err != nil {
+		return tenant.Reconciliation{}, err
+	}
+	if recovery.Active() {
+		return tenant.Reconciliation{}, tenant.Errorf(tenant.Conflict, "recovery",
+			"the database is in recovery mode, and nothing is repaired until it ends: `tenantry recover show` lists what waits for a decision")
+	}
 	r, err := db.startReconciliation(ctx, actor, `
-		INSERT INTO reconciliations AS r (id, kind, phase, report_id, adopt_only, requested_by, enqueued_at)
-		SELECT $1, 'repair', 'repair', p.id, $4, $2, now() FROM reconciliations p
-		WHERE p.token = $3 AND p.finished_at > now() - $5::interval
+		INSERT INTO reconciliations AS r (id, kind, phase, report_id, requested_by, enqueued_at)
+		SELECT $1, 'repair', 'repair', p.id, $2, now() FROM reconciliations p
+		WHERE p.token = $3 AND p.finished_at > now() - $4::interval
 			AND NOT EXISTS (SELECT FROM reconciliations later WHERE later.created_at > p.created_at)`,
-		id, actor.Name, token, adoptOnly, tokenLife)
+		id, actor.Name, token, tokenLife)
 	if !errors.Is(err, tenant.NotFound) {
 		return r, err
 	}
@@ -88,8 +100,8 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 		}
 		_, err = tx.Exec(ctx, `
 			INSERT INTO audit_events (actor, request_id, action, detail)
-			VALUES ($1, nullif($2, ''), 'reconciliation.started', jsonb_build_object('id', $3::uuid, 'kind', $4::text, 'adopt_only', $5::bool))`,
-			actor.Name, actor.RequestID, r.ID, r.Kind, r.AdoptOnly)
+			VALUES ($1, nullif($2, ''), 'reconciliation.started', jsonb_build_object('id', $3::uuid, 'kind', $4::text, 'decisions', $5::bool))`,
+			actor.Name, actor.RequestID, r.ID, r.Kind, r.Decisions)
 		return err
 	})
 	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.ConstraintName == "reconciliations_one_running" {
@@ -109,17 +121,19 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 2}}})
 }
 
-// StartDueReport begins a report if the last is older than every, or if the fence
-// is up and nobody has looked since. It reports whether it did.
+// StartDueReport begins a report if the last is older than every, or if the database is
+// recovering and there is none since. It reports whether it did.
 func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
 	var due bool
 	if err := db.pool.QueryRow(ctx, `
 		SELECT coalesce(
 			NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
-			AND CASE
-				WHEN d.fence_since IS NULL THEN greatest(d.created_at, last.created_at) < now() - $1::interval
-				ELSE last.created_at IS NULL OR last.created_at < d.fence_since OR last.kind = 'repair' END, false)
-		FROM deployment d LEFT JOIN LATERAL (
+			AND CASE c.recovery
+				WHEN 'recovering' THEN last.created_at IS NULL OR last.created_at < c.recovery_since OR last.kind = 'repair'
+				WHEN 'watching' THEN false
+				WHEN 'stopped' THEN false
+				ELSE greatest(d.created_at, last.created_at) < now() - $1::interval END, false)
+		FROM current_incarnation c, deployment d LEFT JOIN LATERAL (
 			SELECT created_at, kind FROM reconciliations ORDER BY created_at DESC LIMIT 1) last ON true`,
 		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return false, translate("look for a due report", err)
@@ -244,21 +258,31 @@ func (db *DB) underLease(ctx context.Context, what string, r tenant.Reconciliati
 	}))
 }
 
-// SawApps keeps a page of the list of apps and turns to the next. An empty page
-// is the last.
+// SawApps keeps a page of the list of apps, compares it with the rows and turns to the next
+// page. The newest apps come first, and their findings show before the report is done. An
+// empty page is the last.
 func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error {
 	return db.underLease(ctx, "keep list of apps", r, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
-		foreign := 0
-		for _, a := range apps {
-			if a.Marker == "" {
-				foreign++
-			}
+		ids := make([]tenant.AppID, len(apps))
+		for i, a := range apps {
+			ids[i] = a.ID
 			batch.Queue(`
 				INSERT INTO reconciliation_apps (reconciliation_id, app_id, marker_app, tenant_id, tenant_generation)
 				VALUES ($1, $2, $3, nullif($4, ''), nullif($5, 0)) ON CONFLICT DO NOTHING`,
 				r.ID, a.ID, a.Marker, a.Owner.Tenant, a.Owner.Generation)
+			if a.Inputs != nil {
+				batch.Queue(`UPDATE apps SET inputs = $2 WHERE id = $1 AND state = 'retired' AND inputs IS DISTINCT FROM $2`, a.ID, *a.Inputs)
+			}
 		}
+		batch.Queue(listedAppsSQL, r.ID, r.CreatedAt, ids)
+		// By R4 an app of ours has a row: if it has none, the row was lost. Without a tenant in its
+		// tag it may be anybody's, and is kept.
+		batch.Queue(`
+			INSERT INTO apps (id, profile, profile_revision, state, made_at)
+			SELECT s.app_id, $3, 'adopted', 'retired', now() FROM reconciliation_apps s
+			WHERE s.reconciliation_id = $1 AND s.app_id = ANY ($2) AND s.marker_app = s.app_id AND s.tenant_id IS NULL
+			ON CONFLICT (id) DO NOTHING`, r.ID, ids, tenant.DefaultProfile)
 		batch.Queue(`
 			UPDATE reconciliations
 			SET apps_seen = apps_seen + $2, page = CASE WHEN $2 = 0 THEN 1 ELSE page + 1 END,
@@ -267,6 +291,36 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 		return tx.SendBatch(ctx, batch).Close()
 	})
 }
+
+// listedAppsSQL finds the differences of the listed apps $3. $1 is the reconciliation, $2 when
+// it began.
+const listedAppsSQL = `
+	INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, tenant_id, detail, state)
+	SELECT $1,
+		CASE
+			WHEN s.marker_app <> s.app_id THEN 'app_renamed'
+			WHEN a.id IS NULL THEN 'app_unknown'
+			WHEN a.state = 'deleted' THEN 'app_alive'
+			WHEN a.tenant_id IS NULL THEN 'app_forgotten'
+			ELSE 'app_differs' END,
+		CASE
+			WHEN s.marker_app <> s.app_id THEN ''
+			WHEN a.state = 'deleted' THEN 'remove'
+			ELSE 'decide' END,
+		s.app_id, coalesce(a.tenant_id, s.tenant_id),
+		CASE
+			WHEN s.marker_app <> s.app_id THEN 'it was made as ' || s.marker_app || ': give it that id again in Clarifai'
+			WHEN a.tenant_id IS NOT NULL AND a.state <> 'deleted' THEN 'its ownership tag names another tenant or generation'
+			ELSE '' END,
+		CASE WHEN a.state = 'deleted' AND s.marker_app = s.app_id THEN 'doubted' ELSE 'open' END
+	FROM reconciliation_apps s LEFT JOIN apps a ON a.id = s.app_id
+	WHERE s.reconciliation_id = $1 AND s.app_id = ANY ($3) AND s.marker_app <> '' AND (
+		s.marker_app <> s.app_id
+		OR a.id IS NULL AND s.tenant_id IS NOT NULL
+		OR a.state = 'deleted' AND a.updated_at < $2
+		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
+			AND a.state <> 'deleted')
+		AND NOT EXISTS (SELECT FROM reconciliation_items i WHERE i.reconciliation_id = $1 AND i.app_id = s.app_id AND i.key_id IS NULL)`
 
 // SawKeys keeps a page of the list of keys, as SawApps does.
 func (db *DB) SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error {
@@ -305,61 +359,40 @@ const pastApps = tenant.AppID("\U0010FFFF")
 // reconciliation, $2 when it began: rows that changed since are passed over, for the
 // listing may be older.
 var compareSQL = []string{
-	// Apps that are listed. By R4 a marked app has a row: if it has none, it is the row that was lost.
-	`SELECT
-		CASE
-			WHEN a.id IS NULL AND s.marker_app = s.app_id THEN 'app_unknown'
-			WHEN s.marker_app <> s.app_id THEN 'app_renamed'
-			WHEN a.state = 'deleted' THEN 'app_alive'
-			WHEN a.tenant_id IS NULL THEN 'app_forgotten'
-			ELSE 'app_differs' END,
-		CASE
-			WHEN s.marker_app <> s.app_id THEN ''
-			WHEN a.id IS NULL THEN 'adopt'
-			WHEN a.state = 'deleted' THEN 'remove'
-			WHEN a.tenant_id IS NULL AND a.state IN ('building', 'ready') THEN 'adopt'
-			ELSE '' END,
-		s.app_id, NULL::uuid, coalesce(s.tenant_id, a.tenant_id),
-		CASE
-			WHEN s.marker_app <> s.app_id THEN 'it was made as ' || s.marker_app || ': give it that id again in Clarifai'
-			WHEN a.tenant_id IS NOT NULL AND a.state <> 'deleted' THEN 'the row says ' || a.tenant_id || ', generation ' || a.tenant_generation
-			ELSE '' END,
-		CASE WHEN a.state = 'deleted' AND s.marker_app = s.app_id THEN 'doubted' ELSE 'open' END
-	FROM reconciliation_apps s LEFT JOIN apps a ON a.id = s.app_id
-	WHERE s.reconciliation_id = $1 AND s.app_id > $3 AND s.app_id <= $4 AND s.marker_app <> '' AND (
-		a.id IS NULL OR s.marker_app <> s.app_id
-		OR a.state = 'deleted' AND a.updated_at < $2
-		OR s.tenant_id IS NOT NULL AND (a.tenant_id, a.tenant_generation) IS DISTINCT FROM (s.tenant_id, s.tenant_generation)
-			AND a.state <> 'deleted')`,
 	// Apps that are not listed, or not as ours. Those of other accounts are never listed, and
 	// one that was made by hand gets its marker once it is held, or when it is removed.
 	`SELECT CASE WHEN s.app_id IS NULL THEN 'app_gone' ELSE 'app_unmarked' END,
-		CASE WHEN s.app_id IS NOT NULL THEN 'mark' WHEN a.state = 'held' THEN 'rebuild' WHEN a.state = 'ready' THEN 'forget' ELSE '' END,
+		CASE WHEN s.app_id IS NOT NULL THEN CASE WHEN a.state = 'held' THEN 'mark' ELSE '' END
+			WHEN a.state = 'held' THEN CASE WHEN a.incarnation = ` + currentIncarnation + ` THEN 'rebuild' ELSE 'decide' END
+			WHEN a.state IN ('ready', 'retired') THEN 'forget' ELSE '' END,
 		a.id, NULL::uuid, a.tenant_id, '', CASE WHEN s.app_id IS NULL THEN 'doubted' ELSE 'open' END
 	FROM apps a LEFT JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id AND s.app_id > $3 AND s.app_id <= $4
-	WHERE a.id > $3 AND a.id <= $4 AND a.state IN ('ready', 'held', 'retained') AND a.ready_at < $2 AND (s.app_id IS NULL OR s.marker_app = '')
+	WHERE a.id > $3 AND a.id <= $4 AND a.state IN ('ready', 'held', 'retained', 'retired') AND coalesce(a.ready_at, a.made_at) < $2 AND (s.app_id IS NULL OR s.marker_app = '')
 		AND a.user_id IS NULL AND NOT (s.app_id IS NOT NULL AND a.marked_at IS NULL AND a.profile_revision = 'adopted')
 		AND NOT EXISTS (SELECT FROM reconciliation_apps moved WHERE moved.reconciliation_id = $1 AND moved.marker_app = a.id
 			AND moved.marker_app <> '' AND moved.marker_app <> moved.app_id)`,
 	// Keys that are listed.
 	`SELECT
 		CASE WHEN s.key_id IS NULL THEN 'key_unmanaged'
+			WHEN k.id IS NULL AND t.state IN ('suspending', 'suspended', 'deleting', 'purging') THEN 'key_contested'
 			WHEN k.id IS NULL THEN 'key_unknown'
 			WHEN s.fingerprint IS NULL AND k.state = 'lost' THEN 'key_lost'
 			ELSE 'key_alive' END,
 		CASE WHEN s.key_id IS NULL THEN ''
-			WHEN k.id IS NULL THEN 'adopt'
+			WHEN k.id IS NULL THEN 'decide'
 			WHEN s.fingerprint IS NULL THEN ''
 			ELSE 'revoke' END,
 		s.app_id, s.key_id, a.tenant_id, '', 'open'
 	FROM reconciliation_keys s
-	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
+	JOIN apps a ON a.id = s.app_id AND a.state IN ('ready', 'held', 'retained', 'purging') AND a.user_id IS NULL
+	LEFT JOIN tenants t ON t.app_id = a.id
 	LEFT JOIN keys k ON k.id = s.key_id
 	WHERE s.reconciliation_id = $1 AND s.app_id > $3 AND s.app_id <= $4
 		AND (k.id IS NULL OR k.state IN ('revoked', 'lost') AND k.updated_at < $2)
 		AND (s.key_id IS NOT NULL OR s.fingerprint IS NULL OR NOT EXISTS (SELECT FROM keys known WHERE known.fingerprint = s.fingerprint))`,
 	// Keys that are not listed though their app is.
-	`SELECT 'key_gone', CASE a.state WHEN 'held' THEN 'remake' WHEN 'ready' THEN 'forget' ELSE '' END,
+	`SELECT 'key_gone', CASE WHEN a.state = 'ready' THEN 'forget' WHEN a.state <> 'held' THEN ''
+			WHEN a.incarnation = ` + currentIncarnation + ` THEN 'remake' ELSE 'decide' END,
 		a.id, k.id, a.tenant_id, '', 'doubted'
 	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state IN ('ready', 'held', 'retained') AND a.user_id IS NULL
 	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
@@ -376,10 +409,8 @@ var compareSQL = []string{
 // stateSQL finds what the rows themselves say is amiss, and reads no more of them than
 // there is work on. $1 is the reconciliation, $2 how long a doubt may be.
 var stateSQL = []string{
-	`SELECT 'app_suspect', 'release', id, NULL::uuid, NULL::text,
-		'it was built before the fence went up: release it only if no tenant can have been given it', 'open'
-	FROM apps a WHERE suspect AND (state = 'building' OR state = 'ready') AND NOT EXISTS (
-		SELECT FROM reconciliation_apps s WHERE s.reconciliation_id = $1 AND s.app_id = a.id AND s.tenant_id IS NOT NULL)`,
+	`SELECT 'purge_contested', 'decide', id, NULL::uuid, tenant_id, problem->>'detail', 'open'
+	FROM apps a WHERE state IN ('retained', 'purging') AND problem->>'code' = 'purge_contested'`,
 	`SELECT 'in_doubt', '', a.id, NULL::uuid, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
 	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $2::interval`,
 	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
@@ -491,8 +522,8 @@ func dropLists(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation) error {
 func (db *DB) NextFinding(ctx context.Context, r tenant.Reconciliation, state tenant.FindingState) (tenant.Finding, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT `+findingColumns+` FROM reconciliation_items
-		WHERE reconciliation_id = $1 AND state = $2 AND (NOT $3 OR action <> '') AND (NOT $4 OR action = 'adopt')
-		ORDER BY action <> 'adopt', number LIMIT 1`, reportOf(r), state, r.Kind == tenant.Repair, r.AdoptOnly)
+		WHERE reconciliation_id = $1 AND state = $2 AND (NOT $3 OR action <> '' AND action <> 'decide')
+		ORDER BY number LIMIT 1`, reportOf(r), state, r.Kind == tenant.Repair)
 	f, err := pgx.CollectExactlyOneRow(rows, scanFinding)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return f, errNotFound("finding")
@@ -546,48 +577,59 @@ func (db *DB) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, 
 	return oneRow("defer reconciliation", tag, err)
 }
 
-// EndReconciliation ends a leased reconciliation. A report gets its token, and the
-// fence goes up or down with what it found: up if Clarifai holds what the database
-// does not know, down if a report that began behind it found nothing of the kind.
-// It returns the fence as it stands, and as it stood.
-func (db *DB) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error) {
+// SmallerPages has the rest of a list read in smaller pages, since the page that a leased
+// reconciliation is at was too slow or too large. Each size divides the one before it, so that
+// no entry is passed over. It reports false at the smallest.
+func (db *DB) SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error) {
+	sizes := []int{1000, 500, 250, 125, 25, 5, 1}
+	i := slices.Index(sizes, r.PerPage)
+	if i < 0 || i == len(sizes)-1 {
+		return false, nil
+	}
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE reconciliations SET per_page = $3, page = (page - 1) * per_page / $3 + 1 WHERE id = $1 AND leased_until = $2 AND per_page = $4`,
+		r.ID, r.LeasedUntil, sizes[i+1], r.PerPage)
+	return true, oneRow("read smaller pages", tag, err)
+}
+
+// EndReconciliation ends a leased reconciliation. A report gets its token. If it began in
+// recovery mode, and no finding waits for a decision, recovery mode ends. It returns the
+// recovery mode before and after.
+func (db *DB) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error) {
 	err = db.underLease(ctx, "end reconciliation", r, func(tx pgx.Tx) error {
-		if was, err = readFence(ctx, tx); err != nil {
+		if was, err = scanRecovery(tx.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation FOR UPDATE`)); err != nil {
 			return err
 		}
+		is = was
 		var token *string
 		if r.Kind == tenant.Report {
 			text := "rec_" + rand.Text()
 			token = &text
-			var behind bool
-			if err := tx.QueryRow(ctx, `
-				SELECT EXISTS (SELECT FROM reconciliation_items
-					WHERE reconciliation_id = $1 AND kind IN ('app_unknown', 'app_forgotten', 'app_differs', 'key_unknown'))`,
-				r.ID).Scan(&behind); err != nil {
+			if _, err := tx.Exec(ctx, `
+				UPDATE reconciliation_items i SET state = 'done', action = 'keep', note = 'kept before', ended_at = now()
+				WHERE i.reconciliation_id = $1 AND i.action = 'decide' AND i.state = 'open' AND EXISTS (
+					SELECT FROM reconciliation_items k WHERE k.app_id = i.app_id AND k.action = 'keep' AND k.decided_by IS NOT NULL
+						AND k.kind = i.kind AND k.key_id IS NOT DISTINCT FROM i.key_id)`, r.ID); err != nil {
 				return err
 			}
-			switch {
-			case behind && !was.Up():
-				if err := raiseFence(ctx, tx, "Clarifai holds apps or keys that the database does not know"); err != nil {
+			if was.State == tenant.Recovering && r.CreatedAt.After(was.Since) {
+				var undecided bool
+				if err := tx.QueryRow(ctx, `
+					SELECT EXISTS (SELECT FROM reconciliation_items WHERE reconciliation_id = $1 AND action = 'decide' AND state = 'open')`, r.ID).
+					Scan(&undecided); err != nil {
 					return err
 				}
-				fallthrough
-			case behind:
-				if _, err := tx.Exec(ctx, `UPDATE deployment SET fence_behind = true`); err != nil {
-					return err
-				}
-			case was.Up() && r.CreatedAt.After(was.Since):
-				if err := lowerFence(ctx, tx, !was.Behind); err != nil {
-					return err
+				if !undecided {
+					if is, err = moveRecovery(ctx, tx, was, tenant.NotRecovering, tenant.Actor{Name: "worker"},
+						"a report found nothing that waits for a decision"); err != nil {
+						return err
+					}
 				}
 			}
 		}
-		if _, err := tx.Exec(ctx, `
+		_, err = tx.Exec(ctx, `
 			UPDATE reconciliations SET state = 'done', phase = 'end', finished_at = now(), token = $2, leased_until = '-infinity' WHERE id = $1`,
-			r.ID, token); err != nil {
-			return err
-		}
-		is, err = readFence(ctx, tx)
+			r.ID, token)
 		return err
 	})
 	return was, is, err

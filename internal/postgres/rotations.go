@@ -280,8 +280,11 @@ func (db *DB) RevealKey(ctx context.Context, id tenant.ID, key uuid.UUID, actor 
 func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID, actor tenant.Actor) (tenant.Quarantine, error) {
 	var q tenant.Quarantine
 	var keys []keyInLane
-	var discarded []tenant.AppID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return q, err
+	}
+	quarantine := func(tx pgx.Tx) error {
+		q, keys = tenant.Quarantine{}, nil
 		k, err := oneKey(ctx, tx, `k.fingerprint = $1`, fingerprint)
 		if err != nil {
 			return err
@@ -289,6 +292,16 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		owner, err := lockOwner(ctx, tx, k.AppID)
 		if err != nil {
 			return err
+		}
+		if owner == "" {
+			// The app may be handed out meanwhile; once it is locked it is passed over.
+			var given bool
+			if err := tx.QueryRow(ctx, `SELECT state = 'held' FROM apps WHERE id = $1 FOR UPDATE`, k.AppID).Scan(&given); err != nil {
+				return err
+			}
+			if given {
+				return errAppeared
+			}
 		}
 		// Anew: what was read before the lock may have changed.
 		if k, err = oneKey(ctx, tx, `k.id = $1`, k.ID); err != nil {
@@ -303,7 +316,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			return err
 		}
 		if k.State == tenant.KeyRevoking { // it is on its way: now
-			if _, err := tx.Exec(ctx, `UPDATE keys SET lane = 0, next_attempt_at = now(), enqueued_at = now() WHERE id = $1`, k.ID); err != nil {
+			if _, err := tx.Exec(ctx, `UPDATE keys SET lane = 0, end_reason = 'quarantined', next_attempt_at = now(), enqueued_at = now() WHERE id = $1`, k.ID); err != nil {
 				return err
 			}
 			keys = append(keys, keyInLane{k.ID, tenant.Urgent})
@@ -312,17 +325,19 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			return err
 		}
 		if owner == "" {
-			// Of the pool: what is in the app is not to be trusted either.
-			rows, _ := tx.Query(ctx, `
+			// Of the pool: what is in the app is not to be trusted either. One of an earlier
+			// incarnation may have a tenant.
+			_, err := tx.Exec(ctx, `
 				WITH discarded AS (
-					UPDATE apps SET state = 'purging', next_attempt_at = now(), attempts = 0, enqueued_at = now(), updated_at = now()
+					UPDATE apps SET state = CASE WHEN incarnation = `+currentIncarnation+` THEN 'purging' ELSE 'retired' END,
+						next_attempt_at = now(), attempts = 0, enqueued_at = '-infinity', updated_at = now()
 					WHERE id = $1 AND state = 'ready' RETURNING id
-				), audited AS (
-					INSERT INTO audit_events (actor, request_id, action, app_id, detail)
-					SELECT $2, nullif($3, ''), 'app.discarded', id, '{"reason": "quarantined"}' FROM discarded
 				)
-				SELECT id FROM discarded`, k.AppID, actor.Name, actor.RequestID)
-			discarded, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
+				INSERT INTO audit_events (actor, request_id, action, app_id, detail)
+				SELECT $2, nullif($3, ''), 'app.discarded', id, '{"reason": "quarantined"}' FROM discarded`, k.AppID, actor.Name, actor.RequestID)
+			return err
+		}
+		if _, err := endUnknownKeys(ctx, tx, k.AppID); err != nil {
 			return err
 		}
 		if q.Successor, err = successor(ctx, tx, k, owner, next, actor); err != nil {
@@ -335,12 +350,100 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			keys = append(keys, keyInLane{q.Successor.ID, tenant.Urgent})
 		}
 		return wakeTenant(ctx, tx, owner)
-	})
+	}
+	err := pgx.BeginFunc(ctx, db.pool, quarantine)
+	for errors.Is(err, errAppeared) {
+		err = pgx.BeginFunc(ctx, db.pool, quarantine)
+	}
 	if err != nil {
 		return q, translate("quarantine key", err)
 	}
 	db.changed(q.TenantID, "")
-	return q, errors.Join(db.enqueue(ctx, keyJobs(keys)), db.enqueueApps(ctx, tenant.QueueBackground, discarded))
+	return q, db.enqueue(ctx, keyJobs(keys))
+}
+
+// BeginQuarantine writes a leaked key down that no row knows, unless it is there: a worker
+// asks the key for its app.
+func (db *DB) BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor tenant.Actor) error {
+	_, err := db.pool.Exec(ctx, `
+		INSERT INTO quarantines AS q (id, ciphertext, fingerprint, requested_by, request_id) VALUES ($1, $2, $3, $4, nullif($5, ''))
+		ON CONFLICT (fingerprint) DO UPDATE
+		SET id = excluded.id, ciphertext = excluded.ciphertext, state = 'checking', requested_by = excluded.requested_by,
+			request_id = excluded.request_id, next_attempt_at = now(), attempts = 0, problem = NULL, updated_at = now()
+		WHERE q.state <> 'checking'`, key.ID, key.Ciphertext, key.Fingerprint, actor.Name, actor.RequestID)
+	return translate("begin quarantine", err)
+}
+
+// QuarantineState reads how a quarantine of an unknown key stands. It reports
+// tenant.NotFound if there is none of that fingerprint.
+func (db *DB) QuarantineState(ctx context.Context, fingerprint []byte) (tenant.UnknownKey, error) {
+	var k tenant.UnknownKey
+	err := db.pool.QueryRow(ctx, `SELECT state, problem FROM quarantines WHERE fingerprint = $1`, fingerprint).Scan(&k.State, &k.Problem)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return k, errNotFound("key")
+	}
+	return k, translate("read quarantine", err)
+}
+
+// LeaseQuarantine acquires the unknown key that is due first. It reports tenant.NotFound if
+// none is.
+func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.UnknownKey, error) {
+	var k tenant.UnknownKey
+	err := db.pool.QueryRow(ctx, `
+		UPDATE quarantines SET leased_until = now() + $1
+		WHERE id = (SELECT id FROM quarantines WHERE state = 'checking' AND leased_until < now() AND next_attempt_at <= now()
+			ORDER BY next_attempt_at LIMIT 1 FOR UPDATE SKIP LOCKED)
+		RETURNING id, ciphertext, fingerprint, requested_by, coalesce(request_id, ''), attempts, problem, leased_until, state`, lease).
+		Scan(&k.ID, &k.Ciphertext, &k.Fingerprint, &k.RequestedBy.Name, &k.RequestedBy.RequestID, &k.Attempts, &k.Problem, &k.LeasedUntil, &k.State)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return k, errNotFound("key")
+	}
+	return k, translate("acquire quarantine", err)
+}
+
+// EndQuarantine ends a leased quarantine. If the key opens an app that the rows know, it
+// becomes a key of that app that is to be revoked.
+func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
+	var keys []keyInLane
+	var owner tenant.ID
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+		if app != "" {
+			if owner, err = lockOwner(ctx, tx, app); err != nil {
+				return err
+			}
+			if keys, err = endFound(ctx, tx, app, []tenant.AdoptedKey{found}, tenant.EndQuarantined); err != nil {
+				return err
+			}
+			if err := audit(ctx, tx, k.RequestedBy, event{action: "key.quarantined", tenant: owner, app: app, key: found.ID,
+				detail: map[string]any{"found": true}}); err != nil {
+				return err
+			}
+			if _, err := endUnknownKeys(ctx, tx, app); err != nil {
+				return err
+			}
+		}
+		tag, err := tx.Exec(ctx, `
+			UPDATE quarantines SET state = CASE WHEN $3::jsonb IS NULL THEN 'done' ELSE 'refused' END, ciphertext = NULL, problem = $3,
+				leased_until = '-infinity', updated_at = now()
+			WHERE id = $1 AND leased_until = $2`, k.ID, k.LeasedUntil, problem)
+		if err := oneRow("end quarantine", tag, err); err != nil {
+			return err
+		}
+		return wakeTenant(ctx, tx, tenant.UnknownKeyChannel(k.Fingerprint))
+	})
+	db.changed(owner, "")
+	if err != nil {
+		return translate("end quarantine", err)
+	}
+	return db.enqueue(ctx, keyJobs(keys))
+}
+
+// QuarantineSetback records a failed attempt on a leased quarantine and releases it.
+func (db *DB) QuarantineSetback(ctx context.Context, k tenant.UnknownKey, s tenant.Setback) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE quarantines SET problem = $3, next_attempt_at = now() + $4::interval, attempts = attempts + $5::int, leased_until = '-infinity', updated_at = now()
+		WHERE id = $1 AND leased_until = $2`, k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
+	return oneRow("record setback of quarantine", tag, err)
 }
 
 // successor returns the key that takes the place of k, which has been ended: the one

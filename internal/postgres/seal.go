@@ -25,7 +25,8 @@ func (db *DB) Sealed(ctx context.Context) (tenant.Sealed, error) {
 			SELECT (SELECT `+sealedBy+` FROM keys WHERE ciphertext IS NOT NULL AND `+sealedBy+` > ids.id ORDER BY 1 LIMIT 1)
 			FROM ids WHERE ids.id IS NOT NULL
 		)
-		SELECT array(SELECT id FROM ids WHERE id IS NOT NULL UNION SELECT `+sealedBy+` FROM adoptions WHERE ciphertext IS NOT NULL), (SELECT keyset_probe FROM deployment)`).Scan(&ids, &s.Probe)
+		SELECT array(SELECT id FROM ids WHERE id IS NOT NULL UNION SELECT `+sealedBy+` FROM adoptions WHERE ciphertext IS NOT NULL
+			UNION SELECT `+sealedBy+` FROM quarantines WHERE ciphertext IS NOT NULL), (SELECT keyset_probe FROM deployment)`).Scan(&ids, &s.Probe)
 	for _, id := range ids {
 		if len(id) == 4 {
 			s.By = append(s.By, tenant.SealKeyID(binary.BigEndian.Uint32(id)))
@@ -123,7 +124,8 @@ func countSealed(ctx context.Context, q sender) (tenant.SealedCounts, error) {
 	batch.Queue(`
 		SELECT by, sum(n) FROM (
 			SELECT ` + sealedBy + ` AS by, count(*) AS n FROM keys WHERE ciphertext IS NOT NULL GROUP BY 1
-			UNION ALL SELECT ` + sealedBy + `, count(*) FROM adoptions WHERE ciphertext IS NOT NULL GROUP BY 1) sealed
+			UNION ALL SELECT ` + sealedBy + `, count(*) FROM adoptions WHERE ciphertext IS NOT NULL GROUP BY 1
+			UNION ALL SELECT ` + sealedBy + `, count(*) FROM quarantines WHERE ciphertext IS NOT NULL GROUP BY 1) sealed
 		GROUP BY by`).
 		Query(func(rows pgx.Rows) error {
 			var id []byte

@@ -114,7 +114,7 @@ func TestCountSealed(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	exec(`INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline) VALUES ('0123456789abcdef', 'acme', $1, 1, 1)`, ciphertext(7, ""))
+	exec(`INSERT INTO deployment (id, operator_user_id, keyset_probe) VALUES ('0123456789abcdef', 'acme', $1)`, ciphertext(7, ""))
 	exec(`
 		INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at, tenant_id, tenant_generation, marked_at, marker_key_id)
 		SELECT 'a' || i, 'default', 'x', s, now(), now(), 'u' || i, 1, m, k FROM (VALUES

@@ -21,23 +21,23 @@ import (
 const problemSQL = `coalesce(t.problem, CASE
 	WHEN t.state IN ('active', 'deleted') THEN NULL
 	WHEN t.state = 'provisioning' THEN coalesce(
-		(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
-			'the database may be behind Clarifai, and no app is given to a tenant until a reconciliation has shown that it is not: '
-			|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL),
+		(SELECT ` + recoveryProblem + ` FROM current_incarnation WHERE recovery = 'stopped'),
 		` + upstreamHalted + `,
 		(SELECT a.problem FROM apps a
 		WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL
 		ORDER BY a.next_attempt_at LIMIT 1))
 	ELSE coalesce(
-		CASE WHEN t.state IN ('suspending', 'purging') OR t.state = 'deleting' AND NOT ` + keysDead + ` THEN
-			(SELECT jsonb_build_object('code', 'restore_fence', 'since', fence_since, 'detail',
-				'the database may be behind Clarifai, and nothing is removed until a reconciliation has shown that it is not: '
-				|| fence_reason) FROM deployment WHERE fence_since IS NOT NULL) END,
+		CASE WHEN ` + waitsForRecovery + ` THEN ` + recoveryProblem + ` END,
 		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') THEN coalesce(` + upstreamHalted + `) END,
 		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND a.state IN ('retained', 'purging')),
 		(SELECT k.problem FROM keys k
 		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND k.problem IS NOT NULL
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`
+
+// waitsForRecovery says of the tenant t, which changes, that the change waits for the end of
+// recovery mode or of its watch.
+const waitsForRecovery = `(t.state IN ('purging', 'resuming') AND ` + inRecovery + ` OR t.state IN ('suspending', 'deleting') AND ` + watching + ` AND NOT ` + keysDead + `)
+	AND (SELECT a.incarnation <> (SELECT id FROM current_incarnation) FROM apps a WHERE a.id = t.app_id)`
 
 // upstreamHalted is why no upstream work is done at all; null while it is.
 const upstreamHalted = `(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
@@ -46,7 +46,8 @@ const upstreamHalted = `(SELECT problem FROM refused_pats ORDER BY next_check_at
 // keysDead says of the tenant t that none of its keys works, as far as is known. Not by
 // NOT EXISTS: for a page of tenants the planner would rather read all keys there are
 // once than those of each.
-const keysDead = `(SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking') LIMIT 1) IS NULL`
+const keysDead = `((SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking') LIMIT 1) IS NULL
+	AND (SELECT end_unknown_keys FROM apps WHERE id = t.app_id) IS NOT TRUE)`
 
 const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), coalesce(t.app_user_id, ''), t.display_name, t.labels,
 	t.deletion_protection, CASE WHEN t.state = 'deleting' THEN (SELECT a.purge_after FROM apps a WHERE a.id = t.app_id) END,
@@ -231,7 +232,7 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 // No tenant is locked unless there is an app for it: a build that ends at that
 // moment would pass the tenant over. No app is locked unless a tenant waits.
 const claimSQL = `
-	WITH current AS (
+	WITH ` + handOut + `, current AS (
 		SELECT id FROM apps
 		WHERE ` + claimable + ` AND profile_revision = (SELECT revision FROM pools WHERE profile = $1)
 		ORDER BY ready_at, id LIMIT 1 FOR UPDATE SKIP LOCKED
@@ -263,7 +264,7 @@ const claimSQL = `
 		FROM activated
 	)`
 
-const claimable = `state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect AND NOT ` + fenced + `
+const claimable = `state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND ` + readySince + `
 			AND EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `)`
 
 // waits says of a tenant that it waits for an app, and not in the background.
@@ -280,12 +281,12 @@ const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', i
 // counted: with many of them the planner may read the table for it. $1 is the profile,
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
-	INSERT INTO apps (id, profile, profile_revision, enqueued_at)
-	SELECT unnest($2::text[]), $1, $3, now() WHERE NOT ` + fenced + `
+	INSERT INTO apps (id, profile, profile_revision, incarnation, enqueued_at)
+	SELECT unnest($2::text[]), $1, $3, ` + currentIncarnation + `, now() WHERE ` + currentIncarnation + ` IS NOT NULL
 	LIMIT (SELECT CASE WHEN waiting = 0 THEN 0 ELSE greatest(0, waiting
-		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND ` + readySince + ` AND NOT suspect LIMIT $4) ready)
+		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = ` + currentIncarnation + ` AND ` + readySince + ` LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
-			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND NOT suspect LIMIT $4) coming)) END
+			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND incarnation = ` + currentIncarnation + ` LIMIT $4) coming)) END
 		FROM (SELECT count(*) AS waiting FROM (
 			SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)
 	RETURNING id`
@@ -300,14 +301,14 @@ const startBuildsSQL = `
 // A tenant that another transaction is making is waited for, in the order of the ids, so
 // that no two wait for each other.
 const signUpFromPoolSQL = `
-	WITH asked AS MATERIALIZED (
+	WITH ` + handOut + `, asked AS MATERIALIZED (
 		SELECT n.*, row_number() OVER (ORDER BY id) AS place
 		FROM unnest($2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::text[])
 			AS n (id, display_name, labels, attributes_hash, actor, request_id)
 		WHERE NOT EXISTS (SELECT FROM tenants t WHERE t.id = n.id)
 	), picked AS MATERIALIZED (
 		SELECT id FROM apps
-		WHERE state = 'ready' AND profile = $1 AND NOT suspect AND NOT ` + fenced + `
+		WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation)
 			AND ` + readySince + ` AND profile_revision = (SELECT revision FROM pools WHERE profile = $1)
 			AND NOT EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `)
 		ORDER BY ready_at, id LIMIT (SELECT count(*) FROM asked) FOR UPDATE SKIP LOCKED
@@ -420,6 +421,9 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 // What has changed since is seen: it is one transaction of its own.
 func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
 	s := tenant.SignedUp{}
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return s, err
+	}
 	var began []tenant.AppID
 	batch := &pgx.Batch{}
 	made := `

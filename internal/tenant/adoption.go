@@ -17,6 +17,9 @@ type AdoptRequest struct {
 	UserID UserID
 	Key    Secret // that opens the app; unset if one is to be made
 	DryRun bool   // look, and change nothing
+	// ByAdmin says that an admin asks: the key is no longer needed as a proof that an app which
+	// Tenantry made is the tenant's.
+	ByAdmin bool
 }
 
 // Limits on what an adoption names, in bytes.
@@ -93,6 +96,7 @@ type NewAdoption struct {
 	Profile    string
 	Attributes Attributes
 	DryRun     bool
+	ByAdmin    bool // as AdoptRequest.ByAdmin
 }
 
 // An Adoption is one as it stands.
@@ -113,6 +117,7 @@ type LeasedAdoption struct {
 	Profile     string
 	Ciphertext  []byte // of the key that was given, sealed for ID; nil for none
 	RequestedBy Actor
+	ByAdmin     bool // as AdoptRequest.ByAdmin
 	Attempts    int
 	LeasedUntil time.Time // as App.LeasedUntil
 }

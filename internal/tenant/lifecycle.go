@@ -1,6 +1,7 @@
 package tenant
 
 import (
+	"encoding/hex"
 	"fmt"
 	"regexp"
 	"slices"
@@ -106,6 +107,7 @@ const (
 	EndSuspended   EndReason = "suspended"
 	EndDeleted     EndReason = "deleted" // its tenant was
 	EndQuarantined EndReason = "quarantined"
+	EndDead        EndReason = "dead"    // the key that it was to replace works no longer
 	EndUnclear     EndReason = "unclear" // the answer of the call that made it was lost
 )
 
@@ -331,6 +333,34 @@ func (p Patch) Fields() []string {
 type Suspect struct {
 	Fingerprint []byte
 	AppID       AppID
+}
+
+// An UnknownKey is a leaked key that no row knows: the key itself is asked for its app.
+type UnknownKey struct {
+	ID          uuid.UUID
+	Ciphertext  []byte
+	Fingerprint []byte
+	State       UnknownKeyState
+	RequestedBy Actor
+	Attempts    int
+	Problem     *Problem // why it was refused, or the last attempt failed
+	LeasedUntil time.Time
+}
+
+// An UnknownKeyState is where the quarantine of an unknown key stands.
+type UnknownKeyState string
+
+// The states. Done means that the key has a row, and is being revoked.
+const (
+	UnknownChecking UnknownKeyState = "checking"
+	UnknownDone     UnknownKeyState = "done"
+	UnknownRefused  UnknownKeyState = "refused"
+)
+
+// UnknownKeyChannel is what wakes those who wait for the quarantine of an unknown key: no id
+// of a tenant has a slash.
+func UnknownKeyChannel(fingerprint []byte) ID {
+	return ID("/quarantine/" + hex.EncodeToString(fingerprint))
 }
 
 // A Quarantine is what was done about a leaked key.

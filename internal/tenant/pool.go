@@ -59,7 +59,7 @@ type Pool struct {
 	PlannedAt time.Time // zero before its first plan
 	Ready     int       // apps of that revision that are
 	Outdated  int       // ready apps of other revisions: they are handed out when there is no other
-	HeldBack  int       // ready apps that the restore fence holds back
+	Retired   int       // apps of earlier incarnations that no tenant is known to hold, counted up to 1,000
 	Building  int
 	Waiting   int      // tenants that have no app yet
 	Importing int      // tenants beside those that have none yet and wait in the background

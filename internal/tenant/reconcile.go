@@ -1,6 +1,7 @@
 package tenant
 
 import (
+	"slices"
 	"time"
 
 	"github.com/google/uuid"
@@ -11,12 +12,13 @@ import (
 type Reconciliation struct {
 	ID          uuid.UUID
 	Kind        ReconciliationKind
-	AdoptOnly   bool      // the repair takes in what is unknown, and does nothing else
+	Decisions   bool      // the repair carries out decisions about findings, and does nothing else
 	ReportID    uuid.UUID // that a repair carries out; zero for a report
 	RequestedBy string
 	Done        bool
 	Phase       ReconciliationPhase
 	Page        int // of the list that is being read
+	PerPage     int // entries of a page; smaller after a page that was too slow or too large
 	AppsSeen    int
 	KeysSeen    int
 	ForeignApps int    // of the account, without our marker: counted, never touched
@@ -55,33 +57,33 @@ type FindingKind string
 
 // The kinds of finding.
 const (
-	FoundAppUnknown   FindingKind = "app_unknown"   // our marker, no row: the database is behind
-	FoundAppForgotten FindingKind = "app_forgotten" // the marker names a tenant, the row none: the database is behind
-	FoundAppDiffers   FindingKind = "app_differs"   // marker and row name two tenants
-	FoundAppAlive     FindingKind = "app_alive"     // the row says that it was removed
-	FoundAppGone      FindingKind = "app_gone"      // the row says that it is there
-	FoundAppRenamed   FindingKind = "app_renamed"   // it has another id than the one it was made with
-	FoundAppUnmarked  FindingKind = "app_unmarked"  // it has lost its marker
-	FoundAppSuspect   FindingKind = "app_suspect"   // from before a restore, and held back
-	FoundKeyUnknown   FindingKind = "key_unknown"   // our marker, no row: the database is behind
-	FoundKeyAlive     FindingKind = "key_alive"     // the row says that it was revoked or lost
-	FoundKeyGone      FindingKind = "key_gone"      // the row says that it works
-	FoundKeyLost      FindingKind = "key_lost"      // may work and cannot be addressed: an operator must remove it
-	FoundKeyDrifted   FindingKind = "key_drifted"   // other scopes than the row's
-	FoundKeyUnmanaged FindingKind = "key_unmanaged" // on an app of ours, and not of our making
-	FoundInDoubt      FindingKind = "in_doubt"      // a call's outcome has been unknown for long; workers are at it
+	FoundAppUnknown   FindingKind = "app_unknown"     // our marker, no row: the database is behind
+	FoundAppForgotten FindingKind = "app_forgotten"   // the marker names a tenant, the row none: the database is behind
+	FoundAppDiffers   FindingKind = "app_differs"     // marker and row name two tenants
+	FoundAppAlive     FindingKind = "app_alive"       // the row says that it was removed
+	FoundAppGone      FindingKind = "app_gone"        // the row says that it is there
+	FoundAppRenamed   FindingKind = "app_renamed"     // it has another id than the one it was made with
+	FoundAppUnmarked  FindingKind = "app_unmarked"    // it has lost its marker
+	FoundPurge        FindingKind = "purge_contested" // an app is to be removed, and its tag or an unknown key says that it may be in use
+	FoundKeyUnknown   FindingKind = "key_unknown"     // our marker, no row: the database is behind
+	FoundKeyContested FindingKind = "key_contested"   // the same, of a tenant that the rows call suspended or deleting
+	FoundKeyAlive     FindingKind = "key_alive"       // the row says that it was revoked or lost
+	FoundKeyGone      FindingKind = "key_gone"        // the row says that it works
+	FoundKeyLost      FindingKind = "key_lost"        // may work and cannot be addressed: an operator must remove it
+	FoundKeyDrifted   FindingKind = "key_drifted"     // other scopes than the row's
+	FoundKeyUnmanaged FindingKind = "key_unmanaged"   // on an app of ours, and not of our making
+	FoundInDoubt      FindingKind = "in_doubt"        // a call's outcome has been unknown for long; workers are at it
 )
 
 // FindingKinds lists every kind of finding.
 var FindingKinds = []FindingKind{FoundAppUnknown, FoundAppForgotten, FoundAppDiffers, FoundAppAlive, FoundAppGone, FoundAppRenamed, FoundAppUnmarked,
-	FoundAppSuspect, FoundKeyUnknown, FoundKeyAlive, FoundKeyGone, FoundKeyLost, FoundKeyDrifted, FoundKeyUnmanaged, FoundInDoubt}
+	FoundPurge, FoundKeyUnknown, FoundKeyContested, FoundKeyAlive, FoundKeyGone, FoundKeyLost, FoundKeyDrifted, FoundKeyUnmanaged, FoundInDoubt}
 
 // A RepairAction is what a repair does about a finding.
 type RepairAction string
 
-// The actions of a repair. The empty action is for people.
+// The actions of a repair that a report proposes. The empty action is for people to carry out.
 const (
-	Adopt   RepairAction = "adopt"   // write down what is there upstream
 	Remove  RepairAction = "remove"  // an app whose row says that it is gone
 	Revoke  RepairAction = "revoke"  // a key whose row says that it is revoked
 	Rebuild RepairAction = "rebuild" // another app for a tenant whose app is gone
@@ -89,8 +91,66 @@ const (
 	Remake  RepairAction = "remake"  // another key for one that is gone
 	Rescope RepairAction = "rescope" // the row's scopes
 	Mark    RepairAction = "mark"    // the marker that is missing
-	Release RepairAction = "release" // hand out what was held back
+	// Decide means that the finding waits for a decision: see Choices.
+	Decide RepairAction = "decide"
 )
+
+// The choices of a decision. A decided finding has its choice as its action.
+const (
+	Keep            RepairAction = "keep"       // leave things as they are
+	Adopt           RepairAction = "adopt"      // write down what is there upstream
+	EndUnknownKey   RepairAction = "end-key"    // an unknown key
+	MakeKey         RepairAction = "new-key"    // in place of one that is dead
+	SuspendTenant   RepairAction = "suspend"    // the tenant, as it may have been before
+	ResumeTenant    RepairAction = "resume"     // the tenant, with the key that was found
+	MakeApp         RepairAction = "new-app"    // in place of one that is gone
+	RestoreTenant   RepairAction = "restore"    // the tenant whose app was about to be removed
+	RemoveContested RepairAction = "remove-app" // although it may be in use
+	OverwriteTag    RepairAction = "overwrite"  // the tenant in the app's ownership tag
+)
+
+// A Choice is what can be decided about a finding.
+type Choice struct {
+	Name   RepairAction
+	Effect string // a sentence
+	// Typed says that the choice can do harm: whoever makes it must type the id of the
+	// finding's tenant, or of its app if it names none.
+	Typed bool
+}
+
+// Choices lists what can be decided about findings of a kind that wait for a decision.
+func (k FindingKind) Choices() []Choice {
+	keep := Choice{Name: Keep, Effect: "Leaves app, keys and rows as they are. Later reports do not ask again."}
+	switch k {
+	case FoundAppUnknown, FoundAppForgotten:
+		return []Choice{
+			{Name: Adopt, Effect: "The tenant that the ownership tag names holds the app again, with the live keys that are found; without one it is suspended."}, keep}
+	case FoundAppDiffers:
+		return []Choice{
+			{Name: SuspendTenant, Effect: "Suspends the tenant that the rows name: its keys die, app and data stay."}, keep,
+			{Name: OverwriteTag, Typed: true, Effect: "The tenant that the rows name keeps the app, and its key is shown again. If the ownership tag was right, two tenants share it."}}
+	case FoundKeyUnknown:
+		return []Choice{
+			{Name: Adopt, Effect: "The key becomes a key of the tenant. A dead key of the rows is replaced by it."},
+			{Name: EndUnknownKey, Effect: "The key dies. The tenant's other keys stay."}, keep}
+	case FoundKeyContested:
+		return []Choice{
+			{Name: ResumeTenant, Effect: "The tenant is active again, with this key."},
+			{Name: EndUnknownKey, Effect: "The key dies. The tenant stays as the rows have it."}, keep}
+	case FoundKeyGone:
+		return []Choice{
+			{Name: SuspendTenant, Effect: "Suspends the tenant, as it may have been before the loss. `resume` makes new keys."}, keep,
+			{Name: MakeKey, Typed: true, Effect: "Makes a new key. If the tenant had been suspended, it has access again."}}
+	case FoundAppGone:
+		return []Choice{keep,
+			{Name: MakeApp, Typed: true, Effect: "The tenant gets another, empty app. If it had been deleted, it exists again."}}
+	case FoundPurge:
+		return []Choice{
+			{Name: RestoreTenant, Effect: "The tenant is suspended instead of removed: app and data stay, and `resume` makes keys."}, keep,
+			{Name: RemoveContested, Typed: true, Effect: "Removes the app with its data and all its keys, for good."}}
+	}
+	return nil
+}
 
 // A Finding is one difference.
 type Finding struct {
@@ -112,19 +172,21 @@ type FindingState string
 const (
 	FindingDoubted FindingState = "doubted" // not in the listing; to be looked for
 	FindingOpen    FindingState = "open"
+	FindingDecided FindingState = "decided" // somebody has decided; it is about to be carried out
 	FindingDone    FindingState = "done"
 	FindingSkipped FindingState = "skipped" // it was so no longer when it was to be repaired
 	FindingFailed  FindingState = "failed"
 )
 
 // FindingStates lists every state that is shown: what is doubted is no finding yet.
-var FindingStates = []FindingState{FindingOpen, FindingDone, FindingSkipped, FindingFailed}
+var FindingStates = []FindingState{FindingOpen, FindingDecided, FindingDone, FindingSkipped, FindingFailed}
 
 // A ListedApp is an app as a reconciliation keeps it.
 type ListedApp struct {
 	ID     AppID
 	Marker AppID // the id in our marker; empty for an app without it
 	Owner  AppOwner
+	Inputs *int // in the app; nil where the listing does not say
 }
 
 // A ListedKey is a key as a reconciliation keeps it.
@@ -142,8 +204,15 @@ type AdoptedApp struct {
 	Profile string
 	Owner   AppOwner // zero for an app that no tenant is known to have
 	Keys    []AdoptedKey
-	// NewKey is the row of the key that is made if none of Keys can be used.
+	// PurgeAfter is when the app is removed, as its marker says; zero if it is not.
+	PurgeAfter time.Time
+	// NewKey is the row of the key that its tenant resumes with if none of Keys can be used.
 	NewKey NewKeyRow
+}
+
+// HasLiveKey reports whether one of the keys can be used.
+func (a AdoptedApp) HasLiveKey() bool {
+	return slices.ContainsFunc(a.Keys, func(k AdoptedKey) bool { return k.Ciphertext != nil })
 }
 
 // An AdoptedKey is a key upstream that is taken in; without a ciphertext it cannot
@@ -152,13 +221,3 @@ type AdoptedKey struct {
 	SealedKey
 	Scopes []string
 }
-
-// A Fence is up while the database may be behind Clarifai, as after a restore.
-type Fence struct {
-	Since  time.Time // zero while it is down
-	Reason string
-	Behind bool // Clarifai was seen to hold what the database does not know
-}
-
-// Up reports whether the fence is up.
-func (f Fence) Up() bool { return !f.Since.IsZero() }

@@ -63,6 +63,7 @@ const (
 	AppReady    AppState = "ready"
 	AppHeld     AppState = "held"
 	AppRetained AppState = "retained"
+	AppRetired  AppState = "retired" // of an earlier incarnation, and no tenant is known to hold it
 	AppPurging  AppState = "purging"
 	AppDeleted  AppState = "deleted"
 )
@@ -152,6 +153,16 @@ type App struct {
 	UserID UserID
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
+	// Current says that this incarnation of the database began the app.
+	Current bool
+	// PurgeAfter is when the app of a deleted tenant is removed, TaggedPurgeAfter what its
+	// marker was last written with; zero for none.
+	PurgeAfter, TaggedPurgeAfter time.Time
+	// EndUnknownKeys says that a command ended the tenant's keys, and that keys at Clarifai
+	// that have our marker and no row are to be ended too.
+	EndUnknownKeys bool
+	// RemovalConfirmed says that a person named the app and had it removed.
+	RemovalConfirmed bool
 	// MarkerKey is which key of the keyset sealed the tenant in the marker that was
 	// just written; nil where none was.
 	MarkerKey *SealKeyID
@@ -187,6 +198,10 @@ type LeasedKey struct {
 	Attempts    int
 	Problem     *Problem
 	LeasedUntil time.Time // as App.LeasedUntil
+	// Current says that this incarnation of the database began the key's app.
+	Current bool
+	// Replaces is the key that this one replaces in a rotation; zero for none.
+	Replaces uuid.UUID
 }
 
 // A Key is one of a tenant's keys, without its secret.

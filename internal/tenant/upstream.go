@@ -2,6 +2,7 @@ package tenant
 
 import (
 	"strings"
+	"time"
 
 	"github.com/google/uuid"
 )
@@ -15,6 +16,21 @@ type Marker struct {
 	// Tenant is the sealed id and generation of the tenant that the app was given
 	// to; empty until then.
 	Tenant string `json:"tenant,omitempty"`
+	// Incarnation is the incarnation of the database that last wrote the marker.
+	Incarnation string `json:"incarnation,omitempty"`
+	// PurgeAfter is when the app of a deleted tenant is removed; empty otherwise. It is
+	// always written, since metadata is merged.
+	PurgeAfter string `json:"purge_after"`
+	// Control is set in the one app whose metadata is the control record.
+	Control *ControlRecord `json:"control,omitempty"`
+}
+
+// PurgeTag is a time as a marker's PurgeAfter has it; the zero time is empty.
+func PurgeTag(t time.Time) string {
+	if t.IsZero() {
+		return ""
+	}
+	return t.UTC().Truncate(time.Microsecond).Format(time.RFC3339Nano)
 }
 
 // Owns reports whether m marks the app id as made by a deployment.
@@ -35,6 +51,13 @@ type UpstreamApp struct {
 	ID     AppID
 	UserID UserID
 	Marker *Marker // nil when the app has none: it is not ours
+	Inputs *int    // nil where Clarifai does not say
+}
+
+// A Page is a page of a listing, counted from 1. A page after the last is empty.
+type Page struct {
+	Number, Size int
+	Counts       bool // of apps: ask for the number of their inputs
 }
 
 // A NewApp is an app to be made at Clarifai.

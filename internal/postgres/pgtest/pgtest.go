@@ -177,13 +177,29 @@ func Restore(t testing.TB, dump string) tenant.Secret {
 // Open returns a DB on an empty, migrated database.
 func Open(t testing.TB) *postgres.DB {
 	t.Helper()
-	return OpenURL(t, URL(t))
+	url := URL(t)
+	KnowControl(t, url)
+	return OpenURL(t, url)
 }
+
+// KnowControl has a database take the control record for known and not due, as long as its
+// incarnation lasts.
+func KnowControl(t testing.TB, url tenant.Secret) {
+	t.Helper()
+	if _, err := Conn(t, url).Exec(context.WithoutCancel(t.Context()), `
+		UPDATE current_incarnation SET control_seen_at = now(), control_due_at = 'infinity', written_by = pg_current_xact_id()::xid
+		WHERE recovery IS NULL AND xmin = written_by`); err != nil {
+		t.Fatalf("take the control record for known: %v", err)
+	}
+}
+
+// Watch is how long an incarnation of a test's database watches the control record.
+const Watch = time.Second
 
 // OpenURL returns another DB on a database, as another replica has.
 func OpenURL(t testing.TB, url tenant.Secret) *postgres.DB {
 	t.Helper()
-	db, err := postgres.Open(context.WithoutCancel(t.Context()), postgres.Config{URL: url, MaxConns: 8, CacheEntries: 10_000, MaxStale: time.Minute})
+	db, err := postgres.Open(context.WithoutCancel(t.Context()), postgres.Config{URL: url, MaxConns: 8, CacheEntries: 10_000, MaxStale: time.Minute, RecoveryWatch: Watch})
 	if err != nil {
 		t.Fatalf("open database: %v", err)
 	}
@@ -221,6 +237,8 @@ func empty(url tenant.Secret) error {
 	}
 	_, err = conn.Exec(ctx, `SET session_replication_role = replica;
 		TRUNCATE `+strings.Join(tables, ", ")+` RESTART IDENTITY CASCADE;
-		INSERT INTO upstream_budget DEFAULT VALUES`)
+		INSERT INTO upstream_budget DEFAULT VALUES;
+		WITH first AS (INSERT INTO incarnations (reason) VALUES ('first start') RETURNING id)
+		INSERT INTO current_incarnation (id) SELECT id FROM first`)
 	return err
 }

@@ -3,8 +3,8 @@
 SET session_replication_role = replica; -- neither triggers nor foreign keys: all of it agrees
 SET synchronous_commit = off;
 
-INSERT INTO deployment (id, operator_user_id, keyset_probe, system_identifier, timeline)
-SELECT repeat('d', 16), 'acme', '\x0101020304', s.system_identifier, c.timeline_id FROM pg_control_system() s, pg_control_checkpoint() c;
+INSERT INTO deployment (id, operator_user_id, keyset_probe) VALUES (repeat('d', 16), 'acme', '\x0101020304');
+UPDATE current_incarnation SET control_seen_at = now(), control_due_at = 'infinity', written_by = pg_current_xact_id()::xid;
 INSERT INTO callers (token_id, name, role, secret_sha256)
 SELECT 'token' || i, 'caller ' || i, 'provisioner', sha256(i::text::bytea) FROM generate_series(1, 100) i;
 
@@ -34,6 +34,10 @@ FROM made WHERE state <> 'provisioning';
 INSERT INTO apps (id, profile, profile_revision, state, made_at, ready_at, for_pool)
 SELECT 'pool-' || p || i, p, 'revision', CASE WHEN i <= 20 THEN 'ready' ELSE 'building' END, now(), now() - i * interval '1 minute', true
 FROM generate_series(1, 25) i, unnest(ARRAY['default', 'pro']) p;
+-- What many restarts have left; the last pool is not marked as retired yet.
+INSERT INTO apps (id, profile, profile_revision, state, incarnation, made_at, ready_at, created_at)
+SELECT 'old-' || i, 'default', 'revision', CASE WHEN i <= 100 THEN 'ready' ELSE 'retired' END, gen_random_uuid(), at, at, at
+FROM generate_series(1, 50000) i, LATERAL (SELECT now() - i * interval '1 hour' AS at) t;
 UPDATE apps SET made_at = NULL, ready_at = NULL, for_pool = false WHERE state = 'building';
 INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses)
 SELECT p, 'revision', 20, now(), 0, 0, 0 FROM unnest(ARRAY['default', 'pro']) p;
@@ -48,7 +52,7 @@ SELECT format('%s-0000-7000-8000-00000000000%s', lpad(to_hex(i), 8, '0'), k)::uu
 FROM made, generate_series(1, 2) k WHERE state <> 'provisioning' AND (k = 2 OR i % 10 = 0 AND state = 'active');
 INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
 SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x0101020304'::bytea || sha256(id::bytea), sha256(id::bytea), ready_at
-FROM apps WHERE state = 'ready';
+FROM apps WHERE state = 'ready' AND id LIKE 'pool-%';
 
 -- In all partitions, so that what is planned depends on no date.
 SELECT audit_events_make_partitions(3);

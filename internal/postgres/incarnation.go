@@ -1,0 +1,270 @@
+package postgres
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// An incarnation is one uninterrupted life of the database. After a restart, failover,
+// restore or copy, rows may say `ready` for apps that have a tenant by now. Nothing can
+// prove that such an app is still free, so each statement that hands out an app, or begins
+// one, uses only the current incarnation. No replica's memory takes part in that.
+
+// sameDatabase compares the fingerprint of the row of current_incarnation with the live
+// values. xmin differs from written_by if the row was loaded by a data-only restore.
+const sameDatabase = `server_started_at = pg_postmaster_start_time() AND apps_file = pg_relation_filepath('apps') AND xmin = written_by`
+
+// currentIncarnation is the current incarnation; null if the database is another than the
+// one that began it, or was stopped because another database is in use.
+const currentIncarnation = `(SELECT id FROM current_incarnation WHERE ` + sameDatabase + ` AND recovery IS DISTINCT FROM 'stopped')`
+
+// handOut is the CTE `incarnation` of a statement that hands out apps. A crash of one backend
+// restarts the server and keeps its fingerprint, so a hand-out must be on disk when it is
+// acknowledged: the CTE raises synchronous_commit from off to local.
+const handOut = `incarnation AS MATERIALIZED (
+		SELECT id, CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'local', true) END AS durable
+		FROM current_incarnation WHERE ` + sameDatabase + ` AND recovery IS DISTINCT FROM 'stopped'
+	)`
+
+// inRecovery says that the database is in recovery mode, watching that it is not known yet
+// whether another database is in use.
+const (
+	inRecovery = `EXISTS (SELECT FROM current_incarnation WHERE recovery IS NOT NULL)`
+	watching   = `EXISTS (SELECT FROM current_incarnation WHERE recovery = 'watching')`
+)
+
+// written stamps a row version of current_incarnation. Every update of the table must set it.
+const written = `written_by = pg_current_xact_id()::xid`
+
+// recoveryProblem is what holds up work that waits for the end of recovery mode; null while
+// there is none.
+const recoveryProblem = `(SELECT jsonb_build_object('code', 'recovery', 'since', recovery_since, 'detail', CASE recovery
+		WHEN 'watching' THEN 'the database is another than before; until it is known whether the other one is still in use, this waits'
+		WHEN 'stopped' THEN 'another database of this deployment is in use, and this one does no work at Clarifai'
+		ELSE 'the database is in recovery mode: what was lost must be decided first; see tenantry recover show' END)
+	FROM current_incarnation WHERE recovery IS NOT NULL)`
+
+// eventJump is how far ids of audit events jump at the beginning of an incarnation, so that
+// whoever follows them by id notices.
+const eventJump = 1_000_000
+
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+	QueryRow(ctx context.Context, sql string, args ...any) pgx.Row
+}
+
+const recoveryColumns = `id, began_at, coalesce(recovery, ''), recovery_since, recovery_reason, lost, watch_until, record, control_seen_at, control_problem`
+
+func scanRecovery(row pgx.Row, also ...any) (tenant.Recovery, error) {
+	var r tenant.Recovery
+	var since, until, seen *time.Time
+	var record *tenant.ControlRecord
+	err := row.Scan(append([]any{&r.Incarnation, &r.BeganAt, &r.State, &since, &r.Reason, &r.Lost, &until, &record, &seen, &r.ControlProblem}, also...)...)
+	r.Since, r.WatchUntil, r.ControlSeenAt = orZero(since), orZero(until), orZero(seen)
+	if record != nil {
+		r.Record = *record
+	}
+	return r, err
+}
+
+// Recovery reads the current incarnation and its recovery mode.
+func (db *DB) Recovery(ctx context.Context) (tenant.Recovery, error) {
+	r, err := scanRecovery(db.pool.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation`))
+	return r, translate("read recovery mode", err)
+}
+
+// ensureIncarnation starts the next incarnation if the database is another than the one
+// that began the current one. It reports tenant.ErrAnotherDatabase if this database was
+// stopped.
+func (db *DB) ensureIncarnation(ctx context.Context) error {
+	var same, stopped bool
+	err := db.pool.QueryRow(ctx, `SELECT `+sameDatabase+`, recovery IS NOT DISTINCT FROM 'stopped' FROM current_incarnation`).Scan(&same, &stopped)
+	switch {
+	case err != nil:
+		return translate("compare incarnation", err)
+	case !same:
+		_, err := db.nextIncarnation(ctx, cause{})
+		return err
+	case stopped:
+		return tenant.ErrAnotherDatabase
+	}
+	return nil
+}
+
+// A cause is why the next incarnation starts. The zero cause is a new fingerprint.
+type cause struct {
+	of     uuid.UUID // the incarnation that ends; without a new fingerprint nothing happens if it has ended
+	reason string
+	lost   string // what shows that transactions were lost; empty if nothing does
+	event  int64  // the highest id of an audit event that is known; 0 for none
+	actor  tenant.Actor
+}
+
+// lockTimeout bounds how long sign-ups queue behind the start of an incarnation that waits
+// for another transaction.
+const lockTimeout = `SET LOCAL lock_timeout = '2s'`
+
+// nextIncarnation starts the next incarnation, in recovery mode, and reports whether it did:
+// another replica may have been first. Without a new fingerprint it waits for the hand-outs
+// that are in flight.
+func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err error) {
+	start := func(tx pgx.Tx) error {
+		began = false
+		if c.of != uuid.Nil {
+			if _, err := tx.Exec(ctx, lockTimeout); err != nil {
+				return err
+			}
+			if _, err := tx.Exec(ctx, `LOCK TABLE apps IN SHARE ROW EXCLUSIVE MODE`); err != nil {
+				return err
+			}
+		}
+		var same bool
+		var was uuid.UUID
+		var server, file bool
+		if err := tx.QueryRow(ctx, `
+			SELECT id, `+sameDatabase+`, server_started_at <> pg_postmaster_start_time(), apps_file <> pg_relation_filepath('apps')
+			FROM current_incarnation FOR UPDATE`).Scan(&was, &same, &server, &file); err != nil {
+			return err
+		}
+		if same && c.of != was {
+			return nil
+		}
+		reason := c.reason
+		switch {
+		case same:
+		case server:
+			reason = "the database server was restarted, was replaced in a failover, or is another one"
+		case file:
+			reason = "the database, or its table apps, was restored, copied or rewritten"
+		default:
+			reason = "the rows of the database were loaded again or changed by hand"
+		}
+		began = true
+		return db.startIncarnation(ctx, tx, was, reason, c)
+	}
+	for {
+		err = pgx.BeginFunc(ctx, db.pool, start)
+		pg, ok := errors.AsType[*pgconn.PgError](err)
+		if !ok || pg.Code != "55P03" || ctx.Err() != nil { // lock_not_available: let those who wait go on, and try again
+			break
+		}
+	}
+	if began && err == nil {
+		db.wakeFollowers()
+	}
+	return began && err == nil, translate("start incarnation", err)
+}
+
+func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, reason string, c cause) error {
+	if c.actor.Name == "" {
+		c.actor.Name = "worker"
+	}
+	if _, err := tx.Exec(ctx, `
+		SELECT setval('audit_events_id_seq', greatest((SELECT last_value FROM audit_events_id_seq),
+			coalesce((SELECT id FROM audit_events ORDER BY id DESC LIMIT 1), 0), $1) + $2)`, c.event, eventJump); err != nil {
+		return err
+	}
+	var next uuid.UUID
+	if err := tx.QueryRow(ctx, `
+		WITH next AS (INSERT INTO incarnations (reason) VALUES ($1) RETURNING id)
+		UPDATE current_incarnation c
+		SET id = next.id, server_started_at = pg_postmaster_start_time(), apps_file = pg_relation_filepath('apps'), `+written+`,
+			began_at = now(), retiring = true, recovery = 'watching', recovery_since = now(), recovery_reason = $1, lost = $2,
+			watch_until = now() + $3::interval, record = NULL, record_renewals = 0, claim_record = false, control_due_at = '-infinity'
+		FROM next RETURNING c.id`, reason, c.lost, db.recoveryWatch).Scan(&next); err != nil {
+		return err
+	}
+	// The clock of another server may be behind: what was reserved there must not hold up calls here.
+	if _, err := tx.Exec(ctx, `
+		UPDATE upstream_budget SET next_slot_at = least(next_slot_at, clock_timestamp() + interval '1 second'),
+			paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
+			probe_until = least(probe_until, clock_timestamp() + interval '30 seconds')`); err != nil {
+		return err
+	}
+	return audit(ctx, tx, c.actor, event{action: "incarnation.began", detail: map[string]any{"id": next, "after": was, "reason": reason, "lost": c.lost}})
+}
+
+// reportLoss records that transactions which a replica has seen are not in the database. In
+// the incarnation that they were seen in this starts the next one.
+func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) error {
+	lost := fmt.Sprintf("audit event %d was read by a replica and is not in the database", event)
+	began, err := db.nextIncarnation(ctx, cause{of: seenIn, reason: "the database was rolled back", lost: lost, event: event})
+	if err != nil || began {
+		return err
+	}
+	_, err = db.pool.Exec(ctx, `
+		UPDATE current_incarnation SET `+written+`, lost = $1, recovery = coalesce(recovery, 'recovering'), recovery_since = coalesce(recovery_since, now())
+		WHERE lost = '' AND `+sameDatabase, lost)
+	return translate("record lost transactions", err)
+}
+
+// replicaTimeout is how long a replica counts as alive after it was last seen.
+const replicaTimeout = 15 * time.Second
+
+// Beat registers this replica, starts the next incarnation if the database is another than
+// before, and returns how things stand.
+func (db *DB) Beat(ctx context.Context, version string) (tenant.Beat, error) {
+	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
+		return tenant.Beat{}, err
+	}
+	var b tenant.Beat
+	var err error
+	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
+		WITH seen AS (
+			INSERT INTO replicas AS r (id, version, incarnation) SELECT $1, $2, id FROM current_incarnation
+			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now()
+			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $3::interval OR r.last_seen_at > now()
+		)
+		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, version, replicaTimeout/3),
+		&b.ControlDue, &b.Retiring)
+	return b, translate("register replica", err)
+}
+
+// Leave removes the registration of this replica, and reports whether no other is alive.
+func (db *DB) Leave(ctx context.Context) (last bool, err error) {
+	err = db.pool.QueryRow(ctx, `
+		WITH gone AS (DELETE FROM replicas WHERE id = $1 OR last_seen_at < now() - interval '1 day')
+		SELECT NOT EXISTS (SELECT FROM replicas WHERE id <> $1 AND last_seen_at > now() - $2::interval)`, db.replica, replicaTimeout).Scan(&last)
+	return last, translate("remove registration of replica", err)
+}
+
+// Replica is the id of this process, as the table replicas and the control record have it.
+func (db *DB) Replica() uuid.UUID { return db.replica }
+
+// RetireApps marks the unassigned apps of earlier incarnations as retired: they are never
+// handed out, and never removed unless somebody names them. An app that a worker is at ends
+// so by itself. It returns how many it marked.
+func (db *DB) RetireApps(ctx context.Context) (int, error) {
+	var n int
+	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		if err := tx.QueryRow(ctx, `
+			WITH old AS (
+				SELECT id FROM apps WHERE (state = 'ready' OR state = 'building' OR state = 'purging') AND tenant_id IS NULL
+					AND incarnation <> `+currentIncarnation+` AND (state = 'ready' OR leased_until < now())
+				LIMIT 1000 FOR UPDATE SKIP LOCKED
+			), retired AS (
+				UPDATE apps a
+				SET state = 'retired', attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				FROM old WHERE a.id = old.id RETURNING a.id
+			), audited AS (
+				INSERT INTO audit_events (actor, action, detail)
+				SELECT 'worker', 'apps.retired', jsonb_build_object('count', count(*), 'apps', jsonb_agg(id)) FROM retired HAVING count(*) > 0
+			)
+			SELECT count(*) FROM retired`).Scan(&n); err != nil {
+			return err
+		}
+		_, err := tx.Exec(ctx, `
+			UPDATE current_incarnation c SET retiring = false, `+written+` WHERE retiring AND `+sameDatabase+` AND NOT EXISTS (
+				SELECT FROM apps WHERE (state = 'ready' OR state = 'building' OR state = 'purging') AND tenant_id IS NULL AND incarnation <> c.id)`)
+		return err
+	})
+	return n, translate("retire apps", err)
+}

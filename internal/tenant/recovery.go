@@ -1,0 +1,122 @@
+package tenant
+
+import (
+	"strconv"
+	"time"
+
+	"github.com/google/uuid"
+)
+
+// A RecoveryState says how far it is known what happened to the database.
+type RecoveryState string
+
+// The states. NotRecovering is the normal one.
+const (
+	NotRecovering RecoveryState = ""
+	Watching      RecoveryState = "watching"   // it is not known yet whether another database is in use
+	Recovering    RecoveryState = "recovering" // no other is in use, and transactions were lost
+	Stopped       RecoveryState = "stopped"    // another database is in use: no upstream work is done here
+)
+
+// A Recovery is the current incarnation of the database and its recovery mode.
+type Recovery struct {
+	Incarnation uuid.UUID
+	BeganAt     time.Time // of the incarnation
+	State       RecoveryState
+	Since       time.Time // of recovery mode; zero while there is none
+	Reason      string    // why the incarnation began
+	Lost        string    // what shows that transactions were lost; empty if nothing does
+	WatchUntil  time.Time // when the watch ends if the control record is not renewed; zero unless Watching
+	// Record is the control record as the watch last read it; its zero value is none.
+	Record         ControlRecord
+	ControlSeenAt  time.Time // when the control record was last known to exist; zero for never
+	ControlProblem *Problem  // why it cannot be written; nil if it can
+	Report         uuid.UUID // the newest report of this recovery; zero before the first
+	Undecided      int       // findings of the newest report that wait for a decision
+	Waiting        RecoveryWaiting
+}
+
+// Active reports whether the database is in recovery mode.
+func (r Recovery) Active() bool { return r.State != NotRecovering }
+
+// A Beat is the state of the database as a replica sees it at each pass of the sweep.
+type Beat struct {
+	Recovery
+	ControlDue bool // the control record is to be read
+	Retiring   bool // apps of earlier incarnations are to be marked as retired
+}
+
+// RecoveryWaiting counts the work that waits for the end of recovery mode.
+type RecoveryWaiting struct {
+	Removals, Campaigns, Keys int
+}
+
+// A ControlRecord is the metadata of one app of the account. It tells a restart of the
+// database from a rollback and from a copy. All fields are strings: Clarifai's JSON numbers
+// are floating point.
+type ControlRecord struct {
+	Incarnation string `json:"incarnation"`
+	Replica     string `json:"replica"` // that wrote it
+	Seq         string `json:"seq"`     // grows with each renewal
+	Event       string `json:"event"`   // the newest audit event when it was written
+	Stopped     string `json:"stopped"` // "true" if the last replica has stopped
+}
+
+// EventID is the audit event that the record names; 0 for none.
+func (c ControlRecord) EventID() int64 { return number(c.Event) }
+
+// SeqNumber is Seq as a number.
+func (c ControlRecord) SeqNumber() int64 { return number(c.Seq) }
+
+func number(s string) int64 {
+	n, err := strconv.ParseInt(s, 10, 64)
+	if err != nil {
+		return 0
+	}
+	return n
+}
+
+// ControlID is the id of the app whose metadata is the control record: at most 23
+// characters.
+func ControlID(prefix, deployment string) AppID { return AppID(prefix + "-c" + deployment) }
+
+// A ControlTurn is the permission to read and write the control record.
+type ControlTurn struct {
+	Recovery
+	Seq   int64 // of this turn, committed
+	Event int64 // the newest audit event
+}
+
+// A RetiredApp is an app of an earlier incarnation that no tenant is known to hold.
+type RetiredApp struct {
+	ID          AppID
+	Profile     string
+	Incarnation uuid.UUID
+	CreatedAt   time.Time
+	HasKey      bool   // a key of it is known
+	Inputs      *int64 // in it, as the last report saw; nil where Clarifai did not say
+}
+
+// A RetiredFilter selects retired apps: the one of an id, or those begun before a time; the
+// zero filter selects all.
+type RetiredFilter struct {
+	AppID  AppID
+	Before time.Time
+}
+
+// RetiredCount counts retired apps.
+type RetiredCount struct {
+	Count          int
+	Oldest, Newest time.Time // zero if there are none
+}
+
+// ErrAnotherDatabase is returned for requests that need upstream work while another
+// database renews the control record.
+var ErrAnotherDatabase = &Error{Kind: Unavailable, Code: "another_database", RetryAfter: time.Minute,
+	Detail: "another database of this deployment is in use, so this one does no work at Clarifai: stop the copy, " +
+		"or give this side the role with `tenantry recover take-over`"}
+
+// ErrRecoveryUnknown is returned instead of "not found" in recovery mode: what is not in the
+// rows may have been lost.
+var ErrRecoveryUnknown = &Error{Kind: Conflict, Code: "recovery_unknown",
+	Detail: "the database is in recovery mode and does not know this id: it may have been lost; `tenantry recover show` lists what was found"}
