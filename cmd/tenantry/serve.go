@@ -487,15 +487,15 @@ func (s *service) checks() map[string]httpapi.Check {
 			}
 			return nil
 		},
-		"restore_fence": func(ctx context.Context) error {
+		"recovery": func(ctx context.Context) error {
 			if !s.started.Load() {
 				return nil
 			}
-			fence, err := s.db.Fence(ctx)
-			if err != nil || !fence.Up() {
+			recovery, err := s.db.Recovery(ctx)
+			if err != nil || !recovery.Active() {
 				return nil // what cannot be read shows as the database
 			}
-			return httpapi.Notice("up: " + fence.Reason)
+			return httpapi.Notice(string(recovery.State) + ": " + recovery.Reason)
 		},
 		"serving": func(context.Context) error {
 			if s.ending.Load() {

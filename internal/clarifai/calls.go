@@ -35,6 +35,11 @@ type (
 		Description     string          `json:"description,omitempty"`
 		DefaultWorkflow *workflowJSON   `json:"default_workflow,omitempty"`
 		Metadata        json.RawMessage `json:"metadata,omitempty"`
+		ExtraInfo       *struct {
+			Counts *struct {
+				Inputs int `json:"inputs"`
+			} `json:"counts"`
+		} `json:"extra_info,omitempty"`
 	}
 	keyJSON struct {
 		ID          string    `json:"id,omitempty"` // the secret
@@ -49,6 +54,14 @@ const markerField = "tenantry"
 
 // perPage is the most that Clarifai gives at once.
 const perPage = 1000
+
+// inputs is how many inputs the app has, if Clarifai says so.
+func (a appJSON) inputs() *int {
+	if a.ExtraInfo == nil || a.ExtraInfo.Counts == nil {
+		return nil
+	}
+	return &a.ExtraInfo.Counts.Inputs
+}
 
 // Whoami returns the user that a PAT belongs to; an unset one means the PAT in use.
 func (c *Client) Whoami(ctx context.Context, pat tenant.Secret) (tenant.UserID, error) {
@@ -133,7 +146,7 @@ func (c *Client) App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, 
 // owner is the operator.
 func (c *Client) AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error) {
 	var app tenant.UpstreamApp
-	err := c.do(ctx, request{call: "GetApp", method: http.MethodGet, limit: maxAnswer,
+	err := c.do(ctx, request{call: "GetApp", method: http.MethodGet, limit: maxAnswer, query: url.Values{"additional_fields": {"counts"}},
 		path: []string{"users", string(cmp.Or(owner, c.operator)), "apps", string(id)}},
 		func(a answer) string {
 			var got struct {
@@ -142,7 +155,7 @@ func (c *Client) AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID
 			if !a.decode(&got) || got.App.ID != string(id) {
 				return "it does not name the app that was asked for"
 			}
-			app = tenant.UpstreamApp{ID: id, UserID: tenant.UserID(got.App.UserID), Marker: readMarker(got.App.Metadata)}
+			app = tenant.UpstreamApp{ID: id, UserID: tenant.UserID(got.App.UserID), Marker: readMarker(got.App.Metadata), Inputs: got.App.inputs()}
 			return ""
 		})
 	return app, err
@@ -225,12 +238,15 @@ func (c *Client) CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant
 	return secrets, nil
 }
 
-// Apps returns one page of the operator's apps, oldest first, counted from 1; a page
-// after the last is empty. Apps that are removed meanwhile make it pass others over.
-func (c *Client) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error) {
-	query := pageQuery(page)
+// Apps returns one page of the operator's apps, newest first. Apps that are removed meanwhile
+// make it pass others over.
+func (c *Client) Apps(ctx context.Context, p tenant.Page) ([]tenant.UpstreamApp, error) {
+	query := pageQuery(p)
 	query.Set("sort_by_created_at", "true")
-	query.Set("sort_ascending", "true")
+	query.Set("sort_ascending", "false")
+	if p.Counts {
+		query.Set("additional_fields", "counts")
+	}
 	var apps []tenant.UpstreamApp
 	err := c.do(ctx, request{call: "ListApps", method: http.MethodGet, path: c.path("apps"), query: query, limit: maxListing},
 		func(a answer) string {
@@ -245,7 +261,7 @@ func (c *Client) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, erro
 			}
 			apps = make([]tenant.UpstreamApp, len(got.Apps))
 			for i, app := range got.Apps {
-				apps[i] = tenant.UpstreamApp{ID: tenant.AppID(app.ID), UserID: tenant.UserID(app.UserID), Marker: readMarker(app.Metadata)}
+				apps[i] = tenant.UpstreamApp{ID: tenant.AppID(app.ID), UserID: tenant.UserID(app.UserID), Marker: readMarker(app.Metadata), Inputs: app.inputs()}
 			}
 			return ""
 		})
@@ -281,19 +297,19 @@ func (c *Client) ChangeApp(ctx context.Context, id tenant.AppID, change tenant.A
 // AppKeys returns one page of an app's keys, counted from 1; a page after the last
 // is empty. It reports tenant.UpstreamNotFound if there is no such app.
 func (c *Client) AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error) {
-	return c.listKeys(ctx, request{call: "ListAppKeys", path: c.path("apps", string(id), "keys"), query: pageQuery(page)})
+	return c.listKeys(ctx, request{call: "ListAppKeys", path: c.path("apps", string(id), "keys"), query: pageQuery(tenant.Page{Number: page, Size: perPage})})
 }
 
 // Keys returns one page of the app-specific keys of all the operator's apps, as
 // Apps does.
-func (c *Client) Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error) {
-	query := pageQuery(page)
+func (c *Client) Keys(ctx context.Context, p tenant.Page) ([]tenant.UpstreamKey, error) {
+	query := pageQuery(p)
 	query.Set("type", "app_specific_key")
 	return c.listKeys(ctx, request{call: "ListKeys", path: c.path("keys"), query: query})
 }
 
-func pageQuery(page int) url.Values {
-	return url.Values{"page": {strconv.Itoa(page)}, "per_page": {strconv.Itoa(perPage)}}
+func pageQuery(p tenant.Page) url.Values {
+	return url.Values{"page": {strconv.Itoa(p.Number)}, "per_page": {strconv.Itoa(p.Size)}}
 }
 
 func (c *Client) listKeys(ctx context.Context, r request) ([]tenant.UpstreamKey, error) {

@@ -118,7 +118,9 @@ var calls = []testCall{
 		name: "ListApps", method: "GET", uri: "/v2/users/acme/apps?page=2&per_page=1000&sort_ascending=true&sort_by_created_at=true",
 		answer: `{` + okStatus + `,"apps":[{"id":"other","user_id":"acme","metadata":{"a":1}},{"id":"` + string(appID) + `","user_id":"acme",
 			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `"}}}]}`,
-		run:  func(ctx context.Context, c *clarifai.Client) (any, error) { return orNil(c.Apps(ctx, 2)) },
+		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
+			return orNil(c.Apps(ctx, tenant.Page{Number: 2, Size: 1000}))
+		},
 		want: []tenant.UpstreamApp{{ID: "other", UserID: operator}, {ID: appID, UserID: operator, Marker: &appMarker}},
 	},
 	{
@@ -151,7 +153,7 @@ var calls = []testCall{
 		name: "ListKeys", method: "GET", uri: "/v2/users/acme/keys?page=1&per_page=1000&type=app_specific_key",
 		answer: `{` + okStatus + `,"keys":[{"id":"` + keyText + `","description":"a","scopes":["All"],"apps":[{"id":"` + string(appID) + `"}]}]}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
-			keys, err := c.Keys(ctx, 1)
+			keys, err := c.Keys(ctx, tenant.Page{Number: 1, Size: 1000})
 			if err != nil {
 				return nil, err
 			}

@@ -16,7 +16,7 @@ type poolBody struct {
 	Target         int              `json:"target"`
 	Ready          int              `json:"ready"`
 	Outdated       int              `json:"outdated"`
-	HeldBack       int              `json:"held_back"`
+	Retired        int              `json:"retired"`
 	Building       int              `json:"building"`
 	WaitingTenants int              `json:"waiting_tenants"`
 	Importing      int              `json:"importing_tenants"`
@@ -46,7 +46,7 @@ func (s *server) listPools(w http.ResponseWriter, r *http.Request) error {
 	}
 	body := poolListBody{Pools: []poolBody{}}
 	for _, p := range pools {
-		b := poolBody{Profile: p.Profile, Min: p.Fewest, Max: p.Most, Target: p.Target, Ready: p.Ready, Outdated: p.Outdated, HeldBack: p.HeldBack,
+		b := poolBody{Profile: p.Profile, Min: p.Fewest, Max: p.Most, Target: p.Target, Ready: p.Ready, Outdated: p.Outdated, Retired: p.Retired,
 			Building: p.Building, WaitingTenants: p.Waiting, Importing: p.Importing, LastHour: poolLastHourBody{p.SignUps, p.Hits, p.Misses}, PlannedAt: p.PlannedAt.UTC()}
 		if p.Reason != nil {
 			b.Reason = &poolReasonBody{p.Reason.Code, p.Reason.Detail}

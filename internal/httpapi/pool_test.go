@@ -77,7 +77,7 @@ func TestPool(t *testing.T) {
 	}
 	delete(got, "planned_at")
 	delete(got, "last_hour")
-	want := map[string]any{"profile": "default", "min": 2.0, "max": 5.0, "target": 3.0, "ready": 3.0, "outdated": 0.0, "held_back": 0.0,
+	want := map[string]any{"profile": "default", "min": 2.0, "max": 5.0, "target": 3.0, "ready": 3.0, "outdated": 0.0, "retired": 0.0,
 		"building": 0.0, "waiting_tenants": 0.0, "importing_tenants": 0.0}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("the pool (- want, + got):\n%s", diff)
@@ -97,7 +97,7 @@ func TestPoolSaysWhyItIsShort(t *testing.T) {
 		}
 	}
 	for code, c := range map[string]struct{ on, off string }{
-		"restore_fence":        {`UPDATE deployment SET fence_since = now(), fence_reason = 'a test'`, `UPDATE deployment SET fence_since = NULL`},
+		"another_database":     {provisiontest.SetRecovery(tenant.Stopped), provisiontest.SetRecovery(tenant.NotRecovering)},
 		"upstream_paused":      {`UPDATE upstream_budget SET pauses = 1, pause_reason = '{"code": "upstream_unavailable", "detail": "a test"}'`, `UPDATE upstream_budget SET pauses = 0`},
 		"upstream_busy":        {`INSERT INTO apps (id, profile, profile_revision, state) VALUES ('t-x', 'default', 'x', 'purging')`, `UPDATE apps SET state = 'deleted'`},
 		"import":               {`INSERT INTO tenants (id, profile, attributes_hash, background) VALUES ('imported', 'default', sha256('') || sha256(''), true)`, `DELETE FROM tenants`},

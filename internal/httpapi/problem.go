@@ -74,6 +74,7 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 		w.WriteHeader(statusClientGone)
 		return
 	}
+	err = s.unknownInRecovery(r, err)
 	p, retryAfter := problemOf(err, info.id)
 	if p.Status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="tenantry"`)
@@ -83,6 +84,19 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 	}
 	w.Header().Del("ETag")
 	writeJSON(w, p.Status, "application/problem+json", p)
+}
+
+// unknownInRecovery turns a tenant or app that is not there into one that may have been lost,
+// while the database is in recovery mode.
+func (s *server) unknownInRecovery(r *http.Request, err error) error {
+	e, ok := errors.AsType[*tenant.Error](err)
+	if !ok || e.Kind != tenant.NotFound || e.Code != "tenant_not_found" && e.Code != "app_not_found" {
+		return err
+	}
+	if recovery, failed := s.DB.Recovery(r.Context()); failed != nil || !recovery.Active() {
+		return err
+	}
+	return tenant.ErrRecoveryUnknown
 }
 
 // problemOf is the problem document of err, and when to try again, if that is known.

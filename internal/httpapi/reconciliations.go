@@ -15,7 +15,7 @@ type reconciliationBody struct {
 	Kind        tenant.ReconciliationKind   `json:"kind"`
 	State       string                      `json:"state"`
 	Phase       tenant.ReconciliationPhase  `json:"phase"`
-	AdoptOnly   bool                        `json:"adopt_only"`
+	Decisions   bool                        `json:"decisions"`
 	ReportID    *uuid.UUID                  `json:"report_id,omitempty"`
 	RequestedBy string                      `json:"requested_by"`
 	CreatedAt   time.Time                   `json:"created_at"`
@@ -49,7 +49,7 @@ type findingBody struct {
 const appForeign = "app_foreign"
 
 func (s *server) reconciliationBody(r *http.Request, rec tenant.Reconciliation) (reconciliationBody, error) {
-	b := reconciliationBody{ID: rec.ID, Kind: rec.Kind, State: "running", Phase: rec.Phase, AdoptOnly: rec.AdoptOnly,
+	b := reconciliationBody{ID: rec.ID, Kind: rec.Kind, State: "running", Phase: rec.Phase, Decisions: rec.Decisions,
 		RequestedBy: rec.RequestedBy, CreatedAt: rec.CreatedAt.UTC(), FinishedAt: rec.FinishedAt.UTC(),
 		Progress: progressBody{rec.AppsSeen, rec.KeysSeen}, Token: rec.Token, Problem: rec.Problem,
 		Counts: map[string]int{appForeign: rec.ForeignApps}, Outcomes: map[tenant.FindingState]int{}}
@@ -73,8 +73,7 @@ func (s *server) reconciliationBody(r *http.Request, rec tenant.Reconciliation) 
 }
 
 type reconcileBody struct {
-	Repair    *string `json:"repair"`
-	AdoptOnly bool    `json:"adopt_only"`
+	Repair *string `json:"repair"`
 }
 
 func (s *server) postReconciliation(w http.ResponseWriter, r *http.Request) error {
@@ -82,11 +81,8 @@ func (s *server) postReconciliation(w http.ResponseWriter, r *http.Request) erro
 		return err
 	}
 	var body reconcileBody
-	if err := decodeBody(w, r, &body, mayBeEmpty, "repair", "adopt_only"); err != nil {
+	if err := decodeBody(w, r, &body, mayBeEmpty, "repair"); err != nil {
 		return err
-	}
-	if body.AdoptOnly && body.Repair == nil {
-		return invalid("adopt_only", "is about a repair: send it with a report's token in `repair`")
 	}
 	var rec tenant.Reconciliation
 	var err error
@@ -96,7 +92,7 @@ func (s *server) postReconciliation(w http.ResponseWriter, r *http.Request) erro
 		if n := len(*body.Repair); n == 0 || n > 64 {
 			return invalid("repair", "must be the token of a report, 1 to 64 characters, and has %d", n)
 		}
-		rec, err = s.Service.StartRepair(r.Context(), *body.Repair, body.AdoptOnly, actorOf(r))
+		rec, err = s.Service.StartRepair(r.Context(), *body.Repair, actorOf(r))
 	}
 	if err != nil {
 		return err
@@ -150,13 +146,17 @@ func (s *server) getReconciliation(w http.ResponseWriter, r *http.Request) error
 		b.NextCursor = strconv.FormatInt(found[limit-1].Number, 10)
 	}
 	for _, f := range found {
-		item := findingBody{Kind: f.Kind, Action: f.Action, AppID: f.AppID, TenantID: f.TenantID, Detail: f.Detail, State: f.State, Note: f.Note}
-		if f.KeyID != uuid.Nil {
-			item.KeyID = &f.KeyID
-		}
-		b.Items = append(b.Items, item)
+		b.Items = append(b.Items, bodyOfFinding(f))
 	}
 	return respond(w, http.StatusOK, b)
+}
+
+func bodyOfFinding(f tenant.Finding) findingBody {
+	b := findingBody{Kind: f.Kind, Action: f.Action, AppID: f.AppID, TenantID: f.TenantID, Detail: f.Detail, State: f.State, Note: f.Note}
+	if f.KeyID != uuid.Nil {
+		b.KeyID = &f.KeyID
+	}
+	return b
 }
 
 type reconciliationListBody struct {

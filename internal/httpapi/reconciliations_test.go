@@ -6,7 +6,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -99,9 +98,7 @@ func TestReconciliationsRefused(t *testing.T) {
 		{tenant.Admin, "POST", "", `{"repair":"rec_1"}`, 409, "reconciliation_token_unknown", "no report"},
 		{tenant.Admin, "POST", "", `{"repair":""}`, 400, "invalid_request", "1 to 64"},
 		{tenant.Admin, "POST", "", `{"repair":"` + strings.Repeat("x", 65) + `"}`, 400, "invalid_request", "has 65"},
-		{tenant.Admin, "POST", "", `{"adopt_only":true}`, 400, "invalid_request", "token"},
-		{tenant.Admin, "POST", "", `{"adopt_only":1,"repair":"rec_1"}`, 400, "invalid_request", "true or false"},
-		{tenant.Admin, "POST", "", `{"delete":true}`, 400, "invalid_request", "there are: repair, adopt_only"},
+		{tenant.Admin, "POST", "", `{"delete":true}`, 400, "invalid_request", "there are: repair"},
 		{tenant.Admin, "POST", "?now=1", "", 400, "invalid_request", "there are: none"},
 		{tenant.Admin, "GET", "?limit=101", "", 400, "invalid_request", "from 1 to 100"},
 		{tenant.Admin, "GET", "/" + running + "?cursor=x", "", 400, "invalid_request", "next_cursor"},
@@ -116,26 +113,5 @@ func TestReconciliationsRefused(t *testing.T) {
 	}
 	if a := s.call(tenant.Admin, "GET", "/v1/reconciliations/"+running, ""); a.at(t, "state") != "running" || a.at(t, "phase") != "apps" {
 		t.Errorf("the one that runs is %s", a.body)
-	}
-}
-
-// Whoever waits behind the restore fence is told so, and so is who looks.
-func TestFenceShows(t *testing.T) {
-	t.Parallel()
-	w := provisiontest.New(t)
-	s := newSiteOn(t, w, w.Start(provisiontest.Options{Idle: true, Fenced: true}))
-	if a := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "wait=0"); a.status != http.StatusAccepted ||
-		a.at(t, "problem", "code") != "restore_fence" {
-		t.Errorf("a sign-up behind the fence answers %d %s", a.status, a.body)
-	}
-	if a := s.call(tenant.Viewer, "GET", "/v1/upstream", ""); a.at(t, "fence", "behind") != false ||
-		!strings.Contains(fmt.Sprint(a.at(t, "fence", "reason")), "new") {
-		t.Errorf("upstream is %s", a.body)
-	}
-	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), `UPDATE deployment SET fence_since = NULL`); err != nil {
-		t.Fatal(err)
-	}
-	if a := s.call(tenant.Viewer, "GET", "/v1/upstream", ""); a.at(t, "fence") != nil {
-		t.Errorf("without a fence upstream is %s", a.body)
 	}
 }

@@ -135,7 +135,7 @@ func (s *server) routes(r chi.Router) {
 	managers := []tenant.Role{tenant.Provisioner, tenant.Admin}
 
 	r.Get("/openapi.yaml", s.handle(getContract))
-	r.Put("/v1/tenants/{tenant_id}", s.allow(provisioner, s.putTenant))
+	r.Put("/v1/tenants/{tenant_id}", s.allow(managers, s.putTenant)) // an admin only adopts
 	r.Get("/v1/tenants/{tenant_id}", s.allow(any, s.getTenant))
 	r.Patch("/v1/tenants/{tenant_id}", s.allow(provisioner, s.patchTenant))
 	r.Delete("/v1/tenants/{tenant_id}", s.allow(managers, s.tenantChange(s.deleteTenant, "purge")))
@@ -162,6 +162,14 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
 	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))
+	r.Get("/v1/recovery", s.allow(any, s.getRecovery))
+	r.Post("/v1/recovery/begin", s.allow(admin, s.beginRecovery))
+	r.Post("/v1/recovery/end", s.allow(admin, s.endRecovery))
+	r.Post("/v1/recovery/take-over", s.allow(admin, s.takeOver))
+	r.Get("/v1/recovery/findings", s.allow(admin, s.listRecoveryFindings))
+	r.Post("/v1/recovery/decisions", s.allow(admin, s.postDecision))
+	r.Get("/v1/recovery/apps", s.allow(admin, s.listRetiredApps))
+	r.Post("/v1/recovery/removals", s.allow(admin, s.removeRetired))
 	readers := []tenant.Role{tenant.Admin, tenant.Viewer}
 	r.Post("/v1/rotations", s.allow(admin, s.postRotations))
 	r.Post("/v1/profiles/{profile_name}/applications", s.allow(admin, s.applyProfile))

@@ -119,6 +119,9 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		}
 		return s.adoptTenant(w, r, id, body.Adopt, up)
 	}
+	if infoOf(r).caller.Role != tenant.Provisioner {
+		return tenant.Errorf(tenant.Forbidden, "role_forbidden", "this takes the role provisioner; the token's role is %s, which may only adopt", infoOf(r).caller.Role)
+	}
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()

@@ -14,14 +14,14 @@ type upstreamBody struct {
 	Budget   budgetBody      `json:"budget"`
 	Breaker  breakerBody     `json:"breaker"`
 	Queue    queueBody       `json:"queue"`
-	Fence    *fenceBody      `json:"fence,omitempty"`
+	Recovery *recoveryState  `json:"recovery,omitempty"`
 	Problem  *tenant.Problem `json:"problem,omitempty"`
 }
 
-type fenceBody struct {
-	Since  time.Time `json:"since"`
-	Reason string    `json:"reason"`
-	Behind bool      `json:"behind"`
+type recoveryState struct {
+	State  tenant.RecoveryState `json:"state"`
+	Since  time.Time            `json:"since"`
+	Reason string               `json:"reason"`
 }
 
 type patBody struct {
@@ -61,7 +61,7 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	fence, err := s.DB.Fence(r.Context())
+	recovery, err := s.DB.Recovery(r.Context())
 	if err != nil {
 		return err
 	}
@@ -77,8 +77,8 @@ func (s *server) getUpstream(w http.ResponseWriter, r *http.Request) error {
 			ImportETASeconds: float64((u.Waiting+u.Importing)*provision.CallsPerBuild) / rate},
 		Problem: u.LastProblem,
 	}
-	if fence.Up() {
-		body.Fence = &fenceBody{fence.Since.UTC(), fence.Reason, fence.Behind}
+	if recovery.Active() {
+		body.Recovery = &recoveryState{recovery.State, recovery.Since.UTC(), recovery.Reason}
 	}
 	if u.Pauses > 0 {
 		body.Breaker = breakerBody{State: "open", PausedUntil: u.PausedUntil.UTC(), Reason: u.PauseReason}

@@ -50,7 +50,8 @@ func (s *Service) Adopt(ctx context.Context, id tenant.ID, what tenant.AdoptRequ
 
 // newAdoption checks what is asked for and seals the key.
 func (s *Service) newAdoption(id tenant.ID, what tenant.AdoptRequest, up tenant.SignUp) (tenant.NewAdoption, error) {
-	n := tenant.NewAdoption{ID: newRowID(), TenantID: id, AppID: what.AppID, AppUserID: what.UserID, Attributes: up.Attributes(), DryRun: what.DryRun}
+	n := tenant.NewAdoption{ID: newRowID(), TenantID: id, AppID: what.AppID, AppUserID: what.UserID, Attributes: up.Attributes(), DryRun: what.DryRun,
+		ByAdmin: what.ByAdmin}
 	if err := what.Validate(); err != nil {
 		return n, err
 	}
@@ -195,12 +196,22 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 	if !ok { // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}
 	}
-	if err := s.checkAdoptable(ctx, a); err != nil {
+	marker, err := s.checkAdoptable(ctx, a)
+	if err != nil {
 		return err
+	}
+	if a.AppUserID != "" && !a.ByAdmin {
+		recovery, err := s.Store.Recovery(ctx)
+		if err != nil {
+			return err
+		}
+		if recovery.Active() {
+			return refuse(nil, "adopt_admin_required",
+				"the database is in recovery mode, and an app that is shared with the operator has no ownership tag: an admin must adopt it")
+		}
 	}
 	key, scopes := tenant.SealedKey{}, profile.KeyScopes
 	if a.Ciphertext != nil {
-		var err error
 		if key, scopes, err = s.checkGivenKey(ctx, a); err != nil {
 			return err
 		}
@@ -208,11 +219,58 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 	if a.DryRun {
 		return s.Store.EndAdoption(ctx, a, tenant.AdoptionPossible, nil, requesterOf(ctx, a))
 	}
+	if a.AppUserID == "" {
+		if err := s.tagAdopted(ctx, a, marker); err != nil {
+			return err
+		}
+	}
 	return s.Store.HoldAdopted(ctx, a, key, scopes, requesterOf(ctx, a))
 }
 
-// checkAdoptable looks whether the app is there and nobody's.
-func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) error {
+// tagAdopted writes the ownership tag of an app before it is held: if the rows are lost then,
+// the tag says whose it is.
+func (s *Service) tagAdopted(ctx context.Context, a tenant.LeasedAdoption, was *tenant.Marker) error {
+	generation := 1
+	t, err := s.Store.Tenant(ctx, a.TenantID)
+	switch {
+	case err == nil && t.State == tenant.Deleted:
+		generation = t.Generation + 1
+	case err == nil && t.AppID == a.AppID:
+		generation = t.Generation
+	case err != nil && !errors.Is(err, tenant.NotFound):
+		return err
+	}
+	marker := s.markerOf(tenant.App{ID: a.AppID, Profile: a.Profile})
+	if was != nil {
+		marker.Tenant = was.Tenant
+	}
+	if !s.SkipMarks {
+		if marker.Tenant, err = s.Keyring.SealOwner(a.AppID, tenant.AppOwner{Tenant: a.TenantID, Generation: generation, Profile: a.Profile}); err != nil {
+			return err
+		}
+	}
+	return s.call(ctx, normal, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.AppID, marker, "") })
+}
+
+// checkAdoptable looks whether the app is there and no other tenant's, and returns its
+// ownership tag. An app of this deployment is taken back with its key as a proof, or by an
+// admin.
+func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) (*tenant.Marker, error) {
+	app, err := s.lookAtAdoptable(ctx, a)
+	if err != nil || app.Marker == nil || a.AppUserID != "" {
+		return nil, err
+	}
+	switch owner := s.ownerOf(*app.Marker); {
+	case app.Marker.Tenant != "" && owner.Tenant != a.TenantID:
+		return nil, refuse(nil, "adopt_app_contested", "the ownership tag of the app names another tenant: see `tenantry recover show`")
+	case a.Ciphertext == nil && !a.ByAdmin:
+		return nil, refuse(nil, "adopt_proof_required",
+			"Tenantry made the app, and it may have been another tenant's: give the app's key as a proof, or let an admin adopt it")
+	}
+	return app.Marker, nil
+}
+
+func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) (tenant.UpstreamApp, error) {
 	var app tenant.UpstreamApp
 	err := s.call(ctx, normal, func(ctx context.Context) (err error) {
 		app, err = s.Upstream.AppOf(ctx, a.AppUserID, a.AppID)
@@ -220,26 +278,23 @@ func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) e
 	})
 	up, marker := asUpstream(err), app.Marker
 	switch {
-	case err == nil && marker == nil:
-		return nil
-	case err == nil && marker.Deployment != s.Deployment.ID:
-		return refuse(nil, "adopt_foreign_marker",
-			"the app has the marker of another Tenantry deployment (%.32q): it is one of its tenants', or was", marker.Deployment)
+	case err == nil && (marker == nil || marker.Deployment == s.Deployment.ID && marker.Control == nil):
+		return app, nil
 	case err == nil:
-		return refuse(nil, "adopt_app_marked",
-			"the app has the marker of this deployment, and the database does not know it: `tenantry reconcile --adopt` takes it in as the marker says")
+		return app, refuse(nil, "adopt_foreign_marker",
+			"the app has the marker of another Tenantry deployment (%.32q): it is one of its tenants', or was", marker.Deployment)
 	case up == nil:
-		return err
+		return app, err
 	case up.Class == tenant.UpstreamNotFound && a.AppUserID != "":
-		return refuse(err, "adopt_app_unknown", "Clarifai has no app %s of the user %s, or it is not shared with the operator: %s", a.AppID, a.AppUserID, up.Detail)
+		return app, refuse(err, "adopt_app_unknown", "Clarifai has no app %s of the user %s, or it is not shared with the operator: %s", a.AppID, a.AppUserID, up.Detail)
 	case up.Class == tenant.UpstreamNotFound:
-		return refuse(err, "adopt_app_unknown", "Clarifai has no app %s in the operator's account: %s", a.AppID, up.Detail)
+		return app, refuse(err, "adopt_app_unknown", "Clarifai has no app %s in the operator's account: %s", a.AppID, up.Detail)
 	case up.Moved || up.Class == tenant.UpstreamRefused:
-		return refuse(err, "adopt_app_unknown", "Clarifai does not show the app %s: %s", a.AppID, up.Detail)
+		return app, refuse(err, "adopt_app_unknown", "Clarifai does not show the app %s: %s", a.AppID, up.Detail)
 	case up.Class == tenant.UpstreamForbidden && a.AppUserID != "":
-		return refuse(err, "adopt_app_forbidden", "the app %s is not shared with the operator so that its PAT may look at it: %s", a.AppID, up.Detail)
+		return app, refuse(err, "adopt_app_forbidden", "the app %s is not shared with the operator so that its PAT may look at it: %s", a.AppID, up.Detail)
 	}
-	return err
+	return app, err
 }
 
 // checkGivenKey asks Clarifai which app the key of an adoption opens, and seals it anew:

@@ -384,18 +384,18 @@ func TestPurgeShared(t *testing.T) {
 	}
 }
 
-// Behind the fence nothing is adopted, and it goes on once it is down.
-func TestAdoptBehindFence(t *testing.T) {
+// Nothing is adopted until it is known whether another database is in use.
+func TestAdoptDuringWatch(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
 	w.AppByHand(provisiontest.PAT, "one", nil)
-	exec(t, w, `UPDATE deployment SET fence_since = now() + interval '1 hour', fence_reason = 'test'`)
+	exec(t, w, provisiontest.SetRecovery(tenant.Watching))
 	a, err := r.Adopt(t.Context(), "user_1", tenant.AdoptRequest{AppID: "one"}, tenant.SignUp{}, 0, caller)
-	if err != nil || a.Done || a.Adoption.Problem == nil || a.Adoption.Problem.Code != "restore_fence" {
-		t.Errorf("behind the fence: %+v, %v", a, err)
+	if err != nil || a.Done || a.Adoption.Problem == nil || a.Adoption.Problem.Code != "recovery" {
+		t.Errorf("during the watch: %+v, %v", a, err)
 	}
-	exec(t, w, `UPDATE deployment SET fence_since = NULL`)
+	exec(t, w, provisiontest.SetRecovery(tenant.NotRecovering))
 	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one"})
 }
 

@@ -31,7 +31,7 @@ func TestEventsNameUpstreamRequests(t *testing.T) {
 	marked(t, w)
 	askClarifai(t, w, "DELETE", "/keys/"+w.AppKeys()[0].ID, nil)
 	done, _ := report(t, r)
-	repair(t, r, done.Token, false) // key.gone, key.created
+	repair(t, r, done.Token) // key.gone, key.created
 	provisiontest.Eventually(t, "the key is made again", func() bool {
 		return countOf(t, conn, `keys WHERE state = 'active'`) == 1
 	})

@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -46,6 +47,12 @@ func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
 	switch a.State {
 	case tenant.AppPurging:
 		err = s.purge(ctx, a)
+	case tenant.AppRetained:
+		if a.EndUnknownKeys || !a.RemovalConfirmed && a.UserID == "" && !a.TaggedPurgeAfter.Equal(a.PurgeAfter) {
+			err = s.tend(ctx, &a)
+		} else {
+			err = s.purge(ctx, a)
+		}
 	case tenant.AppHeld:
 		err = s.tend(ctx, &a)
 	case tenant.AppReady:
@@ -229,9 +236,18 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 	case !app.Marker.Owns(s.Deployment.ID, a.ID):
 		return s.abandon(ctx, *a, false, "the id is taken by an app that is not ours")
 	case app.Marker.Tenant != "":
-		return s.behind(ctx, a.ID)
+		return s.retire(ctx, *a, "its ownership tag names a tenant")
 	}
 	return nil
+}
+
+// retire takes an app of a leased build out of use, since a tenant may have it.
+func (s *Service) retire(ctx context.Context, a tenant.App, why string) error {
+	s.Log.Error("build retired: the app may be in use", zap.String("app", string(a.ID)), zap.String("reason", why))
+	if err := s.Store.RetireApp(ctx, a, why, workerOf(ctx)); err != nil {
+		return err
+	}
+	return errGivenUp
 }
 
 // laneOf says how urgent a build is: while nobody waits, or waits for another, it can
@@ -329,6 +345,21 @@ func (s *Service) createKey(ctx context.Context, t turn, key tenant.NewKey) (sec
 // findKey looks for the key of a row among the app's keys upstream.
 func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
 	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}
+	err = s.eachKey(ctx, l, app, func(k tenant.UpstreamKey) error {
+		if m, ok := tenant.ParseKeyMarker(k.Description); ok && m == want {
+			key, found = k, true
+			return errStop
+		}
+		return nil
+	})
+	return key, found, err
+}
+
+// errStop ends a walk early.
+var errStop = errors.New("stop")
+
+// eachKey calls f for each key of an app upstream, until f returns an error.
+func (s *Service) eachKey(ctx context.Context, l lane, app tenant.AppID, f func(tenant.UpstreamKey) error) error {
 	// Clarifai gives no total: the last page is the one that comes back empty.
 	for page := 1; ; page++ {
 		var keys []tenant.UpstreamKey
@@ -337,11 +368,13 @@ func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid
 			return err
 		})
 		if err != nil || len(keys) == 0 {
-			return tenant.UpstreamKey{}, false, err
+			return err
 		}
 		for _, k := range keys {
-			if m, ok := tenant.ParseKeyMarker(k.Description); ok && m == want {
-				return k, true, nil
+			if err := f(k); errors.Is(err, errStop) {
+				return nil
+			} else if err != nil {
+				return err
 			}
 		}
 	}
@@ -362,37 +395,40 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 	return errGivenUp
 }
 
-// purge removes an app upstream. Removal needs proof: a row that says so, which
-// the caller leased, and our marker at a fresh look. What is shared with the operator was
-// never marked, and is only let go.
+// purge removes an app upstream. Removal needs proof: a row that says so, which the caller
+// leased, our marker at a fresh look that agrees with the row, and no key of ours that the
+// rows do not know. What is shared with the operator was never marked, and is only released.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	if a.UserID != "" {
+		if err := s.beginPurge(ctx, &a); err != nil {
+			return err
+		}
 		return s.letGo(ctx, a)
 	}
 	app, err := s.lookAt(ctx, background, a.ID)
-	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
-		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
-	}
-	if err != nil {
+	gone := tenant.ClassOf(err) == tenant.UpstreamNotFound
+	switch {
+	case gone:
+	case err != nil:
 		return err
-	}
-	if app.Marker == nil && a.Revision == tenant.AdoptedRevision && !a.Marked {
-		// It was made by hand, and was given up before it had its marker.
-		err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, s.markerOf(a), "") })
+	case !app.Marker.Owns(s.Deployment.ID, a.ID):
+		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
+			Detail: "the app lacks our marker and is not removed"}
+	case !a.RemovalConfirmed:
+		why, err := s.inUse(ctx, a, app)
 		if err != nil {
 			return err
 		}
-		return &deferred{wait: s.BackoffBase}
+		if why != "" {
+			return s.contested(ctx, a, tenant.Finding{Kind: tenant.FoundPurge, Detail: why}, "purge_contested",
+				"the app is not removed, since it may be in use: "+why+"; see `tenantry recover show`")
+		}
 	}
-	if !app.Marker.Owns(s.Deployment.ID, a.ID) {
-		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
-			Detail: "the app lacks our marker and is not removed"}
-	}
-	if a.Tenant == "" && app.Marker.Tenant != "" { // the row of nobody's app is older than what happened to it
-		return s.behind(ctx, a.ID)
-	}
-	if err := s.mayRemove(ctx); err != nil {
+	if err := s.beginPurge(ctx, &a); err != nil {
 		return err
+	}
+	if gone {
+		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
 	}
 	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
 	if err != nil {
@@ -403,11 +439,52 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	return &deferred{wait: s.BackoffBase}
 }
 
-// mayRemove defers a removal that was begun before the restore fence went up.
-func (s *Service) mayRemove(ctx context.Context) error {
-	fence, err := s.Store.Fence(ctx)
-	if err == nil && fence.Up() {
-		return &deferred{wait: maxDefer}
+// inUse says what speaks against the removal of an app; empty if nothing does.
+func (s *Service) inUse(ctx context.Context, a tenant.App, app tenant.UpstreamApp) (string, error) {
+	if owner := s.otherOwner(a, app); owner != "" {
+		return "its ownership tag names " + owner, nil
 	}
-	return err
+	switch {
+	case a.Tenant == "" && app.Marker.Tenant != "":
+		return "its ownership tag names a tenant", nil
+	case a.Tenant == "" && app.Inputs != nil && *app.Inputs > 0:
+		return fmt.Sprintf("it has %d inputs", *app.Inputs), nil
+	case a.Tenant != "" && app.Marker.PurgeAfter != tenant.PurgeTag(a.PurgeAfter):
+		return "its ownership tag does not say that it is to be removed at " + tenant.PurgeTag(a.PurgeAfter), nil
+	}
+	found, err := s.foundKeys(ctx, background, a.ID)
+	if err != nil {
+		return "", err
+	}
+	ids := make([]uuid.UUID, len(found))
+	for i, k := range found {
+		ids[i] = k.ID
+	}
+	unknown, err := s.Store.UnknownKeys(ctx, a.ID, ids)
+	if err != nil || len(unknown) == 0 {
+		return "", err
+	}
+	return fmt.Sprintf("it has a key with our ownership tag that no row knows (%s)", unknown[0]), nil
+}
+
+// beginPurge turns a retained app over to its removal, unless as many apps of tenants were
+// removed within an hour as may be.
+func (s *Service) beginPurge(ctx context.Context, a *tenant.App) error {
+	if a.State != tenant.AppRetained {
+		return nil
+	}
+	wait, err := s.Store.BeginPurge(ctx, *a, s.RemovalCap, worker)
+	if err != nil {
+		return err
+	}
+	if wait > 0 {
+		set := tenant.Setback{Delay: min(wait, 5*time.Minute), Problem: tenant.Problem{Code: "removal_cap", Since: time.Now().UTC(),
+			Detail: fmt.Sprintf("up to %d apps of tenants are removed in an hour, and were: this one follows", s.RemovalCap)}}
+		if err := s.Store.AppSetback(ctx, *a, set); err != nil {
+			return err
+		}
+		return errGivenUp
+	}
+	a.State = tenant.AppPurging
+	return nil
 }

@@ -29,6 +29,7 @@ type crashScenario struct {
 
 	newcomers []tenant.ID // who signs up in act
 	differs   bool        // Clarifai and Postgres still do, until another repair
+	control   bool        // the control record is kept
 	moves     bool        // tenants get other apps: theirs was gone
 	pool      int         // apps that are there for nobody
 	spare     int         // apps that may be there for nobody beside those
@@ -45,11 +46,11 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"sign-up": {
 		points: []string{
-			"Pin CheckRestored", "SignUp Watch", "SignUp SignUp",
+			"SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep PurgeDue", "sweep Enqueue", "measure CountTenants", "measure Fence", "measure LastReport",
-			"watchForRestore Fence", "watchForRestore CheckRestored", "watchForRestore StartDueReport",
+			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
+			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
@@ -249,7 +250,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"purge": {
-		points:  []string{"sweep PurgeDue", "purge DeleteApp", "purge AppDeleted"},
+		points:  []string{"purge DeleteApp", "purge AppDeleted"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
 		settle: func(s *scene) {
@@ -494,7 +495,7 @@ var crashScenarios = map[string]crashScenario{
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build given up": {
-		points: []string{"abandon AbandonApp", "abandon StartBuilds", "mayRemove Fence", "purge DeleteApp", "endApp DeferApp", "purge AppDeleted"},
+		points: []string{"abandon AbandonApp", "abandon StartBuilds", "purge DeleteApp", "endApp DeferApp", "purge AppDeleted"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true})(s)
@@ -523,7 +524,7 @@ var crashScenarios = map[string]crashScenario{
 
 	"pool": {
 		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "createApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
-			"build FinishBuild", "Pools Pools", "Pools Fence"},
+			"build FinishBuild", "Pools Pools", "Pools Recovery"},
 		prepare: first, options: keepsPool, spare: 2,
 	},
 	"sign-up from the pool": {
@@ -720,7 +721,7 @@ var crashScenarios = map[string]crashScenario{
 		settle:  func(s *scene) { rekeyed(s.t, s.r.DB, primaryOf(s.t, s.w.Keys)) },
 	},
 	"restored database": {
-		points: []string{"watchForRestore CheckRestored", "watchForRestore StartDueReport", "Pin CheckRestored", "endReconciliation EndReconciliation"},
+		points: []string{"watchForRestore CheckRestored", "watchForRestore StartDueReport", "endReconciliation EndReconciliation"},
 		prepare: func(s *scene) {
 			first(s)
 			s.r.Stop()
@@ -892,14 +893,6 @@ var crashScenarios = map[string]crashScenario{
 		}),
 		act: startRepair,
 	},
-	"repair: release": {
-		points: []string{"repair ReleaseApp"},
-		prepare: reported(func(s *scene) {
-			fillPool(s)
-			exec(s.t, s.w, `UPDATE apps SET suspect = true WHERE id = $1`, poolApp)
-		}),
-		act: startRepair, pool: 1,
-	},
 	"repair: remake": {
 		points:  []string{"repair RemakeKey", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey"},
 		prepare: reported(removeKey),
@@ -923,16 +916,6 @@ var crashScenarios = map[string]crashScenario{
 		prepare: func(s *scene) {
 			reported(rescopeKey)(s)
 			s.w.Faults(map[string]any{"call": "PatchKeys", "status": 11102})
-		},
-		act: startRepair, differs: true,
-	},
-	"repair: rescope behind the fence": {
-		points: []string{"repairNext EndFinding"},
-		prepare: func(s *scene) {
-			reported(rescopeKey)(s)
-			s.r.Stop() // it would begin a report of its own
-			exec(s.t, s.w, `UPDATE reconciliations SET created_at = now();
-				UPDATE deployment SET fence_since = now() - interval '1 second', fence_reason = 'a test'`)
 		},
 		act: startRepair, differs: true,
 	},
@@ -1183,7 +1166,7 @@ func startRepair(s *scene) {
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	if _, err = s.r.StartRepair(s.t.Context(), last.Token, false, admin); err != nil {
+	if _, err = s.r.StartRepair(s.t.Context(), last.Token, admin); err != nil {
 		s.t.Fatalf("start repair: %v", err)
 	}
 }
@@ -1197,14 +1180,6 @@ func reported(differ func(*scene)) func(*scene) {
 		if _, found := report(s.t, s.r); !slices.ContainsFunc(found, func(f tenant.Finding) bool { return f.Action != "" }) {
 			s.t.Fatalf("the report found %+v; want something to repair", found)
 		}
-		conn := pgtest.Conn(s.t, s.w.URL)
-		provisiontest.Eventually(s.t, "the report that a fence asks for is done", func() bool {
-			var done bool
-			err := conn.QueryRow(s.t.Context(), `
-				SELECT NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running') AND (fence_since IS NULL
-					OR EXISTS (SELECT FROM reconciliations WHERE created_at >= fence_since)) FROM deployment`).Scan(&done)
-			return err == nil && done
-		})
 	}
 }
 

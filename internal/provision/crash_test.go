@@ -204,7 +204,7 @@ func TestDyingReplica(t *testing.T) {
 	sc := crashScenarios[os.Getenv(scenarioVar)]
 	s := &scene{t: t, w: provisiontest.Join(t, tenant.NewSecret(os.Getenv(databaseVar)), os.Getenv(keysetVar), os.Getenv(clarifaiVar))}
 	o := sc.options
-	o.Fenced = sc.prepare != nil
+	o.Control = sc.control
 	o.Store = func(store provision.Store) provision.Store { return watchedStore{store, returned} }
 	o.Upstream = func(up provision.Upstream) provision.Upstream { return watchedUpstream{up, returned} }
 	s.r = s.w.Start(o)
@@ -276,7 +276,7 @@ func crash(t *testing.T, scenario, point string) {
 		sc.recover(s)
 	}
 	timePasses(t, s.w)
-	s.r = s.w.Start(provisiontest.Options{Fenced: sc.prepare != nil})
+	s.r = s.w.Start(provisiontest.Options{Control: sc.control})
 	if sc.settle != nil {
 		sc.settle(s)
 	}
@@ -354,7 +354,7 @@ func rest(t *testing.T, w *provisiontest.World) {
 	provisiontest.Eventually(t, "nothing is in the works", func() bool {
 		var open int
 		err := conn.QueryRow(t.Context(), `
-			SELECT (SELECT count(*) FROM apps WHERE state IN ('building', 'purging') OR state = 'held' AND pending)
+			SELECT (SELECT count(*) FROM apps WHERE state IN ('building', 'purging') OR state IN ('held', 'retained') AND pending)
 				+ (SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking'))
 				+ (SELECT count(*) FROM adoptions WHERE state = 'checking')
 				+ (SELECT count(*) FROM reconciliations WHERE state = 'running')
@@ -364,7 +364,7 @@ func rest(t *testing.T, w *provisiontest.World) {
 }
 
 // mend makes reports, and repairs if it may, until one finds nothing that it could
-// repair, with the fence down. Reports that begin by themselves may come between.
+// repair. Reports that begin by themselves may come between.
 func mend(s *scene, repairs bool) {
 	s.t.Helper()
 	var last []tenant.Finding
@@ -378,17 +378,13 @@ func mend(s *scene, repairs bool) {
 		}
 		done, found := reconciled(s.t, s.r, began)
 		last = slices.DeleteFunc(found, func(f tenant.Finding) bool { return f.Action == "" })
-		fence, err := s.r.DB.Fence(s.t.Context())
-		if err != nil {
-			s.t.Fatal(err)
-		}
 		if len(last) == 0 {
-			return !fence.Up()
+			return true
 		}
 		if !repairs {
 			s.t.Fatalf("a report finds %+v", last)
 		}
-		began, err = s.r.StartRepair(s.t.Context(), done.Token, fence.Up(), admin)
+		began, err = s.r.StartRepair(s.t.Context(), done.Token, admin)
 		if err == nil {
 			reconciled(s.t, s.r, began)
 		} else if !errors.Is(err, tenant.Conflict) {

@@ -13,11 +13,24 @@ import (
 
 // tend does what a held app lacks: a key that works, if it was in the pool for long, the
 // further keys of its profile, and its tenant in its marker, from which the mapping can
-// be rebuilt if the database is lost. One that is shared with the operator gets none of
-// that: its owner alone may make keys of it, and change it.
+// be rebuilt if the database is lost. The marker of a retained app says when it is removed.
+// One that is shared with the operator gets none of that: its owner alone may make keys of
+// it, and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
+	if a.EndUnknownKeys {
+		found, err := s.foundKeys(ctx, urgent, a.ID)
+		if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
+			return err
+		}
+		if err := s.Store.KeysListed(ctx, *a, found, workerOf(ctx)); err != nil {
+			return err
+		}
+	}
 	if a.UserID != "" {
 		return s.leaveUnmarked(ctx, *a)
+	}
+	if a.State == tenant.AppRetained {
+		return s.tag(ctx, a, "")
 	}
 	if _, ok := s.profiles[a.Profile]; !ok { // it is known to replicas that were started with another file
 		return &deferred{wait: s.BackoffBase}
@@ -36,21 +49,81 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if adopted { // it has the one that its maker gave it, and no marker yet
 		description = ""
 	}
-	if a.Marked || s.SkipMarks && description == "" && !adopted {
+	if a.TaggedPurgeAfter.IsZero() && (a.Marked || s.SkipMarks && description == "" && !adopted) {
 		return s.Store.AppMarked(ctx, *a)
 	}
+	return s.tag(ctx, a, description)
+}
+
+// tag writes the ownership tag of an app that has a tenant. A tag that names another tenant
+// is the only evidence that the rows are wrong, and is never overwritten.
+func (s *Service) tag(ctx context.Context, a *tenant.App, description string) error {
+	l := background
+	if a.State == tenant.AppHeld && !a.TaggedPurgeAfter.IsZero() {
+		l = normal // keys that a caller waits for are made once it says that the app is not to be removed
+	}
+	app, err := s.lookAt(ctx, l, a.ID)
+	if err != nil {
+		return err
+	}
+	if owner := s.otherOwner(*a, app); owner != "" {
+		return s.contested(ctx, *a, tenant.Finding{Kind: tenant.FoundAppDiffers, Detail: "its ownership tag names " + owner}, "app_contested",
+			"the ownership tag of the app at Clarifai names "+owner+": the database may have been rolled back; see `tenantry recover show`")
+	}
 	marker := s.markerOf(*a)
-	if !s.SkipMarks {
+	if app.Marker != nil {
+		marker.Tenant = app.Marker.Tenant
+	}
+	if !s.SkipMarks && !a.Marked {
 		sealed, err := s.Keyring.SealOwner(a.ID, tenant.AppOwner{Tenant: a.Tenant, Generation: a.Generation, Profile: a.Profile})
 		if err != nil {
 			return err
 		}
 		marker.Tenant, a.MarkerKey = sealed, keyring.SealedOwnerBy(sealed)
 	}
-	if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
+	marker.PurgeAfter = tenant.PurgeTag(a.PurgeAfter)
+	if err := s.call(ctx, l, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
 		return err
 	}
+	a.TaggedPurgeAfter = a.PurgeAfter
 	return s.Store.AppMarked(ctx, *a)
+}
+
+// otherOwner says whose an app is by its ownership tag, if that is not the tenant of the row;
+// empty if it is, or the tag names none.
+func (s *Service) otherOwner(a tenant.App, app tenant.UpstreamApp) string {
+	if app.Marker == nil || app.Marker.Deployment == s.Deployment.ID && app.Marker.Tenant == "" {
+		return ""
+	}
+	if app.Marker.Deployment != s.Deployment.ID {
+		return "another Tenantry deployment"
+	}
+	owner := s.ownerOf(*app.Marker)
+	switch {
+	case owner.Tenant == "": // it cannot be decrypted: with a keyset that has changed, the row knows better
+		return ""
+	case owner.Tenant != a.Tenant:
+		return "another tenant"
+	case owner.Generation != a.Generation:
+		return "another generation of the tenant"
+	}
+	return ""
+}
+
+// contested has somebody decide about an app whose ownership tag or keys contradict the rows.
+func (s *Service) contested(ctx context.Context, a tenant.App, f tenant.Finding, code, detail string) error {
+	if a.Problem == nil || a.Problem.Code != code {
+		s.Log.Error("app contested: rows and Clarifai disagree whose it is; run `tenantry recover show`",
+			zap.String("app", string(a.ID)), zap.String("tenant", string(a.Tenant)), zap.String("problem", code), zap.String("detail", f.Detail))
+	}
+	problem := tenant.Problem{Code: code, Detail: detail, Since: time.Now().UTC()}
+	if a.Problem != nil && a.Problem.Code == code {
+		problem.Since = a.Problem.Since
+	}
+	if err := s.Store.Contested(ctx, a, f, problem, tenant.Setback{Delay: backoff(8*s.BackoffBase, 20*s.BackoffCap, a.Attempts)}); err != nil {
+		return err
+	}
+	return errGivenUp
 }
 
 // extraKeys names rows for the further keys of a profile.
@@ -66,39 +139,18 @@ func (s *Service) extraKeys(profile string) []tenant.NewKeyRow {
 func newRowID() uuid.UUID { return uuid.Must(uuid.NewV7()) }
 
 func (s *Service) markerOf(a tenant.App) tenant.Marker {
-	return tenant.Marker{Deployment: s.Deployment.ID, App: a.ID, Profile: a.Profile}
+	return tenant.Marker{Deployment: s.Deployment.ID, App: a.ID, Profile: a.Profile, Incarnation: s.incarnation()}
 }
 
-// behind raises the restore fence because of an app that the database knows less of
-// than Clarifai.
-func (s *Service) behind(ctx context.Context, id tenant.AppID) error {
-	reason := "the app " + string(id) + " was given to a tenant, and the database does not know of it"
-	if err := s.Store.RaiseFence(ctx, reason); err != nil {
+// startDueReports begins the report that is due, and has decisions carried out.
+func (s *Service) startDueReports(ctx context.Context) error {
+	if _, err := s.Store.StartDueDecisions(ctx, newRowID()); err != nil {
 		return err
 	}
-	s.logFence(tenant.Fence{}, tenant.Fence{Since: time.Now(), Reason: reason})
-	return errGivenUp
-}
-
-// watchForRestore raises the fence if the database turns out to be another than
-// before.
-func (s *Service) watchForRestore(ctx context.Context) error {
-	was, err := s.Store.Fence(ctx)
-	if err != nil {
-		return err
-	}
-	is, err := s.Store.CheckRestored(ctx)
-	if err != nil {
-		return err
-	}
-	s.logFence(was, is)
-	id, err := uuid.NewV7()
-	if err != nil {
-		return err
-	}
+	id := newRowID()
 	began, err := s.Store.StartDueReport(ctx, id, s.ReportEvery, worker)
 	if began {
-		s.Log.Info("a report was due and has begun", zap.Stringer("reconciliation", id))
+		s.Log.Info("report started", zap.Stringer("reconciliation", id))
 	}
 	return err
 }

@@ -165,9 +165,9 @@ func TestImportTakesWhatThePoolDoesNotNeed(t *testing.T) {
 	}
 	claim(0)
 	exec(t, w, `UPDATE pools SET target = 3`)
-	exec(t, w, `UPDATE deployment SET fence_since = now()`)
+	exec(t, w, provisiontest.SetRecovery(tenant.Stopped))
 	claim(0)
-	exec(t, w, `UPDATE deployment SET fence_since = NULL`)
+	exec(t, w, provisiontest.SetRecovery(tenant.NotRecovering))
 	exec(t, w, `UPDATE tenants SET background = false WHERE id = 'imported_0009'`)
 	claim(0) // another waits
 	exec(t, w, `UPDATE tenants SET background = true WHERE id = 'imported_0009'`)

@@ -84,6 +84,17 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 			*k = next
 		}
 	}
+	if k.Replaces != uuid.Nil && k.Lane == background && !k.Current {
+		// No caller asked for this very key, and the tenant may have been suspended in
+		// transactions that are lost.
+		dead, err := s.keyDead(ctx, k.AppID, k.Replaces)
+		if err != nil {
+			return err
+		}
+		if dead {
+			return s.Store.KeyNotReplaced(ctx, *k, workerOf(ctx))
+		}
+	}
 	if !secret.IsSet() {
 		t, err := s.turn(ctx, k.Lane)
 		if err != nil {
@@ -101,6 +112,21 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 		return err
 	}
 	return s.Store.FinishLeasedKey(ctx, *k, sealed, workerOf(ctx))
+}
+
+// keyDead reports whether a key of an app works no longer, though its row says that it does.
+func (s *Service) keyDead(ctx context.Context, app tenant.AppID, id uuid.UUID) (bool, error) {
+	known, err := s.Store.KeysOfApp(ctx, app)
+	if err != nil {
+		return false, err
+	}
+	for _, k := range known {
+		if k.ID == id {
+			alive, err := s.keyOpens(ctx, k, app)
+			return !alive, err
+		}
+	}
+	return false, nil
 }
 
 func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
@@ -136,9 +162,6 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 }
 
 func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
-	if err := s.mayRemove(ctx); err != nil {
-		return err
-	}
 	if k.AppUserID != "" {
 		return s.deleteTheirKey(ctx, k, secret)
 	}

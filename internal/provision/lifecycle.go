@@ -193,16 +193,25 @@ func (s *Service) ConfirmRotation(ctx context.Context, id tenant.ID, name, rotat
 }
 
 // Quarantine ends the key that leaked at once and makes its successor, and waits for
-// wait until the one works no longer and the other does.
+// wait until the one works no longer and the other does. A key that no row knows is asked for
+// its app: after a restore it may be a tenant's. It reports tenant.NotFound for a key that is
+// not ours, and tenant.Unavailable while that is not known.
 func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait time.Duration, actor tenant.Actor) (tenant.Quarantine, error) {
 	fingerprint := s.Keyring.Fingerprint(leaked)
+	end := time.Now().Add(wait)
 	q, err := s.Store.Quarantine(ctx, fingerprint, newRowID(), actor)
+	if errors.Is(err, tenant.NotFound) {
+		if err := s.quarantineUnknown(ctx, leaked, fingerprint, wait, actor); err != nil {
+			return q, err
+		}
+		q, err = s.Store.Quarantine(ctx, fingerprint, newRowID(), actor)
+	}
 	if err != nil || q.TenantID == "" {
 		return q, err
 	}
 	changed, stop := s.Store.Watch(q.TenantID)
 	defer stop()
-	err = s.awaitThat(ctx, wait, changed, func() (bool, error) {
+	err = s.awaitThat(ctx, time.Until(end), changed, func() (bool, error) {
 		keys, err := s.Store.Keys(ctx, q.TenantID)
 		if err != nil {
 			return false, err
@@ -218,6 +227,36 @@ func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait tim
 		return q.Key.State != tenant.KeyRevoking && q.Successor.State != tenant.KeyCreating, nil
 	})
 	return q, err
+}
+
+// quarantineUnknown has a worker ask a key for its app, and waits for the result. Afterwards
+// the key has a row, or the error is tenant.NotFound.
+func (s *Service) quarantineUnknown(ctx context.Context, leaked tenant.Secret, fingerprint []byte, wait time.Duration, actor tenant.Actor) error {
+	sealed, err := s.sealed(newRowID(), leaked)
+	if err != nil {
+		return err
+	}
+	if err := s.Store.BeginQuarantine(ctx, sealed, actor); err != nil {
+		return err
+	}
+	changed, stop := s.Store.Watch(tenant.UnknownKeyChannel(fingerprint))
+	defer stop()
+	s.wakeControl()
+	var is tenant.UnknownKey
+	if err := s.awaitThat(ctx, max(wait, s.CallTimeout), changed, func() (bool, error) {
+		is, err = s.Store.QuarantineState(ctx, fingerprint)
+		return is.State != tenant.UnknownChecking, err
+	}); err != nil {
+		return err
+	}
+	switch is.State {
+	case tenant.UnknownDone:
+		return nil
+	case tenant.UnknownRefused:
+		return tenant.Errorf(tenant.NotFound, "key_not_found", "Tenantry holds no such key: %s", is.Problem.Detail)
+	}
+	return &tenant.Error{Kind: tenant.Unavailable, Code: "quarantine_pending", RetryAfter: 5 * time.Second,
+		Detail: "no row knows this key, and it is not known yet which app it opens: it is being asked; repeat the request"}
 }
 
 // RevealNew opens the secret of a key that has just been made, and writes that it was

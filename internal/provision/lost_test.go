@@ -55,7 +55,7 @@ var lostCalls = map[string]lostCall{
 		act: func(s *scene) {
 			before, _ := keyOf(s.t, s.r, "user_1")
 			done, _ := report(s.t, s.r)
-			repair(s.t, s.r, done.Token, false)
+			repair(s.t, s.r, done.Token)
 			provisiontest.Eventually(s.t, "another key is made", func() bool {
 				key, _, err := s.r.Reveal(s.t.Context(), "user_1", tenant.DefaultKey, caller)
 				return err == nil && key.ID != before.ID
@@ -93,7 +93,7 @@ var lostCalls = map[string]lostCall{
 		prepare: func(s *scene) { first(s); rescopeKey(s) },
 		act: func(s *scene) {
 			done, _ := report(s.t, s.r)
-			repair(s.t, s.r, done.Token, false)
+			repair(s.t, s.r, done.Token)
 		},
 	},
 }

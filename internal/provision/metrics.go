@@ -14,7 +14,10 @@ type Metrics struct {
 	jobs         *prometheus.CounterVec
 	buildSeconds prometheus.Histogram
 	tenants      *prometheus.GaugeVec
-	fence        prometheus.Gauge
+	recovery     *prometheus.GaugeVec
+	undecided    prometheus.Gauge
+	retired      *prometheus.GaugeVec
+	controlFails prometheus.Gauge
 	paused       prometheus.Gauge
 	patRefused   prometheus.Gauge
 	findings     *prometheus.GaugeVec
@@ -46,8 +49,15 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds; of a state with more than 10,000, an estimate.",
 		}, []string{"state"}),
 	}
-	m.fence = prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "tenantry_restore_fence_up", Help: "1 while the database may be behind Clarifai: nothing is removed, no app is given to a tenant."})
+	m.recovery = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_recovery_mode", Help: "1 for the state of recovery mode: watching, recovering, or stopped (another database is in use)."}, []string{"state"})
+	m.undecided = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_recovery_undecided_findings", Help: "Findings of the last report that wait for a decision."})
+	m.retired = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_retired_apps", Help: "Apps of earlier incarnations of the database that no tenant is known to hold. Each start of Postgres retires the pools. Counted up to 1,000 for a profile. They count against the account's quota."}, []string{"profile"})
+	m.controlFails = prometheus.NewGauge(prometheus.GaugeOpts{
+		Name: "tenantry_control_record_failing", Help: "1 while the control record cannot be written: a copy of the database would not be detected."})
+	reg.MustRegister(m.recovery, m.undecided, m.retired, m.controlFails)
 	m.paused = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_upstream_paused", Help: "1 while no call is made because Clarifai fails or throttles."})
 	m.patRefused = prometheus.NewGauge(prometheus.GaugeOpts{
@@ -90,7 +100,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.poolMisses = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tenantry_pool_misses_total", Help: "Sign-ups that found no app ready."}, []string{"profile"})
 	reg.MustRegister(m.poolReady, m.poolTarget, m.poolMin, m.poolBuilding, m.poolHits, m.poolMisses)
-	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.fence, m.paused, m.patRefused, m.findings, m.reportedAt)
+	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 
@@ -120,11 +130,15 @@ func (s *Service) measure(ctx context.Context) error {
 	for _, state := range tenant.States {
 		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(counts[state]))
 	}
-	fence, err := s.Store.Fence(ctx)
+	recovery, err := s.Store.RecoveryStatus(ctx)
 	if err != nil {
 		return err
 	}
-	s.Metrics.fence.Set(oneIf(fence.Up()))
+	for _, state := range []tenant.RecoveryState{tenant.Watching, tenant.Recovering, tenant.Stopped} {
+		s.Metrics.recovery.WithLabelValues(string(state)).Set(oneIf(recovery.State == state))
+	}
+	s.Metrics.undecided.Set(float64(recovery.Undecided))
+	s.Metrics.controlFails.Set(oneIf(recovery.ControlProblem != nil))
 	upstream, pat, err := s.UpstreamStatus(ctx)
 	if err != nil {
 		return err
@@ -152,6 +166,7 @@ func (s *Service) measure(ctx context.Context) error {
 		s.Metrics.poolTarget.WithLabelValues(p.Profile).Set(float64(p.Target))
 		s.Metrics.poolMin.WithLabelValues(p.Profile).Set(float64(p.Fewest))
 		s.Metrics.poolBuilding.WithLabelValues(p.Profile).Set(float64(p.Building))
+		s.Metrics.retired.WithLabelValues(p.Profile).Set(float64(p.Retired))
 	}
 	report, err := s.Store.LastReport(ctx)
 	if errors.Is(err, tenant.NotFound) {

@@ -113,7 +113,7 @@ func (s *Service) verifyPAT(ctx context.Context) error {
 		s.PAT.found(fingerprint, PATRefused)
 		return &deferred{wait: wait}
 	}
-	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true})
+	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: true})
 	if err != nil {
 		return err
 	}

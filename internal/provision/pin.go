@@ -46,13 +46,6 @@ func Pin(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate float
 	if err := checkKeyset(d, keys); err != nil {
 		return d, err
 	}
-	// Before anything is handed out or removed.
-	if fence, err := store.CheckRestored(ctx); err != nil {
-		return d, err
-	} else if fence.Up() {
-		log.Error("the restore fence is up: nothing is removed and no app is given to a tenant until a reconciliation has shown that the database knows all that Clarifai holds",
-			zap.Time("since", fence.Since), zap.String("reason", fence.Reason))
-	}
 	operator, err := whoami(ctx, store, upstream, pat, rate)
 	if err != nil {
 		log.Error("the PAT could not be checked; look-ups are served, and it is checked again before Clarifai is used", zap.Error(err))
@@ -78,7 +71,7 @@ func whoami(ctx context.Context, store Store, upstream Whoami, pat *PAT, rate fl
 	secret, fingerprint, _ := pat.current()
 	for end := time.Now().Add(pinPatience); ; {
 		slot, due, err := reserve(ctx, store, tenant.SlotRequest{PerSecond: rate, Patience: time.Until(end),
-			PAT: fingerprint, ChecksPAT: true, ProbeTimeout: pinPatience})
+			PAT: fingerprint, ChecksPAT: true, Control: true, ProbeTimeout: pinPatience})
 		switch {
 		case err != nil:
 			return "", err

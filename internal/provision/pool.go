@@ -122,7 +122,7 @@ func (s *Service) prove(ctx context.Context, a tenant.App) error {
 	case err != nil:
 		return err
 	case dead:
-		s.Log.Warn("an app of the pool has lost its key and is replaced", zap.String("app", string(a.ID)))
+		s.Log.Warn("pool app retired: its key is gone at Clarifai", zap.String("app", string(a.ID)))
 		return s.Store.MemberDead(ctx, a, workerOf(ctx))
 	}
 	return s.Store.KeyProven(ctx, a)
@@ -196,7 +196,7 @@ func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
 	if err != nil {
 		return nil, err
 	}
-	fence, err := s.Store.Fence(ctx)
+	recovery, err := s.Store.Recovery(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -213,16 +213,16 @@ func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
 			continue
 		}
 		if pool.Ready < max(pool.Target, status[i].Fewest) {
-			status[i].Reason = reasonOf(pool, profiles[i], load, fence, upstream)
+			status[i].Reason = reasonOf(pool, profiles[i], load, recovery, upstream)
 		}
 	}
 	return status, nil
 }
 
-func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, fence tenant.Fence, upstream tenant.UpstreamStatus) *PoolReason {
+func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, recovery tenant.Recovery, upstream tenant.UpstreamStatus) *PoolReason {
 	switch {
-	case fence.Up():
-		return &PoolReason{"restore_fence", "the restore fence is up: " + fence.Reason}
+	case recovery.State == tenant.Stopped:
+		return &PoolReason{tenant.ErrAnotherDatabase.Code, tenant.ErrAnotherDatabase.Detail}
 	case upstream.PATRefused != nil:
 		return &PoolReason{upstream.PATRefused.Code, upstream.PATRefused.Detail}
 	case upstream.Pauses > 0 && upstream.PauseReason != nil:

@@ -217,13 +217,13 @@ func TestNobodyStarves(t *testing.T) {
 	const n = 10
 	w := filled(t, n)
 	r := w.Start(provisiontest.Options{Idle: true})
-	exec(t, w, `UPDATE apps SET suspect = true WHERE state = 'ready'`)
+	exec(t, w, `UPDATE apps SET incarnation = gen_random_uuid() WHERE state = 'ready'`)
 	for i := range n {
 		if got, _, err := r.SignUp(t.Context(), tenant.ID(fmt.Sprint("early_", i)), tenant.SignUp{}, 0, caller); err != nil || got.State != tenant.Provisioning {
 			t.Fatalf("SignUp = %+v, %v", got, err)
 		}
 	}
-	exec(t, w, `UPDATE apps SET suspect = false`)
+	exec(t, w, `UPDATE apps SET incarnation = stored_incarnation()`)
 	for i := range n {
 		if got, _, err := r.SignUp(t.Context(), tenant.ID(fmt.Sprint("late_", i)), tenant.SignUp{}, 0, caller); err != nil || got.State != tenant.Provisioning {
 			t.Errorf("SignUp = %+v, %v; want the app given to who waited", got, err)
@@ -514,9 +514,9 @@ func TestPoolIsNotFilledWhileNothingMoves(t *testing.T) {
 			t.Errorf("%s: %d apps are being built; want %d", why, n, want)
 		}
 	}
-	exec(t, w, `UPDATE deployment SET fence_since = now()`)
-	building("behind the fence", 0)
-	exec(t, w, `UPDATE deployment SET fence_since = NULL;
+	exec(t, w, provisiontest.SetRecovery(tenant.Stopped))
+	building("while another database is in use", 0)
+	exec(t, w, provisiontest.SetRecovery(tenant.NotRecovering)+`
 		UPDATE upstream_budget SET pauses = 1, pause_reason = '{"code": "upstream_unavailable"}'`)
 	building("in a pause", 0)
 	exec(t, w, `UPDATE upstream_budget SET pauses = 0, pause_reason = NULL;
@@ -541,7 +541,9 @@ func TestDrainedAppOfATenantIsKept(t *testing.T) {
 		"app": map[string]any{"metadata": map[string]any{"tenantry": marker}}, "metadata_action": map[string]any{"op": "merge"}})
 	exec(t, w, `UPDATE apps SET state = 'purging', next_attempt_at = now() WHERE id = $1`, app)
 	r.WorkApp(t.Context(), app)
-	fenceIs(t, r, true, false)
+	if got := column(t, w, `SELECT problem->>'code' FROM apps`); !slices.Equal(got, []string{"purge_contested"}) {
+		t.Errorf("the problem of the app is %q", got)
+	}
 	if s := w.State(); s.Apps != 1 || s.Calls["DeleteApp"] != 0 {
 		t.Errorf("the app of a tenant was removed: %v", s.Calls)
 	}

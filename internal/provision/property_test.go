@@ -372,7 +372,7 @@ func (m *model) report(rt *rapid.T) {
 
 func (m *model) repair(rt *rapid.T) {
 	m.run(func(ctx context.Context) {
-		_, err := m.r.StartRepair(ctx, m.token, rapid.Bool().Draw(rt, "adopt only"), admin)
+		_, err := m.r.StartRepair(ctx, m.token, admin)
 		if err != nil && !errors.Is(err, tenant.Conflict) {
 			rt.Fatal(err)
 		}

@@ -62,6 +62,8 @@ type Store interface {
 	AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error
 	DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error
 	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
+	RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error
+	UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error)
 	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
 
 	AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error
@@ -72,6 +74,7 @@ type Store interface {
 	ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error)
 	FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error
 	KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error
+	KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error
 	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 
@@ -83,18 +86,46 @@ type Store interface {
 	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
 	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
 
-	Fence(ctx context.Context) (tenant.Fence, error)
-	RaiseFence(ctx context.Context, reason string) error
-	CheckRestored(ctx context.Context) (tenant.Fence, error)
+	Beat(ctx context.Context, version string) (tenant.Beat, error)
+	RetireApps(ctx context.Context) (int, error)
+	Recovery(ctx context.Context) (tenant.Recovery, error)
+	RecoveryStatus(ctx context.Context) (tenant.Recovery, error)
+	TakeOver(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error)
+	RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error
+	LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error)
+	ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error)
+	ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error
+	Replica() uuid.UUID
+	Leave(ctx context.Context) (last bool, err error)
+
+	BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor tenant.Actor) error
+	QuarantineState(ctx context.Context, fingerprint []byte) (tenant.UnknownKey, error)
+	LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.UnknownKey, error)
+	EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error
+	QuarantineSetback(ctx context.Context, k tenant.UnknownKey, s tenant.Setback) error
+
+	Finding(ctx context.Context, number int64) (tenant.Finding, error)
+	Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, actor tenant.Actor) (int, error)
+	StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error)
+	AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey, dead []uuid.UUID) error
+	EndFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error
+	KeysListed(ctx context.Context, a tenant.App, found []tenant.AdoptedKey, actor tenant.Actor) error
+	KeysOfApp(ctx context.Context, app tenant.AppID) ([]tenant.SealedKey, error)
+	SuspendDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	RestoreDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	RemovalDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
+	Contested(ctx context.Context, a tenant.App, f tenant.Finding, problem tenant.Problem, retry tenant.Setback) error
 
 	StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error)
-	StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error)
+	StartRepair(ctx context.Context, id uuid.UUID, token string, actor tenant.Actor) (tenant.Reconciliation, error)
 	StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error)
 	Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconciliation, error)
 	LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error)
 	ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, s tenant.Setback) error
 	DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error
-	EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error)
+	EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error)
+	SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error)
 	SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error
 	SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error
 	Compare(ctx context.Context, r tenant.Reconciliation) error
@@ -115,7 +146,6 @@ type Store interface {
 	RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.NewKeyRow) error
 	KeyRescoped(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
 	MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
-	ReleaseApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error
 	RemovalsInLastHour(ctx context.Context) (n int, until time.Duration, err error)
 	SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error)
 
@@ -141,7 +171,7 @@ type Store interface {
 	Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error)
 	EndDueKeys(ctx context.Context, actor tenant.Actor) error
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
-	PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error)
+	BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error)
 	Enqueue(ctx context.Context) (int, error)
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
@@ -180,7 +210,7 @@ type Upstream interface {
 	CreateApp(ctx context.Context, app tenant.NewApp) error
 	App(ctx context.Context, id tenant.AppID) (tenant.UpstreamApp, error)
 	AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error)
-	Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error)
+	Apps(ctx context.Context, p tenant.Page) ([]tenant.UpstreamApp, error)
 	MarkApp(ctx context.Context, id tenant.AppID, marker tenant.Marker, description string) error
 	ChangeApp(ctx context.Context, id tenant.AppID, change tenant.AppChange) error
 	DeleteApp(ctx context.Context, id tenant.AppID) error
@@ -188,7 +218,7 @@ type Upstream interface {
 	CreateKey(ctx context.Context, key tenant.NewKey) (tenant.Secret, error)
 	CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant.Secret, error)
 	AppKeys(ctx context.Context, id tenant.AppID, page int) ([]tenant.UpstreamKey, error)
-	Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error)
+	Keys(ctx context.Context, p tenant.Page) ([]tenant.UpstreamKey, error)
 	KeyExists(ctx context.Context, key tenant.Secret) error
 	Opens(ctx context.Context, key tenant.Secret) (tenant.OpenedApp, error)
 	SetKeyScopes(ctx context.Context, key tenant.Secret, scopes []string) error
@@ -203,6 +233,7 @@ type Config struct {
 	PAT        *PAT // that Upstream uses
 	Keyring    *keyring.Keyring
 	Deployment tenant.Deployment // from Pin
+	Version    string            // of this binary, as other replicas see it
 	Profiles   []tenant.Profile  // one of them named tenant.DefaultProfile
 	Log        *zap.Logger
 	Metrics    *Metrics
@@ -325,8 +356,12 @@ type Service struct {
 	byRevision profileCount
 	lanes      [background + 1]chan struct{} // each held by the one call of its lane that waits for a slot; urgent has none
 	reread     rereading
+	controlDue chan struct{} // holds one while the control record or an unknown key is to be looked at
 	apps       gatherer[tenant.NewApp, struct{}]
 	keys       gatherer[tenant.NewKey, tenant.Secret]
+
+	recoveryMu sync.Mutex
+	recovery   tenant.Recovery // as it was last logged; guarded by recoveryMu
 
 	drainOnce sync.Once
 	draining  chan struct{} // closed by Drain
@@ -338,7 +373,7 @@ func New(c Config) (*Service, error) {
 	if err := c.Validate(); err != nil {
 		return nil, err
 	}
-	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{})}
+	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{}), controlDue: make(chan struct{}, 1)}
 	for l := normal; l <= background; l++ {
 		s.lanes[l] = make(chan struct{}, 1)
 	}

@@ -1,11 +1,10 @@
 package provision
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -24,16 +23,15 @@ func (s *Service) StartReport(ctx context.Context, actor tenant.Actor) (tenant.R
 	return s.Store.StartReport(ctx, id, actor)
 }
 
-// StartRepair begins to carry out the report that a token names; with adoptOnly
-// it takes in what the database does not know, and no more. It reports
-// tenant.Conflict for a token that is stale or unknown and while a reconciliation
-// runs.
-func (s *Service) StartRepair(ctx context.Context, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+// StartRepair begins to carry out the report that a token names, without the findings that
+// wait for a decision. It reports tenant.Conflict for a token that is stale or unknown, while
+// a reconciliation runs, and in recovery mode.
+func (s *Service) StartRepair(ctx context.Context, token string, actor tenant.Actor) (tenant.Reconciliation, error) {
 	id, err := uuid.NewV7()
 	if err != nil {
 		return tenant.Reconciliation{}, err
 	}
-	return s.Store.StartRepair(ctx, id, token, adoptOnly, actor)
+	return s.Store.StartRepair(ctx, id, token, actor)
 }
 
 // workReconciliation takes a reconciliation as far as the job's time allows.
@@ -113,24 +111,43 @@ func (s *Service) reconcile(ctx context.Context, r tenant.Reconciliation) (tenan
 }
 
 func (s *Service) listApps(ctx context.Context, r tenant.Reconciliation) error {
-	var apps []tenant.UpstreamApp
-	err := s.call(ctx, background, func(ctx context.Context) (err error) {
-		apps, err = s.Upstream.Apps(ctx, r.Page)
-		return err
-	})
+	recovery, err := s.Store.Recovery(ctx)
 	if err != nil {
 		return err
 	}
+	var apps []tenant.UpstreamApp
+	err = s.call(ctx, background, func(ctx context.Context) (err error) {
+		apps, err = s.Upstream.Apps(ctx, tenant.Page{Number: r.Page, Size: r.PerPage, Counts: recovery.Active()})
+		return err
+	})
+	if err != nil {
+		return s.smallerPages(ctx, r, err)
+	}
 	listed := make([]tenant.ListedApp, len(apps))
 	for i, a := range apps {
-		listed[i].ID = a.ID
-		if a.Marker == nil || a.Marker.Deployment != s.Deployment.ID {
+		listed[i].ID, listed[i].Inputs = a.ID, a.Inputs
+		if a.Marker == nil || a.Marker.Deployment != s.Deployment.ID || a.Marker.Control != nil {
 			continue
 		}
 		listed[i].Marker = a.Marker.App
 		listed[i].Owner = s.ownerOf(*a.Marker)
 	}
 	return s.Store.SawApps(ctx, r, listed)
+}
+
+// smallerPages has a list go on in smaller pages if Clarifai did not send one in time, or sent
+// too much. It returns the failure that is left.
+func (s *Service) smallerPages(ctx context.Context, r tenant.Reconciliation, failed error) error {
+	if tenant.ClassOf(failed) != tenant.UpstreamDown || ctx.Err() != nil {
+		return failed
+	}
+	recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	smaller, err := s.Store.SmallerPages(recording, r)
+	if err == nil && smaller {
+		s.Log.Warn("listing failed; reading smaller pages", zap.Stringer("reconciliation", r.ID), zap.Int("per_page", r.PerPage), zap.Error(failed))
+	}
+	return errors.Join(failed, err)
 }
 
 // ownerOf opens the tenant in a marker of ours. A seal that cannot be opened names
@@ -150,11 +167,11 @@ func (s *Service) ownerOf(m tenant.Marker) tenant.AppOwner {
 func (s *Service) listKeys(ctx context.Context, r tenant.Reconciliation) error {
 	var keys []tenant.UpstreamKey
 	err := s.call(ctx, background, func(ctx context.Context) (err error) {
-		keys, err = s.Upstream.Keys(ctx, r.Page)
+		keys, err = s.Upstream.Keys(ctx, tenant.Page{Number: r.Page, Size: r.PerPage})
 		return err
 	})
 	if err != nil {
-		return err
+		return s.smallerPages(ctx, r, err)
 	}
 	listed := make([]tenant.ListedKey, len(keys))
 	for i, k := range keys {
@@ -250,7 +267,9 @@ func (s *Service) endReconciliation(ctx context.Context, r tenant.Reconciliation
 		return r, err
 	}
 	r.Done = true
-	s.logFence(was, is)
+	if was.State != is.State {
+		s.logRecovery(is)
+	}
 	kinds, states, err := s.Store.CountFindings(ctx, r)
 	if err != nil {
 		s.Log.Warn("count findings", zap.Error(err))
@@ -261,34 +280,27 @@ func (s *Service) endReconciliation(ctx context.Context, r tenant.Reconciliation
 	return r, nil
 }
 
-func (s *Service) logFence(was, is tenant.Fence) {
-	switch {
-	case is.Up() && !was.Up():
-		s.Log.Error("the restore fence is up: nothing is removed and no app is given to a tenant; run `tenantry reconcile --adopt`", zap.String("reason", is.Reason))
-	case is.Behind && !was.Behind:
-		s.Log.Error("the database is behind Clarifai; run `tenantry reconcile --adopt`", zap.String("reason", is.Reason))
-	case was.Up() && !is.Up():
-		s.Log.Info("the restore fence is down", zap.Duration("was_up", time.Since(was.Since)))
-	}
-}
-
-// repairNext carries out the next finding of a report, after a fresh look. Behind
-// the fence nothing but adoption is done.
+// repairNext carries out the next finding of a report, or the next decision, after a fresh
+// look. In recovery mode nothing but decisions is carried out.
 func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error {
-	f, err := s.Store.NextFinding(ctx, r, tenant.FindingOpen)
+	state := tenant.FindingOpen
+	if r.Decisions {
+		state = tenant.FindingDecided
+	}
+	f, err := s.Store.NextFinding(ctx, r, state)
 	if errors.Is(err, tenant.NotFound) {
 		return s.Store.TurnTo(ctx, r, tenant.Ending)
 	}
 	if err != nil {
 		return err
 	}
-	if f.Action != tenant.Adopt {
-		fence, err := s.Store.Fence(ctx)
+	if !r.Decisions {
+		recovery, err := s.Store.Recovery(ctx)
 		if err != nil {
 			return err
 		}
-		if fence.Up() {
-			return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the restore fence is up, and there is only adoption behind it")
+		if recovery.Active() {
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the database is in recovery mode, and nothing is repaired until it ends")
 		}
 	}
 	switch f.Action {
@@ -316,7 +328,26 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 	skip := func(why string) error { return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, why) }
 	switch f.Action {
 	case tenant.Adopt:
+		if f.Kind == tenant.FoundKeyUnknown {
+			return s.adoptKey(ctx, r, f)
+		}
 		return s.adopt(ctx, r, f)
+	case tenant.ResumeTenant:
+		return s.adoptKey(ctx, r, f)
+	case tenant.EndUnknownKey:
+		key, found, err := s.findUnknown(ctx, f)
+		if err != nil || !found {
+			return errors.Join(err, s.skipUnless(err, skip, "it is gone"))
+		}
+		return s.Store.EndFoundKey(ctx, r, f, key)
+	case tenant.SuspendTenant:
+		return s.Store.SuspendDecided(ctx, r, f)
+	case tenant.RestoreTenant:
+		return s.Store.RestoreDecided(ctx, r, f)
+	case tenant.RemoveContested:
+		return s.Store.RemovalDecided(ctx, r, f)
+	case tenant.OverwriteTag:
+		return s.overwriteTag(ctx, r, f)
 	case tenant.Remove:
 		ours, err := s.look(ctx, background, f.AppID)
 		switch {
@@ -343,7 +374,7 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 			return err
 		}
 		return s.Store.RevokeKey(ctx, r, f, sealed)
-	case tenant.Rebuild, tenant.Forget:
+	case tenant.Rebuild, tenant.MakeApp, tenant.Forget:
 		if f.Kind == tenant.FoundAppGone {
 			if exists, err := s.lookFor(ctx, &f); err != nil || exists {
 				return errors.Join(err, s.skipUnless(err, skip, "it is there"))
@@ -354,7 +385,7 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 			return errors.Join(err, s.skipUnless(err, skip, "it is there"))
 		}
 		return s.Store.DiscardApp(ctx, r, f)
-	case tenant.Remake:
+	case tenant.Remake, tenant.MakeKey:
 		if exists, err := s.keyExists(ctx, f); err != nil || exists {
 			return errors.Join(err, s.skipUnless(err, skip, "it is there"))
 		}
@@ -377,15 +408,6 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 		return s.Store.KeyRescoped(ctx, r, f)
 	case tenant.Mark:
 		return s.Store.MarkAgain(ctx, r, f)
-	case tenant.Release:
-		app, err := s.lookAt(ctx, background, f.AppID)
-		if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
-			return err
-		}
-		if app.Marker != nil && app.Marker.Tenant != "" {
-			return skip("its marker names a tenant")
-		}
-		return s.Store.ReleaseApp(ctx, r, f)
 	}
 	return fmt.Errorf("finding %d has the unknown action %q", f.Number, f.Action)
 }
@@ -404,7 +426,7 @@ func (s *Service) sealed(id uuid.UUID, secret tenant.Secret) (tenant.SealedKey, 
 }
 
 // adopt takes in an app that the database does not know, or knows less of than
-// Clarifai: as its marker says, with the keys that are ours.
+// Clarifai: as its marker says, with the keys that are ours and work.
 func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	app, err := s.lookAt(ctx, background, f.AppID)
 	switch {
@@ -415,64 +437,121 @@ func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.F
 	case !app.Marker.Owns(s.Deployment.ID, f.AppID):
 		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it does not have our marker")
 	}
-	a := tenant.AdoptedApp{ID: f.AppID, Profile: app.Marker.Profile, Owner: s.ownerOf(*app.Marker)}
-	if app.Marker.Tenant != "" && a.Owner.Tenant == "" {
+	a := tenant.AdoptedApp{ID: f.AppID, Owner: s.ownerOf(*app.Marker)}
+	if a.Owner.Tenant == "" {
 		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the tenant in its marker cannot be read with this keyset")
 	}
-	if a.Owner.Profile != "" {
-		a.Profile = a.Owner.Profile
+	a.Profile = cmp.Or(a.Owner.Profile, app.Marker.Profile, tenant.DefaultProfile)
+	a.Owner.Profile = a.Profile
+	if app.Marker.PurgeAfter != "" {
+		if a.PurgeAfter, err = time.Parse(time.RFC3339Nano, app.Marker.PurgeAfter); err != nil {
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "its marker does not say when it is to be removed")
+		}
 	}
-	if a.Profile == "" {
-		a.Profile = tenant.DefaultProfile
-	}
-	if a.Keys, err = s.adoptableKeys(ctx, f.AppID); err != nil {
-		return err
-	}
-	scopes := []string{"All"}
-	if p, ok := s.profiles[a.Profile]; ok {
-		scopes = p.KeyScopes
-	}
-	id, err := uuid.NewV7()
+	found, err := s.foundKeys(ctx, background, f.AppID)
 	if err != nil {
 		return err
 	}
-	a.NewKey = tenant.NewKeyRow{ID: id, Name: tenant.DefaultKey, Scopes: scopes}
+	for _, k := range found {
+		if k.Ciphertext != nil {
+			alive, err := s.keyOpens(ctx, k.SealedKey, f.AppID)
+			if err != nil {
+				return err
+			}
+			if !alive {
+				continue
+			}
+		}
+		a.Keys = append(a.Keys, k)
+	}
+	scopes := []string{tenant.ScopeAll}
+	if p, ok := s.profiles[a.Profile]; ok {
+		scopes = p.KeyScopes
+	}
+	a.NewKey = tenant.NewKeyRow{ID: newRowID(), Name: tenant.DefaultKey, Scopes: scopes}
 	return s.Store.AdoptApp(ctx, r, f, a)
 }
 
-// adoptableKeys returns the keys of an app that have our marker, newest first.
-func (s *Service) adoptableKeys(ctx context.Context, app tenant.AppID) ([]tenant.AdoptedKey, error) {
-	var adopted []tenant.AdoptedKey
-	for page := 1; ; page++ {
-		var keys []tenant.UpstreamKey
-		err := s.call(ctx, background, func(ctx context.Context) (err error) {
-			keys, err = s.Upstream.AppKeys(ctx, app, page)
-			return err
-		})
-		if err != nil {
-			return nil, err
-		}
-		if len(keys) == 0 {
-			break
-		}
-		for _, k := range keys {
-			id := s.keyIDOf(k)
-			if id == uuid.Nil {
-				continue
-			}
-			a := tenant.AdoptedKey{SealedKey: tenant.SealedKey{ID: id}, Scopes: k.Scopes}
-			if a.Scopes == nil {
-				a.Scopes = []string{}
-			}
-			if k.Secret.IsSet() {
-				if a.SealedKey, err = s.sealed(id, k.Secret); err != nil {
-					return nil, err
-				}
-			}
-			adopted = append(adopted, a)
+// keyOpens asks Clarifai whether a key opens an app.
+func (s *Service) keyOpens(ctx context.Context, key tenant.SealedKey, app tenant.AppID) (bool, error) {
+	secret, err := s.Keyring.Open(key.ID, key.Ciphertext)
+	if err != nil {
+		return false, err
+	}
+	opened, err := s.opens(ctx, background, secret)
+	switch tenant.ClassOf(err) {
+	case tenant.UpstreamNotFound:
+		return false, nil
+	case tenant.UpstreamForbidden: // its scopes do not let it say what it opens
+		return true, nil
+	}
+	return err == nil && opened.AppID == app, err
+}
+
+// findUnknown finds the key of a finding at Clarifai.
+func (s *Service) findUnknown(ctx context.Context, f tenant.Finding) (key tenant.AdoptedKey, found bool, err error) {
+	keys, err := s.foundKeys(ctx, background, f.AppID)
+	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+		return key, false, nil
+	}
+	for _, k := range keys {
+		if k.ID == f.KeyID {
+			return k, true, err
 		}
 	}
-	// The ids of rows sort by time.
-	slices.SortFunc(adopted, func(a, b tenant.AdoptedKey) int { return strings.Compare(b.ID.String(), a.ID.String()) })
-	return adopted, nil
+	return key, false, err
+}
+
+// adoptKey makes an unknown key a key of its tenant.
+func (s *Service) adoptKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	key, found, err := s.findUnknown(ctx, f)
+	switch {
+	case err != nil:
+		return err
+	case !found:
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it is gone")
+	case key.Ciphertext == nil:
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the listing hides its secret: end the key, and make a new one")
+	}
+	if alive, err := s.keyOpens(ctx, key.SealedKey, f.AppID); err != nil {
+		return err
+	} else if !alive {
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it works no longer")
+	}
+	known, err := s.Store.KeysOfApp(ctx, f.AppID)
+	if err != nil {
+		return err
+	}
+	var dead []uuid.UUID
+	for _, k := range known {
+		alive, err := s.keyOpens(ctx, k, f.AppID)
+		if err != nil {
+			return err
+		}
+		if !alive {
+			dead = append(dead, k.ID)
+		}
+	}
+	return s.Store.AdoptFoundKey(ctx, r, f, key, dead)
+}
+
+// overwriteTag writes the tenant of the row into the ownership tag of a contested app.
+func (s *Service) overwriteTag(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	t, err := s.Store.Tenant(ctx, f.TenantID)
+	if err != nil {
+		return err
+	}
+	if t.AppID != f.AppID {
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the tenant does not hold it any more")
+	}
+	sealed, err := s.Keyring.SealOwner(f.AppID, tenant.AppOwner{Tenant: t.ID, Generation: t.Generation, Profile: t.Profile})
+	if err != nil {
+		return err
+	}
+	marker := s.markerOf(tenant.App{ID: f.AppID, Profile: t.Profile})
+	marker.Tenant = sealed
+	if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, f.AppID, marker, "") }); err != nil {
+		return err
+	}
+	return s.Store.OwnerDecided(ctx, r, f)
 }

@@ -32,9 +32,9 @@ func report(t *testing.T, r *provisiontest.Replica) (tenant.Reconciliation, []te
 }
 
 // repair carries a report out, and returns how its findings ended.
-func repair(t *testing.T, r *provisiontest.Replica, token string, adoptOnly bool) []tenant.Finding {
+func repair(t *testing.T, r *provisiontest.Replica, token string) []tenant.Finding {
 	t.Helper()
-	began, err := r.StartRepair(t.Context(), token, adoptOnly, admin)
+	began, err := r.StartRepair(t.Context(), token, admin)
 	if err != nil {
 		t.Fatalf("start repair: %v", err)
 	}
@@ -272,12 +272,12 @@ func TestReconcile(t *testing.T) {
 				t.Errorf("the report changed Clarifai from %+v to %+v", before, after)
 			}
 			if c.action == "" {
-				if ended := repair(t, s.r, done.Token, false); ended[0].State != tenant.FindingOpen {
+				if ended := repair(t, s.r, done.Token); ended[0].State != tenant.FindingOpen {
 					t.Errorf("a finding for people ended as %+v", ended)
 				}
 				return
 			}
-			if ended := repair(t, s.r, done.Token, false); ended[0].State != tenant.FindingDone {
+			if ended := repair(t, s.r, done.Token); ended[0].State != tenant.FindingDone {
 				t.Fatalf("the repair ended with %+v", ended)
 			}
 			if c.check != nil {
@@ -319,7 +319,7 @@ func TestRepairLooksAgain(t *testing.T) {
 		t.Fatalf("found %+v; want the app to seem gone", found)
 	}
 	w.Faults()
-	if ended := repair(t, r, done.Token, false); ended[0].State != tenant.FindingSkipped {
+	if ended := repair(t, r, done.Token); ended[0].State != tenant.FindingSkipped {
 		t.Errorf("the repair ended with %+v; want the finding skipped", ended)
 	}
 	if got := signUp(t, r, "user_1"); got.AppID != app {
@@ -344,7 +344,7 @@ func TestRemovalCap(t *testing.T) {
 	if len(found) != 4 {
 		t.Fatalf("found %+v; want 4 keys that live", found)
 	}
-	began, err := r.StartRepair(t.Context(), done.Token, false, admin)
+	began, err := r.StartRepair(t.Context(), done.Token, admin)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,14 +374,14 @@ func TestReconciliationsRefused(t *testing.T) {
 		}
 		return e.Code
 	}
-	if _, err := r.StartRepair(t.Context(), first.Token, false, admin); code(err) != "reconciliation_token_stale" {
+	if _, err := r.StartRepair(t.Context(), first.Token, admin); code(err) != "reconciliation_token_stale" {
 		t.Errorf("a stale token is refused with %v", err)
 	}
-	if _, err := r.StartRepair(t.Context(), "rec_nonsense", false, admin); code(err) != "reconciliation_token_unknown" {
+	if _, err := r.StartRepair(t.Context(), "rec_nonsense", admin); code(err) != "reconciliation_token_unknown" {
 		t.Errorf("a foreign token is refused with %v", err)
 	}
-	repair(t, r, second.Token, false)
-	if _, err := r.StartRepair(t.Context(), second.Token, false, admin); code(err) != "reconciliation_token_stale" {
+	repair(t, r, second.Token)
+	if _, err := r.StartRepair(t.Context(), second.Token, admin); code(err) != "reconciliation_token_stale" {
 		t.Errorf("a token that was used is refused with %v", err)
 	}
 	w.Faults(map[string]any{"call": "ListApps", "status": 98004})

@@ -8,6 +8,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/clarifaisim"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
@@ -22,8 +26,9 @@ type account struct {
 
 func accountOf(t *testing.T, r *provisiontest.Replica, id tenant.ID) account {
 	t.Helper()
+	app := signUp(t, r, id).AppID
 	_, secret := keyOf(t, r, id)
-	return account{signUp(t, r, id).AppID, secret.Reveal()}
+	return account{app, secret.Reveal()}
 }
 
 // on returns the same world with another database.
@@ -31,35 +36,6 @@ func on(w *provisiontest.World, url tenant.Secret) *provisiontest.World {
 	other := *w
 	other.URL = url
 	return &other
-}
-
-// fenceIs waits until the fence is up or down, and behind or not.
-func fenceIs(t *testing.T, r *provisiontest.Replica, up, behind bool) {
-	t.Helper()
-	provisiontest.Eventually(t, fmt.Sprintf("the fence is up: %v, the database is behind: %v", up, behind), func() bool {
-		f, err := r.DB.Fence(t.Context())
-		return err == nil && f.Up() == up && f.Behind == behind
-	})
-}
-
-// autoReport waits for the report that begins by itself behind the fence, and
-// after each repair there.
-func autoReport(t *testing.T, r *provisiontest.Replica) (tenant.Reconciliation, []tenant.Finding) {
-	t.Helper()
-	var last tenant.Reconciliation
-	provisiontest.Eventually(t, "a report is made behind the fence", func() bool {
-		newest, err := r.DB.Reconciliations(t.Context(), 1)
-		if err != nil || len(newest) == 0 {
-			return false
-		}
-		last = newest[0]
-		return last.Kind == tenant.Report && last.Done
-	})
-	found, err := r.DB.Findings(t.Context(), last, 0, 1000)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return last, found
 }
 
 func kindsOf(found []tenant.Finding) []string {
@@ -71,142 +47,158 @@ func kindsOf(found []tenant.Finding) []string {
 	return kinds
 }
 
-// newAppWaits signs a tenant up that cannot be given an app yet.
-func newAppWaits(t *testing.T, r *provisiontest.Replica, id tenant.ID) {
+// inState waits until the database is in a state of recovery mode.
+func inState(t *testing.T, r *provisiontest.Replica, want tenant.RecoveryState) tenant.Recovery {
 	t.Helper()
-	got, _, err := r.SignUp(t.Context(), id, tenant.SignUp{}, 0, caller)
-	if err != nil || got.State != tenant.Provisioning || got.Problem == nil || got.Problem.Code != "restore_fence" {
-		t.Fatalf("a sign-up behind the fence gives %+v, %v; want one that waits for the fence", got, err)
-	}
+	var is tenant.Recovery
+	defer func() {
+		if t.Failed() {
+			t.Logf("it is %+v", is)
+			for _, l := range r.Logs.FilterLevelExact(zap.WarnLevel).All() {
+				t.Log(l.Message, l.ContextMap())
+			}
+		}
+	}()
+	provisiontest.Eventually(t, fmt.Sprintf("recovery mode is %q", want), func() bool {
+		var err error
+		is, err = r.DB.Recovery(t.Context())
+		return err == nil && is.State == want
+	})
+	return is
 }
 
-// A database that is restored from a dump knows nothing of what came after it.
-// Nothing of that is lost, removed or given to somebody else, and it is taken in
-// again: tenants with the apps and the keys they had.
+// undecided waits for the report of a recovery, and returns what waits for a decision.
+func undecided(t *testing.T, r *provisiontest.Replica) []tenant.Finding {
+	t.Helper()
+	is := inState(t, r, tenant.Recovering)
+	provisiontest.Eventually(t, "the report of the recovery is done", func() bool {
+		last, err := r.DB.LastReport(t.Context())
+		return err == nil && last.CreatedAt.After(is.Since)
+	})
+	found, err := r.DB.Undecided(t.Context(), "", tenant.Finding{}, 1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+// decide decides all findings of a kind, and waits until that is carried out.
+func decide(t *testing.T, r *provisiontest.Replica, kind tenant.FindingKind, choice tenant.RepairAction) {
+	t.Helper()
+	n, err := r.Decide(t.Context(), 0, kind, choice, "", admin)
+	if err != nil || n == 0 {
+		t.Fatalf("decide %s of %s: %d, %v", choice, kind, n, err)
+	}
+	carriedOut(t, r)
+}
+
+func carriedOut(t *testing.T, r *provisiontest.Replica) {
+	t.Helper()
+	provisiontest.Eventually(t, "decisions are carried out", func() bool {
+		found, err := r.DB.Undecided(t.Context(), "", tenant.Finding{}, 1000)
+		return err == nil && !slices.ContainsFunc(found, func(f tenant.Finding) bool { return f.State == tenant.FindingDecided })
+	})
+}
+
+// control has the control record kept, which the tests below are about.
+func control(o provisiontest.Options) provisiontest.Options {
+	o.Control = true
+	return o
+}
+
+// controlRecorded waits until the control record is there.
+func controlRecorded(t *testing.T, r *provisiontest.Replica) {
+	t.Helper()
+	provisiontest.Eventually(t, "the control record is written", func() bool {
+		is, err := r.DB.Recovery(t.Context())
+		return err == nil && !is.ControlSeenAt.IsZero()
+	})
+}
+
+// A database that is restored from a dump knows nothing of what came after it. Nothing of
+// that is lost, removed or given to somebody else, and it is taken in again: tenants with the
+// apps and the keys they had. Sign-ups go on meanwhile.
 func TestRestoredDatabase(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
-	r := w.Start(provisiontest.Options{})
+	r := w.Start(control(provisiontest.Options{Adjust: pool(2, 2)}))
 	accounts := map[tenant.ID]account{}
 	for _, id := range []tenant.ID{"before_1", "before_2"} {
-		signUp(t, r, id)
 		accounts[id] = accountOf(t, r, id)
 	}
-	// An app that nobody has yet, and that is claimed after the dump.
-	exec(t, w, `INSERT INTO apps (id, profile, profile_revision) VALUES ('t-pooled', 'default', '')`)
-	provisiontest.Eventually(t, "an app is ready", func() bool {
-		var ready bool
-		err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT state = 'ready' FROM apps WHERE id = 't-pooled'`).Scan(&ready)
-		return err == nil && ready
-	})
 	marked(t, w)
+	poolIs(t, w, 2)
+	controlRecorded(t, r)
 	dump := pgtest.Dump(t, w.URL)
-
-	for _, id := range []tenant.ID{"after_claim", "after_1", "after_2"} {
-		signUp(t, r, id)
+	for _, id := range []tenant.ID{"after_1", "after_2", "after_3"} {
 		accounts[id] = accountOf(t, r, id)
-	}
-	if accounts["after_claim"].app != "t-pooled" {
-		t.Fatalf("the ready app was not claimed, but %s", accounts["after_claim"].app)
 	}
 	marked(t, w)
 	r.Stop()
-	keysBefore := w.AppKeys()
 
 	w = on(w, pgtest.Restore(t, dump))
-	r = w.Start(provisiontest.Options{Fenced: true})
-	fenceIs(t, r, true, true)
-	for _, id := range []tenant.ID{"before_1", "before_2"} {
-		if got := accountOf(t, r, id); got != accounts[id] {
-			t.Errorf("behind the fence %s has %v; want %v", id, got.app, accounts[id].app)
-		}
-	}
-	newAppWaits(t, r, "newcomer")
-	last, found := autoReport(t, r)
-	if got, want := kindsOf(found), []string{"app_forgotten", "app_unknown", "app_unknown"}; !slices.Equal(got, want) {
+	r = w.Start(control(provisiontest.Options{Adjust: pool(2, 2)}))
+	newcomer := accountOf(t, r, "newcomer") // at once, from a build
+	found := undecided(t, r)
+	if got, want := kindsOf(found), []string{"app_forgotten", "app_forgotten", "app_unknown"}; !slices.Equal(got, want) {
 		t.Errorf("the report found %v; want %v", got, want)
 	}
-	if got := w.AppKeys(); !slices.Equal(got, keysBefore) {
-		t.Errorf("behind the fence the keys at Clarifai changed from %v to %v", keysBefore, got)
-	}
-
-	for _, f := range repair(t, r, last.Token, true) {
-		if f.State != tenant.FindingDone {
-			t.Errorf("the adoption ended with %+v", f)
+	for id, a := range accounts {
+		if a.app == newcomer.app || a.secret == newcomer.secret {
+			t.Errorf("the newcomer was given the app or the key of %s", id)
 		}
 	}
-	if _, found := autoReport(t, r); len(found) != 0 {
-		t.Errorf("after the adoption a report finds %+v", found)
-	}
-	fenceIs(t, r, false, false)
+	decide(t, r, tenant.FoundAppForgotten, tenant.Adopt)
+	decide(t, r, tenant.FoundAppUnknown, tenant.Adopt)
+	inState(t, r, tenant.NotRecovering)
 	for id, want := range accounts {
 		if got := accountOf(t, r, id); got != want {
 			t.Errorf("after the adoption %s has the app %s, its key is the same: %v; want %s", id, got.app, got.secret == want.secret, want.app)
 		}
 	}
-	newcomer := signUp(t, r, "newcomer")
-	for id, a := range accounts {
-		if a.app == newcomer.AppID {
-			t.Errorf("the newcomer was given the app of %s", id)
+}
+
+// The last sign-up before a loss, whose app is not tagged yet, keeps its app and key for
+// itself, whatever is done about the recovery.
+func TestUntaggedHandOutIsLost(t *testing.T) {
+	t.Parallel()
+	w := filled(t, 2)
+	dump := pgtest.Dump(t, w.URL)
+	r := w.Start(provisiontest.Options{Adjust: pool(2, 2), Idle: true}) // the replica dies before its sweep
+	lost := accountOf(t, r, "lost")
+	r.Stop()
+
+	w = on(w, pgtest.Restore(t, dump))
+	r = w.Start(control(provisiontest.Options{Adjust: pool(2, 2)}))
+	for i := range 4 {
+		if other := accountOf(t, r, tenant.ID(fmt.Sprint("other_", i))); other.app == lost.app || other.secret == lost.secret {
+			t.Fatalf("R1: a second tenant has the app %s", other.app)
+		}
+		if i == 1 {
+			if _, err := r.DB.EndRecovery(t.Context(), admin); err != nil && !errors.Is(err, tenant.Conflict) {
+				t.Fatal(err)
+			}
+			report(t, r)
 		}
 	}
-	marked(t, w)
-	rest(t, w)
-	// The newcomer's build may have been started twice, by its own sign-up and the sweep.
-	var spare int
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT count(*) FROM apps WHERE state = 'ready'`).Scan(&spare); err != nil {
-		t.Fatal(err)
+	if n := len(column(t, w, `SELECT id FROM apps WHERE state = 'retired'`)); n != 2 {
+		t.Errorf("%d apps are retired; want the pool of 2", n)
 	}
-	if s := w.State(); s.Apps != 6+spare || len(w.AppKeys()) != 6+spare || spare > 1 {
-		t.Errorf("Clarifai has %d apps and %d keys, %d of them spare; want 6 of each beside one spare at most", s.Apps, len(w.AppKeys()), spare)
+	if !keyOpens(t, w, tenant.NewSecret(lost.secret), lost.app) {
+		t.Error("the key of the lost tenant works no longer")
 	}
-}
-
-// What a restored database still believes to be under way is not removed behind
-// the fence.
-func TestNothingIsRemovedBehindTheFence(t *testing.T) {
-	t.Parallel()
-	w := provisiontest.New(t)
-	r := w.Start(provisiontest.Options{})
-	signUp(t, r, "user_1")
-	want := accountOf(t, r, "user_1")
-	key, _ := keyOf(t, r, "user_1")
-	keyID := key.ID
-	marked(t, w)
-	r.Stop()
-	// The backup is of when the app was about to be removed, and its key with it.
-	exec(t, w, `UPDATE tenants SET state = 'deleted', app_id = NULL;
-		UPDATE keys SET state = 'revoking', leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity';
-		UPDATE apps SET state = 'purging', leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity'`)
-	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL)))
-	r = w.Start(provisiontest.Options{Fenced: true, Idle: true})
-	if _, err := r.DB.CheckRestored(t.Context()); err != nil {
-		t.Fatal(err)
+	// Its key is a proof that the app is the tenant's.
+	if a, err := adopt(t, r, "lost", tenant.AdoptRequest{AppID: lost.app}); err == nil {
+		t.Errorf("without its key the app is adopted: %+v", a)
 	}
-	fenceIs(t, r, true, false)
-	lease := func() (app, key error) {
-		_, app = r.DB.LeaseApp(t.Context(), want.app, time.Minute)
-		_, key = r.DB.LeaseKey(t.Context(), keyID, time.Minute)
-		return app, key
-	}
-	if app, key := lease(); !errors.Is(app, tenant.NotFound) || !errors.Is(key, tenant.NotFound) {
-		t.Errorf("behind the fence a removal may begin: of the app %v, of the key %v", app, key)
-	}
-	if n, err := r.DB.Enqueue(t.Context()); err != nil || n != 0 {
-		t.Errorf("behind the fence %d removals are enqueued, %v", n, err)
-	}
-	exec(t, w, `UPDATE deployment SET fence_since = NULL`)
-	if n, err := r.DB.Enqueue(t.Context()); err != nil || n != 2 {
-		t.Errorf("without it %d removals are enqueued, %v; want that of the app and that of the key", n, err)
-	}
-	if app, key := lease(); app != nil || key != nil {
-		t.Errorf("without it no removal may begin: of the app %v, of the key %v", app, key)
+	mustAdopt(t, r, "lost", tenant.AdoptRequest{AppID: lost.app, Key: tenant.NewSecret(lost.secret)})
+	if got := accountOf(t, r, "lost"); got != lost {
+		t.Errorf("after the adoption the tenant has %v; want %v", got.app, lost.app)
 	}
 }
 
-// The keyset and the operator's account are enough to rebuild the mapping from
-// nothing. Where Clarifai's listing hides keys, tenants get new ones and the old
-// are on record.
+// The keyset and the operator's account are enough to rebuild the mapping from nothing. Where
+// Clarifai's listing hides keys, tenants are suspended, and the old keys are on record.
 func TestRebuiltFromNothing(t *testing.T) {
 	t.Parallel()
 	for _, masked := range []bool{false, true} {
@@ -214,127 +206,360 @@ func TestRebuiltFromNothing(t *testing.T) {
 			t.Parallel()
 			w := provisiontest.New(t)
 			w.Settings(map[string]any{"masked_keys": masked})
-			r := w.Start(provisiontest.Options{})
+			r := w.Start(control(provisiontest.Options{}))
 			accounts := map[tenant.ID]account{}
-			for i := range 5 {
+			for i := range 3 {
 				id := tenant.ID(fmt.Sprint("user_", i))
-				signUp(t, r, id)
 				accounts[id] = accountOf(t, r, id)
 			}
-			narrow := "narrow"
-			if _, _, err := r.SignUp(t.Context(), "other", tenant.SignUp{Profile: &narrow}, long, caller); err != nil {
-				t.Fatal(err)
-			}
-			accounts["other"] = account{}
-			_, secret := keyOf(t, r, "other")
-			got, err := r.Tenant(t.Context(), "other", 0)
-			if err != nil {
-				t.Fatal(err)
-			}
-			accounts["other"] = account{got.AppID, secret.Reveal()}
 			makeForeignApp(t, w, "not-ours")
 			marked(t, w)
-			deployment := r.Deployment.ID
+			controlRecorded(t, r)
 			r.Stop()
 
 			w = on(w, pgtest.URL(t))
-			r = w.Start(provisiontest.Options{Fenced: true})
-			if r.Deployment.ID != deployment {
-				t.Fatalf("the deployment is %s after the loss, and was %s: its markers would not be ours", r.Deployment.ID, deployment)
+			r = w.Start(control(provisiontest.Options{}))
+			if found := undecided(t, r); len(found) != 3 {
+				t.Errorf("the report found %v; want 3 unknown apps", kindsOf(found))
 			}
-			fenceIs(t, r, true, true)
-			newAppWaits(t, r, "user_3") // who signed up long ago
-			last, found := autoReport(t, r)
-			if n := len(found); n != len(accounts) {
-				t.Errorf("the report found %v; want %d unknown apps", kindsOf(found), len(accounts))
-			}
-			for _, f := range repair(t, r, last.Token, true) {
-				if f.State != tenant.FindingDone {
-					t.Errorf("the adoption ended with %+v", f)
-				}
-			}
-			_, left := autoReport(t, r)
-			fenceIs(t, r, false, false)
+			decide(t, r, tenant.FoundAppUnknown, tenant.Adopt)
+			inState(t, r, tenant.NotRecovering)
 			for id, want := range accounts {
-				up := tenant.SignUp{}
-				if id == "other" {
-					up.Profile = &narrow
+				got, err := r.Tenant(t.Context(), id, 0)
+				if err != nil || got.AppID != want.app {
+					t.Fatalf("%s is %+v, %v; want its app %s", id, got, err, want.app)
 				}
-				got, created, err := r.SignUp(t.Context(), id, up, long, caller)
-				if err != nil || created || got.AppID != want.app {
-					t.Errorf("%s is %+v, made anew: %v, %v; want its app %s", id, got, created, err, want.app)
+				if masked {
+					if got.State != tenant.Suspended {
+						t.Errorf("%s, whose key is hidden, is %s", id, got.State)
+					}
+					if got, err = r.Resume(t.Context(), id, long, caller); err != nil || got.State != tenant.Active {
+						t.Fatalf("resume %s: %+v, %v", id, got, err)
+					}
 				}
-				provisiontest.Eventually(t, "there is a key", func() bool {
-					_, _, err := r.Reveal(t.Context(), id, tenant.DefaultKey, caller)
-					return err == nil
-				})
-				if _, secret := keyOf(t, r, id); (secret.Reveal() == want.secret) == masked {
-					t.Errorf("%s has its old key: %v", id, secret.Reveal() == want.secret)
+				if again := accountOf(t, r, id); (again.secret == want.secret) == masked || !keyOpens(t, w, tenant.NewSecret(again.secret), want.app) {
+					t.Errorf("%s has its old key: %v, or it does not open its app", id, again.secret == want.secret)
 				}
-				if id != "other" && !keyWorks(t, w, r, got) { // whose scopes are too narrow to look
-					t.Errorf("the key of %s does not open its app", id)
-				}
-			}
-			wantLeft, wantKeys := 0, len(accounts)
-			if masked {
-				wantLeft, wantKeys = len(accounts), 2*len(accounts)
-			}
-			if n := len(w.AppKeys()); n != wantKeys {
-				t.Errorf("Clarifai has %d keys of ours; want %d", n, wantKeys)
-			}
-			if lost := slices.DeleteFunc(kindsOf(left), func(k string) bool { return k != "key_lost" }); len(lost) != wantLeft {
-				t.Errorf("the last report found %v; want %d lost keys", kindsOf(left), wantLeft)
 			}
 		})
 	}
 }
 
-// A tenant that was taken in from its app's marker has no attributes: those of its
-// next sign-up are taken, once.
-func TestAdoptedTenantTakesAttributes(t *testing.T) {
+// A key that the database does not know, of a tenant that it calls suspended, is for a person
+// to decide about: it does not make the tenant active by itself, nor stay in its way.
+func TestUnknownKeyOfSuspended(t *testing.T) {
 	t.Parallel()
-	w := provisiontest.New(t)
-	r := w.Start(provisiontest.Options{})
-	name, other := "Ada", "Bob"
-	up := tenant.SignUp{DisplayName: &name, Labels: map[string]string{"plan": "pro"}}
-	if _, _, err := r.SignUp(t.Context(), "user_1", up, long, caller); err != nil {
-		t.Fatal(err)
-	}
-	marked(t, w)
-	r.Stop()
-	w = on(w, pgtest.URL(t))
-	r = w.Start(provisiontest.Options{Fenced: true})
-	fenceIs(t, r, true, true)
-	last, _ := autoReport(t, r)
-	repair(t, r, last.Token, true)
-	got, created, err := r.SignUp(t.Context(), "user_1", up, long, caller)
-	if err != nil || created || got.DisplayName != name || got.Labels["plan"] != "pro" {
-		t.Errorf("the sign-up of an adopted tenant gives %+v, made: %v, %v", got, created, err)
-	}
-	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{DisplayName: &other}, long, caller); !errors.Is(err, tenant.Conflict) {
-		t.Errorf("a second sign-up with other attributes gives %v; want a conflict", err)
+	for choice, wantKeys := range map[tenant.RepairAction]int{tenant.ResumeTenant: 1, tenant.EndUnknownKey: 0} {
+		t.Run(string(choice), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(provisiontest.Options{})
+			app := signUp(t, r, "user_1").AppID
+			marked(t, w)
+			suspended(t, r, "user_1")
+			makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: uuid.Must(uuid.NewV7())}.String())
+			_, found := report(t, r)
+			if got := kindsOf(found); !slices.Equal(got, []string{"key_contested"}) {
+				t.Fatalf("the report found %v", got)
+			}
+			decide(t, r, tenant.FoundKeyContested, choice)
+			provisiontest.Eventually(t, "the keys are as decided", func() bool { return keysOpening(t, w, app) == wantKeys })
+			got, err := r.Tenant(t.Context(), "user_1", 0)
+			if want := map[bool]tenant.State{true: tenant.Active, false: tenant.Suspended}[wantKeys == 1]; err != nil || got.State != want {
+				t.Errorf("the tenant is %s, %v; want %s", got.State, err, want)
+			}
+			suspended(t, r, "user_1")
+			provisiontest.Eventually(t, "no key works", func() bool { return keysOpening(t, w, app) == 0 })
+			if got, err = r.Resume(t.Context(), "user_1", long, caller); err != nil || got.State != tenant.Active {
+				t.Errorf("resume: %+v, %v", got, err)
+			}
+		})
 	}
 }
 
-// Where tenants are left out of the markers, the apps are found again all the
-// same, and held back from everybody.
-func TestRebuiltWithoutMarks(t *testing.T) {
+func suspended(t *testing.T, r *provisiontest.Replica, id tenant.ID) {
+	t.Helper()
+	if got, err := r.Suspend(t.Context(), id, long, caller); err != nil || got.State != tenant.Suspended {
+		t.Fatalf("suspend %s: %+v, %v", id, got, err)
+	}
+}
+
+// A deletion that was taken back after the backup: when the retention that the rows remember
+// ends, nothing is removed.
+func TestForgottenRestoreIsNotPurged(t *testing.T) {
+	t.Parallel()
+	for name, after := range map[string]func(t *testing.T, r *provisiontest.Replica){
+		"active":    func(*testing.T, *provisiontest.Replica) {},
+		"suspended": func(t *testing.T, r *provisiontest.Replica) { suspended(t, r, "user_1") },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(control(provisiontest.Options{}))
+			app := signUp(t, r, "user_1").AppID
+			marked(t, w)
+			if _, err := r.Delete(t.Context(), "user_1", false, long, caller); err != nil {
+				t.Fatal(err)
+			}
+			rest(t, w)
+			controlRecorded(t, r)
+			dump := pgtest.Dump(t, w.URL)
+			got, err := r.Service.Restore(t.Context(), "user_1", long, caller)
+			if err != nil || got.State != tenant.Active {
+				t.Fatal(got, err)
+			}
+			rest(t, w)
+			after(t, r)
+			keys := keysOpening(t, w, app)
+			r.Stop()
+
+			w = on(w, pgtest.Restore(t, dump))
+			r = w.Start(control(provisiontest.Options{}))
+			inState(t, r, tenant.Recovering)
+			if _, err := r.DB.EndRecovery(t.Context(), admin); err != nil { // undecided
+				t.Fatal(err)
+			}
+			// As if time had passed: the tag says when, too.
+			exec(t, w, `UPDATE apps SET purge_after = now() - interval '1 s', tagged_purge_after = now() - interval '1 s', next_attempt_at = now() WHERE state = 'retained'`)
+			provisiontest.Eventually(t, "the removal is contested", func() bool {
+				return slices.Equal(column(t, w, `SELECT problem->>'code' FROM apps WHERE state = 'retained' AND problem IS NOT NULL`), []string{"purge_contested"})
+			})
+			if n := keysOpening(t, w, app); n != keys || w.State().Calls["DeleteApp"] != 0 {
+				t.Errorf("%d of %d keys are left, and %d apps were removed", n, keys, w.State().Calls["DeleteApp"])
+			}
+			if _, found := report(t, r); !slices.Contains(kindsOf(found), "purge_contested") {
+				t.Errorf("a report finds %v", kindsOf(found))
+			}
+		})
+	}
+}
+
+// Whatever a person sees at the end of a tenant's life, a purge lists the app's keys first.
+func TestPurgeIsContestedByAnUnknownKey(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
-	skip := func(c *provision.Config) { c.SkipMarks = true }
-	r := w.Start(provisiontest.Options{Adjust: skip})
+	r := w.Start(provisiontest.Options{})
 	app := signUp(t, r, "user_1").AppID
-	r.Stop()
-	w = on(w, pgtest.URL(t))
-	r = w.Start(provisiontest.Options{Fenced: true, Adjust: skip})
-	fenceIs(t, r, true, true)
-	last, _ := autoReport(t, r)
-	repair(t, r, last.Token, true)
-	fenceIs(t, r, false, false)
-	if got := signUp(t, r, "user_2"); got.AppID == app {
-		t.Errorf("another tenant was given the app of user_1")
+	marked(t, w)
+	report(t, r)
+	makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: uuid.Must(uuid.NewV7())}.String())
+	if _, err := r.Delete(t.Context(), "user_1", true, 0, caller); err != nil {
+		t.Fatal(err)
 	}
-	if _, err := r.DB.Tenant(context.WithoutCancel(t.Context()), "user_1"); !errors.Is(err, tenant.NotFound) {
-		t.Errorf("user_1 is known again: %v", err)
+	provisiontest.Eventually(t, "the removal is contested", func() bool {
+		return slices.Equal(column(t, w, `SELECT problem->>'code' FROM apps WHERE state = 'retained' AND problem IS NOT NULL`), []string{"purge_contested"})
+	})
+	found, err := r.DB.Undecided(t.Context(), "", tenant.Finding{}, 10)
+	if err != nil || len(found) != 1 || found[0].Kind != tenant.FoundPurge {
+		t.Fatalf("what waits for a decision is %+v, %v", found, err)
+	}
+	if _, err := r.Decide(t.Context(), found[0].Number, "", tenant.RemoveContested, "user_2", admin); !errors.Is(err, tenant.Invalid) {
+		t.Errorf("a harmful choice without its id: %v", err)
+	}
+	if _, err := r.Decide(t.Context(), 0, tenant.FoundPurge, tenant.RemoveContested, "user_1", admin); !errors.Is(err, tenant.Invalid) {
+		t.Errorf("a harmful choice for a kind: %v", err)
+	}
+	if _, err := r.Decide(t.Context(), found[0].Number, "", tenant.RemoveContested, "user_1", admin); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the app is removed", func() bool { return w.State().Apps == 0 })
+	got, err := r.Tenant(t.Context(), "user_1", long)
+	if err != nil || got.State != tenant.Deleted {
+		t.Errorf("the tenant is %+v, %v", got, err)
+	}
+}
+
+// An ownership tag that names another tenant is never overwritten, and the key of the app is
+// not shown.
+func TestContestedApp(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Faults(map[string]any{"call": "PatchApp", "probability": 1, "http": 503})
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.TripAfter = 1 << 20 }})
+	app := signUp(t, r, "user_1").AppID
+	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Faults()
+	r.Stop()
+	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "merge"},
+		"app": map[string]any{"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: r.Deployment.ID, App: app, Tenant: sealed}}}})
+	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+	r = w.Start(provisiontest.Options{})
+	provisiontest.Eventually(t, "the app is contested", func() bool {
+		_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
+		e, ok := errors.AsType[*tenant.Error](err)
+		return ok && e.Code == "app_contested"
+	})
+	if got := ownerAt(w, w.Sim.Apps()[0]); got != "another" {
+		t.Fatalf("the tag names %q", got)
+	}
+	report(t, r)
+	found, err := r.DB.Undecided(t.Context(), tenant.FoundAppDiffers, tenant.Finding{}, 10)
+	if err != nil || len(found) != 1 {
+		t.Fatalf("what waits for a decision is %+v, %v", found, err)
+	}
+	if _, err := r.Decide(t.Context(), found[0].Number, "", tenant.OverwriteTag, "user_1", admin); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the key is shown again", func() bool {
+		_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
+		return err == nil && ownerAt(w, w.Sim.Apps()[0]) == "user_1"
+	})
+}
+
+// In recovery mode what would be decided or created without a command waits, and what ends a
+// key goes on.
+func TestWhatWaitsInRecovery(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	for _, id := range []tenant.ID{"rotated", "suspended", "resumed", "quarantined", "purged", "retiring"} {
+		signUp(t, r, id)
+	}
+	marked(t, w)
+	apps := map[tenant.ID]tenant.AppID{}
+	for _, id := range []tenant.ID{"rotated", "suspended", "resumed", "quarantined", "purged", "retiring"} {
+		apps[id] = signUp(t, r, id).AppID
+	}
+	suspended(t, r, "resumed")
+	if _, err := r.Delete(t.Context(), "purged", false, long, caller); err != nil {
+		t.Fatal(err)
+	}
+	overlap := time.Hour
+	if _, _, err := r.Rotate(t.Context(), "retiring", tenant.NewRotation{ID: "1", KeyName: tenant.DefaultKey, Overlap: &overlap}, long, caller); err != nil {
+		t.Fatal(err)
+	}
+	rest(t, w)
+	if _, err := r.DB.BeginRecovery(t.Context(), "a test", admin); err != nil {
+		t.Fatal(err)
+	}
+	exec(t, w, provisiontest.SetRecovery(tenant.Recovering))
+	// Due now, and decided by nobody since: removal, campaign.
+	startRotation(t, r, tenant.KeyFilter{All: true})
+	exec(t, w, `UPDATE apps SET purge_after = now() - interval '1 hour', tagged_purge_after = now() - interval '1 hour', next_attempt_at = now() WHERE state = 'retained';
+		UPDATE keys SET retires_at = now() WHERE state = 'retiring'`)
+	// Commands: all that end a key go on, and so do those that make one.
+	suspended(t, r, "suspended")
+	if got, err := r.Resume(t.Context(), "resumed", long, caller); err != nil || got.State != tenant.Active {
+		t.Errorf("resume: %+v, %v", got, err)
+	}
+	_, leaked := keyOf(t, r, "quarantined")
+	if q, err := r.Quarantine(t.Context(), leaked, long, admin); err != nil || q.Key.State != tenant.KeyRevoked || q.Successor.State != tenant.KeyActive {
+		t.Errorf("quarantine: %+v, %v", q, err)
+	}
+	defer func() {
+		if t.Failed() {
+			for _, l := range r.Logs.All() {
+				t.Log(l.Message, l.ContextMap())
+			}
+			t.Log(column(t, w, `SELECT concat_ws(' ', app_id, name, state, end_reason, retires_at, problem) FROM keys`))
+		}
+	}()
+	provisiontest.Eventually(t, "the overlap ends", func() bool { return keysOpening(t, w, apps["retiring"]) == 1 })
+	for range 5 {
+		if err := r.SweepOnce(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n := keysOpening(t, w, apps["rotated"]); n != 1 || w.State().Calls["DeleteApp"] != 0 {
+		t.Errorf("%d keys open the app of a tenant that nobody asked to rotate, %d apps were removed", n, w.State().Calls["DeleteApp"])
+	}
+	exec(t, w, provisiontest.SetRecovery(tenant.NotRecovering)+` UPDATE campaigns SET next_attempt_at = now();`)
+	provisiontest.Eventually(t, "the campaign goes on", func() bool { return keysOpening(t, w, apps["rotated"]) == 2 })
+}
+
+// A copy of the database stops by itself, and the database that is in use is not affected.
+func TestCopyStops(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{Adjust: pool(1, 1)}))
+	first := accountOf(t, r, "user_1")
+	poolIs(t, w, 1)
+	marked(t, w)
+	controlRecorded(t, r)
+	copied := on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL)))
+	c := copied.Start(control(provisiontest.Options{Adjust: pool(1, 1)}))
+	if _, err := c.Suspend(t.Context(), "user_1", 0, caller); err != nil { // during the watch it waits
+		t.Fatal(err)
+	}
+	inState(t, c, tenant.Stopped)
+	calls := w.State().Calls
+	if _, _, err := c.SignUp(t.Context(), "copied", tenant.SignUp{}, 0, caller); !errors.Is(err, tenant.Unavailable) {
+		t.Errorf("a sign-up in the copy: %v", err)
+	}
+	if got, err := c.DB.Tenant(t.Context(), "user_1"); err != nil || got.AppID != first.app {
+		t.Errorf("a lookup in the copy: %+v, %v", got, err)
+	}
+	if !keyOpens(t, w, tenant.NewSecret(first.secret), first.app) {
+		t.Error("a command in the copy ended the key of a tenant")
+	}
+	is, err := r.DB.Recovery(t.Context())
+	if err != nil || is.Active() {
+		t.Errorf("the database in use is %+v, %v", is, err)
+	}
+	if after := w.State().Calls; after["DeleteKey"] != calls["DeleteKey"] || after["DeleteApp"] != 0 {
+		t.Errorf("the copy removed something: %v", after)
+	}
+	// Given the role, the copy goes on, and the other stops.
+	if _, err := c.TakeOver(t.Context(), "wrong", admin); !errors.Is(err, tenant.Invalid) {
+		t.Errorf("take over without the id of the deployment: %v", err)
+	}
+	if _, err := c.TakeOver(t.Context(), c.Deployment.ID, admin); err != nil {
+		t.Fatal(err)
+	}
+	inState(t, r, tenant.Stopped)
+	signUp(t, c, "copied")
+	if !provisiontestStops(t, c, "user_1") {
+		t.Error("the suspension that waited is not carried out")
+	}
+}
+
+func provisiontestStops(t *testing.T, r *provisiontest.Replica, id tenant.ID) bool {
+	t.Helper()
+	got, err := r.Tenant(t.Context(), id, long)
+	return err == nil && got.State == tenant.Suspended
+}
+
+// A clean stop and start of database and service is no recovery; a kill is watched.
+func TestCleanStopIsNoRecovery(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{Adjust: pool(1, 1)}))
+	poolIs(t, w, 1)
+	controlRecorded(t, r)
+	r.Stop()
+	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL))) // another fingerprint, and every event
+	r = w.Start(control(provisiontest.Options{Adjust: pool(1, 1)}))
+	provisiontest.Eventually(t, "the next incarnation has begun", func() bool {
+		return len(column(t, w, `SELECT reason FROM incarnations`)) == 2
+	})
+	is := inState(t, r, tenant.NotRecovering)
+	if is.Lost != "" {
+		t.Errorf("lost: %s", is.Lost)
+	}
+	poolIs(t, w, 1)
+	if n := len(column(t, w, `SELECT id FROM apps WHERE state = 'retired'`)); n != 1 {
+		t.Errorf("%d apps are retired; want the pool", n)
+	}
+}
+
+// Removing the control record by hand is noticed and repaired.
+func TestControlRecordIsRepaired(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{}))
+	controlRecorded(t, r)
+	id := tenant.ControlID("t", r.Deployment.ID)
+	askClarifai(t, w, "DELETE", "/apps/"+string(id), nil)
+	provisiontest.Eventually(t, "the control record is there again", func() bool {
+		return slices.ContainsFunc(w.Sim.Apps(), func(a clarifaisim.AppInfo) bool { return a.ID == string(id) })
+	})
+	if _, found := report(t, r); len(found) != 0 {
+		t.Errorf("a report finds %+v", found)
+	}
+	if is, err := r.DB.Recovery(context.WithoutCancel(t.Context())); err != nil || is.Active() {
+		t.Errorf("recovery mode: %+v, %v", is, err)
 	}
 }

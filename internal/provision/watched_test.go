@@ -148,19 +148,164 @@ func (s watchedStore) DeferKey(ctx context.Context, k tenant.LeasedKey, delay ti
 	return s.Store.DeferKey(ctx, k, delay)
 }
 
-func (s watchedStore) Fence(ctx context.Context) (tenant.Fence, error) {
+func (s watchedStore) RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error {
 	defer s.returned()
-	return s.Store.Fence(ctx)
+	return s.Store.RetireApp(ctx, a, reason, actor)
 }
 
-func (s watchedStore) RaiseFence(ctx context.Context, reason string) error {
+func (s watchedStore) UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error) {
 	defer s.returned()
-	return s.Store.RaiseFence(ctx, reason)
+	return s.Store.UnknownKeys(ctx, app, found)
 }
 
-func (s watchedStore) CheckRestored(ctx context.Context) (tenant.Fence, error) {
+func (s watchedStore) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error {
 	defer s.returned()
-	return s.Store.CheckRestored(ctx)
+	return s.Store.KeyNotReplaced(ctx, k, actor)
+}
+
+func (s watchedStore) Beat(ctx context.Context, version string) (tenant.Beat, error) {
+	defer s.returned()
+	return s.Store.Beat(ctx, version)
+}
+
+func (s watchedStore) RetireApps(ctx context.Context) (int, error) {
+	defer s.returned()
+	return s.Store.RetireApps(ctx)
+}
+
+func (s watchedStore) Recovery(ctx context.Context) (tenant.Recovery, error) {
+	defer s.returned()
+	return s.Store.Recovery(ctx)
+}
+
+func (s watchedStore) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
+	defer s.returned()
+	return s.Store.RecoveryStatus(ctx)
+}
+
+func (s watchedStore) TakeOver(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error) {
+	defer s.returned()
+	return s.Store.TakeOver(ctx, actor)
+}
+
+func (s watchedStore) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.RemoveRetired(ctx, f, count, actor)
+}
+
+func (s watchedStore) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error) {
+	defer s.returned()
+	return s.Store.LeaseControl(ctx, force)
+}
+
+func (s watchedStore) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error) {
+	defer s.returned()
+	return s.Store.ExamineControl(ctx, t, record)
+}
+
+func (s watchedStore) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error {
+	defer s.returned()
+	return s.Store.ControlWritten(ctx, t, problem)
+}
+
+func (s watchedStore) Leave(ctx context.Context) (last bool, err error) {
+	defer s.returned()
+	return s.Store.Leave(ctx)
+}
+
+func (s watchedStore) BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.BeginQuarantine(ctx, key, actor)
+}
+
+func (s watchedStore) QuarantineState(ctx context.Context, fingerprint []byte) (tenant.UnknownKey, error) {
+	defer s.returned()
+	return s.Store.QuarantineState(ctx, fingerprint)
+}
+
+func (s watchedStore) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.UnknownKey, error) {
+	defer s.returned()
+	return s.Store.LeaseQuarantine(ctx, lease)
+}
+
+func (s watchedStore) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
+	defer s.returned()
+	return s.Store.EndQuarantine(ctx, k, found, app, problem)
+}
+
+func (s watchedStore) QuarantineSetback(ctx context.Context, k tenant.UnknownKey, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.QuarantineSetback(ctx, k, set)
+}
+
+func (s watchedStore) Finding(ctx context.Context, number int64) (tenant.Finding, error) {
+	defer s.returned()
+	return s.Store.Finding(ctx, number)
+}
+
+func (s watchedStore) Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, actor tenant.Actor) (int, error) {
+	defer s.returned()
+	return s.Store.Decide(ctx, number, kind, choice, actor)
+}
+
+func (s watchedStore) StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error) {
+	defer s.returned()
+	return s.Store.StartDueDecisions(ctx, id)
+}
+
+func (s watchedStore) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey, dead []uuid.UUID) error {
+	defer s.returned()
+	return s.Store.AdoptFoundKey(ctx, r, f, k, dead)
+}
+
+func (s watchedStore) EndFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error {
+	defer s.returned()
+	return s.Store.EndFoundKey(ctx, r, f, k)
+}
+
+func (s watchedStore) KeysListed(ctx context.Context, a tenant.App, found []tenant.AdoptedKey, actor tenant.Actor) error {
+	defer s.returned()
+	return s.Store.KeysListed(ctx, a, found, actor)
+}
+
+func (s watchedStore) KeysOfApp(ctx context.Context, app tenant.AppID) ([]tenant.SealedKey, error) {
+	defer s.returned()
+	return s.Store.KeysOfApp(ctx, app)
+}
+
+func (s watchedStore) SuspendDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.SuspendDecided(ctx, r, f)
+}
+
+func (s watchedStore) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.RestoreDecided(ctx, r, f)
+}
+
+func (s watchedStore) RemovalDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.RemovalDecided(ctx, r, f)
+}
+
+func (s watchedStore) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
+	defer s.returned()
+	return s.Store.OwnerDecided(ctx, r, f)
+}
+
+func (s watchedStore) Contested(ctx context.Context, a tenant.App, f tenant.Finding, problem tenant.Problem, retry tenant.Setback) error {
+	defer s.returned()
+	return s.Store.Contested(ctx, a, f, problem, retry)
+}
+
+func (s watchedStore) SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error) {
+	defer s.returned()
+	return s.Store.SmallerPages(ctx, r)
+}
+
+func (s watchedStore) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
+	defer s.returned()
+	return s.Store.BeginPurge(ctx, a, perHour, actor)
 }
 
 func (s watchedStore) StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error) {
@@ -168,9 +313,9 @@ func (s watchedStore) StartReport(ctx context.Context, id uuid.UUID, actor tenan
 	return s.Store.StartReport(ctx, id, actor)
 }
 
-func (s watchedStore) StartRepair(ctx context.Context, id uuid.UUID, token string, adoptOnly bool, actor tenant.Actor) (tenant.Reconciliation, error) {
+func (s watchedStore) StartRepair(ctx context.Context, id uuid.UUID, token string, actor tenant.Actor) (tenant.Reconciliation, error) {
 	defer s.returned()
-	return s.Store.StartRepair(ctx, id, token, adoptOnly, actor)
+	return s.Store.StartRepair(ctx, id, token, actor)
 }
 
 func (s watchedStore) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
@@ -198,7 +343,7 @@ func (s watchedStore) DeferReconciliation(ctx context.Context, r tenant.Reconcil
 	return s.Store.DeferReconciliation(ctx, r, delay)
 }
 
-func (s watchedStore) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Fence, err error) {
+func (s watchedStore) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error) {
 	defer s.returned()
 	return s.Store.EndReconciliation(ctx, r)
 }
@@ -301,11 +446,6 @@ func (s watchedStore) KeyRescoped(ctx context.Context, r tenant.Reconciliation, 
 func (s watchedStore) MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	defer s.returned()
 	return s.Store.MarkAgain(ctx, r, f)
-}
-
-func (s watchedStore) ReleaseApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
-	defer s.returned()
-	return s.Store.ReleaseApp(ctx, r, f)
 }
 
 func (s watchedStore) RemovalsInLastHour(ctx context.Context) (n int, until time.Duration, err error) {
@@ -418,7 +558,7 @@ func (u watchedUpstream) App(ctx context.Context, id tenant.AppID) (tenant.Upstr
 	return u.Upstream.App(ctx, id)
 }
 
-func (u watchedUpstream) Apps(ctx context.Context, page int) ([]tenant.UpstreamApp, error) {
+func (u watchedUpstream) Apps(ctx context.Context, page tenant.Page) ([]tenant.UpstreamApp, error) {
 	defer u.returned()
 	return u.Upstream.Apps(ctx, page)
 }
@@ -443,7 +583,7 @@ func (u watchedUpstream) AppKeys(ctx context.Context, id tenant.AppID, page int)
 	return u.Upstream.AppKeys(ctx, id, page)
 }
 
-func (u watchedUpstream) Keys(ctx context.Context, page int) ([]tenant.UpstreamKey, error) {
+func (u watchedUpstream) Keys(ctx context.Context, page tenant.Page) ([]tenant.UpstreamKey, error) {
 	defer u.returned()
 	return u.Upstream.Keys(ctx, page)
 }
@@ -561,11 +701,6 @@ func (s watchedStore) EndDueKeys(ctx context.Context, actor tenant.Actor) error 
 func (s watchedStore) SettleTenants(ctx context.Context, actor tenant.Actor) error {
 	defer s.returned()
 	return s.Store.SettleTenants(ctx, actor)
-}
-
-func (s watchedStore) PurgeDue(ctx context.Context, perHour int, actor tenant.Actor) (int, error) {
-	defer s.returned()
-	return s.Store.PurgeDue(ctx, perHour, actor)
 }
 
 func (s watchedStore) Sealed(ctx context.Context) (tenant.Sealed, error) {

@@ -175,6 +175,9 @@ func (s *Service) Sweep(ctx context.Context) error {
 func (s *Service) sweep(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
+	if err := s.beat(ctx); err != nil {
+		return fmt.Errorf("sweep: %w", err)
+	}
 	for _, p := range s.Profiles {
 		if _, err := s.Store.Claim(ctx, p.Name, worker); err != nil {
 			return fmt.Errorf("sweep: %w", err)
@@ -186,16 +189,13 @@ func (s *Service) sweep(ctx context.Context) error {
 	if err := s.keepPools(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
-	if err := s.watchForRestore(ctx); err != nil {
+	if err := s.startDueReports(ctx); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	if err := s.Store.EndDueKeys(ctx, worker); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	if err := s.Store.SettleTenants(ctx, worker); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	if _, err := s.Store.PurgeDue(ctx, s.RemovalCap, worker); err != nil {
 		return fmt.Errorf("sweep: %w", err)
 	}
 	if _, err := s.Store.Enqueue(ctx); err != nil {

@@ -17,7 +17,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -205,8 +204,9 @@ type Options struct {
 	Clarifai string // default: the world's
 	// Idle leaves out workers and sweep: another replica does the work.
 	Idle bool
-	// Fenced keeps the fence that a new database begins with.
-	Fenced bool
+	// Control has the control record kept as in production. Otherwise a new database is taken
+	// for one whose record is known, and not due.
+	Control bool
 	// Keyset is the file of a keyring of the replica's own, which it watches; default:
 	// it shares the world's.
 	Keyset string
@@ -285,10 +285,8 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !o.Fenced {
-		if err := lowerFence(ctx, w.URL); err != nil {
-			return nil, err
-		}
+	if !o.Control {
+		pgtest.KnowControl(w.t, w.URL)
 	}
 	cfg.Deployment, cfg.Upstream, cfg.PAT = deployment, o.Upstream(client.As(deployment.Operator)), pat
 	if r.Service, err = provision.New(cfg); err != nil {
@@ -310,14 +308,11 @@ func (w *World) keysOf(o Options) (*keyring.Keyring, *keyring.Source, error) {
 	return keys, source, err
 }
 
-func lowerFence(ctx context.Context, url tenant.Secret) error {
-	conn, err := pgx.Connect(ctx, url.Reveal())
-	if err != nil {
-		return err
-	}
-	defer func() { _ = conn.Close(ctx) }()
-	_, err = conn.Exec(ctx, `UPDATE deployment SET fence_since = NULL`)
-	return err
+// SetRecovery is a statement that puts the database into a state of recovery mode, or out of
+// it.
+func SetRecovery(state tenant.RecoveryState) string {
+	return `UPDATE current_incarnation SET recovery = nullif('` + string(state) + `', ''), recovery_since = CASE WHEN '` + string(state) + `' <> '' THEN now() END,
+		recovery_reason = 'a test', watch_until = now() + interval '1 day', control_due_at = 'infinity', written_by = pg_current_xact_id()::xid;`
 }
 
 // keysetWatchInterval is short: tests wait for it.
@@ -339,6 +334,7 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 			}
 		}
 		loops.Go(func() { _ = r.Sweep(ctx) })
+		loops.Go(func() { _ = r.KeepControl(ctx) })
 		loops.Go(func() { _ = r.SealAudit(ctx) })
 		loops.Go(func() { _ = r.Reseal(ctx) })
 	}
@@ -352,6 +348,13 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 		stopJobs()
 		cancel()
 		loops.Wait()
+		if o.Control && !o.Idle {
+			leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+			defer cancel()
+			if err := r.LeaveControl(leaving); err != nil {
+				log.Warn("leave", zap.Error(err))
+			}
+		}
 	})
 	return nil
 }

@@ -1,0 +1,388 @@
+package provision
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/google/uuid"
+	"go.uber.org/zap"
+
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// The control record is the metadata of one app of the account. Each database renews it, so
+// that a restart of the database can be told from a rollback and from a copy.
+
+// beat registers this replica, starts the next incarnation of the database if it is another
+// than before, and has what is due looked at.
+func (s *Service) beat(ctx context.Context) error {
+	b, err := s.Store.Beat(ctx, s.Version)
+	if err != nil {
+		return err
+	}
+	s.logRecovery(b.Recovery)
+	if b.Retiring {
+		n, err := s.Store.RetireApps(ctx)
+		if err != nil {
+			return err
+		}
+		if n > 0 {
+			s.Log.Warn("apps retired: they are from an earlier incarnation of the database and are never handed out", zap.Int("apps", n))
+		}
+	}
+	if b.ControlDue {
+		s.wakeControl()
+	}
+	return nil
+}
+
+// wakeControl has KeepControl look now.
+func (s *Service) wakeControl() {
+	select {
+	case s.controlDue <- struct{}{}:
+	default: // it will
+	}
+}
+
+// logRecovery logs each change of recovery mode once in this replica.
+func (s *Service) logRecovery(is tenant.Recovery) {
+	s.recoveryMu.Lock()
+	was := s.recovery
+	s.recovery = is
+	s.recoveryMu.Unlock()
+	if was.Incarnation == is.Incarnation && was.State == is.State || was.Incarnation == uuid.Nil && !is.Active() {
+		return
+	}
+	fields := []zap.Field{zap.Stringer("incarnation", is.Incarnation), zap.String("reason", is.Reason)}
+	switch is.State {
+	case tenant.Watching:
+		s.Log.Warn("recovery mode: watching whether another database is in use", append(fields, zap.Time("until", is.WatchUntil))...)
+	case tenant.Recovering:
+		s.Log.Error("recovery mode: transactions were lost; run `tenantry recover show`", append(fields, zap.String("lost", is.Lost))...)
+	case tenant.Stopped:
+		s.Log.Error("another database is in use: no upstream work is done here; stop one of the two, see docs/recovery.md", fields...)
+	case tenant.NotRecovering:
+		s.Log.Info("recovery mode has ended", fields...)
+	}
+}
+
+// incarnation is the current incarnation as this replica last saw it, for ownership tags.
+func (s *Service) incarnation() string {
+	s.recoveryMu.Lock()
+	defer s.recoveryMu.Unlock()
+	if s.recovery.Incarnation == uuid.Nil {
+		return ""
+	}
+	return s.recovery.Incarnation.String()
+}
+
+// KeepControl reads and renews the control record, and asks unknown keys for their apps,
+// until ctx ends.
+func (s *Service) KeepControl(ctx context.Context) error {
+	failing := false
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.controlDue:
+		case <-time.After(s.SweepEvery):
+		}
+		if err := s.askUnknownKeys(ctx); err != nil && ctx.Err() == nil {
+			s.Log.Warn("unknown key cannot be asked for its app; retrying", zap.Error(err))
+		}
+		err := s.control(ctx)
+		if _, ok := errors.AsType[*deferred](err); ok || errors.Is(err, tenant.NotFound) || ctx.Err() != nil {
+			continue // no turn was due
+		}
+		if err != nil && !failing {
+			s.Log.Warn("control record cannot be read or written; retrying", zap.Error(err))
+		}
+		failing = err != nil
+	}
+}
+
+// control takes a turn at the control record. It reports tenant.NotFound if none is due.
+func (s *Service) control(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
+	defer cancel()
+	t, err := s.Store.LeaseControl(ctx, false)
+	if err != nil {
+		return err
+	}
+	record, exists, err := s.readControl(ctx)
+	if err != nil {
+		return err
+	}
+	is, write, err := s.Store.ExamineControl(ctx, t, record)
+	if err != nil {
+		return err
+	}
+	s.logRecovery(is)
+	if !write {
+		return nil
+	}
+	return s.writeControl(ctx, t, exists, "")
+}
+
+// readControl reads the control record; nil if there is none. It reports whether the app
+// exists that holds it.
+func (s *Service) readControl(ctx context.Context) (record *tenant.ControlRecord, exists bool, err error) {
+	id := tenant.ControlID(s.AppPrefix, s.Deployment.ID)
+	var app tenant.UpstreamApp
+	err = s.callControl(ctx, func(ctx context.Context) (err error) {
+		app, err = s.Upstream.App(ctx, id)
+		return err
+	})
+	switch {
+	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
+		return nil, false, nil
+	case err != nil:
+		return nil, false, fmt.Errorf("read control record: %w", err)
+	case app.Marker == nil:
+		return nil, true, nil
+	case app.Marker.Deployment != s.Deployment.ID:
+		return nil, true, fmt.Errorf("the app %s belongs to the deployment %.32q: choose another app prefix", id, app.Marker.Deployment)
+	}
+	return app.Marker.Control, true, nil
+}
+
+// callControl makes a call for the control record, which a stopped database makes too.
+func (s *Service) callControl(ctx context.Context, f func(context.Context) error) error {
+	_, fingerprint, verified := s.PAT.current()
+	if !verified {
+		if err := s.verifyPAT(ctx); err != nil {
+			return err
+		}
+		_, fingerprint, _ = s.PAT.current()
+	}
+	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, Control: true})
+	if err != nil {
+		return err
+	}
+	return s.send(ctx, t, f)
+}
+
+// writeControl writes the control record of a turn, and records whether it could.
+func (s *Service) writeControl(ctx context.Context, t tenant.ControlTurn, exists bool, stopped string) error {
+	id := tenant.ControlID(s.AppPrefix, s.Deployment.ID)
+	marker := tenant.Marker{Deployment: s.Deployment.ID, App: id, Incarnation: t.Incarnation.String(), Control: &tenant.ControlRecord{
+		Incarnation: t.Incarnation.String(), Replica: s.Store.Replica().String(), Seq: strconv.FormatInt(t.Seq, 10),
+		Event: strconv.FormatInt(t.Event, 10), Stopped: stopped}}
+	err := s.callControl(ctx, func(ctx context.Context) error {
+		if exists {
+			return s.Upstream.MarkApp(ctx, id, marker, "")
+		}
+		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: id, BaseWorkflow: "Empty", Description: controlDescription, Marker: marker})
+	})
+	if tenant.ClassOf(err) == tenant.UpstreamDuplicate { // a call whose response was lost
+		return s.writeControl(ctx, t, true, stopped)
+	}
+	up := asUpstream(err)
+	if err != nil && up == nil {
+		return err
+	}
+	var problem *tenant.Problem
+	if up != nil {
+		p := problemOf(up, t.ControlProblem)
+		problem = &p
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	return errors.Join(err, s.Store.ControlWritten(ctx, t, problem))
+}
+
+const controlDescription = "Tenantry's control record. Do not delete: it tells a restored database from a copy."
+
+// LeaveControl removes the registration of this replica. The last replica says in the control
+// record that it has stopped: then the next start of the database need not be watched.
+func (s *Service) LeaveControl(ctx context.Context) error {
+	last, err := s.Store.Leave(ctx)
+	if err != nil || !last {
+		return err
+	}
+	recovery, err := s.Store.Recovery(ctx)
+	if err != nil || recovery.State == tenant.Watching || recovery.State == tenant.Stopped || recovery.ControlSeenAt.IsZero() {
+		return err
+	}
+	t, err := s.Store.LeaseControl(ctx, true)
+	if errors.Is(err, tenant.NotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	record, exists, err := s.readControl(ctx)
+	if err != nil {
+		return err
+	}
+	if _, write, err := s.Store.ExamineControl(ctx, t, record); err != nil || !write {
+		return err
+	}
+	return s.writeControl(ctx, t, exists, "true")
+}
+
+// askUnknownKeys asks leaked keys that no row knows for their apps, and has those revoked
+// that open an app of ours.
+func (s *Service) askUnknownKeys(ctx context.Context) error {
+	for {
+		k, err := s.Store.LeaseQuarantine(ctx, s.Lease)
+		if errors.Is(err, tenant.NotFound) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		asking, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.JobTimeout)
+		err = s.askUnknownKey(asking, k)
+		cancel()
+		if err == nil || errors.Is(err, tenant.ErrLeaseLost) {
+			continue
+		}
+		set := tenant.Setback{Problem: tenant.Problem{Code: "internal", Detail: "the key could not be asked for its app", Since: time.Now().UTC()}, Delay: s.BackoffBase}
+		if up := asUpstream(err); up != nil {
+			set = s.setback(up, k.Attempts, k.Problem)
+		}
+		recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+		err = errors.Join(err, s.Store.QuarantineSetback(recording, k, set))
+		cancel()
+		return err
+	}
+}
+
+func (s *Service) askUnknownKey(ctx context.Context, k tenant.UnknownKey) error {
+	secret, err := s.Keyring.Open(k.ID, k.Ciphertext)
+	if err != nil {
+		return err
+	}
+	refused := func(code, detail string) error {
+		return s.Store.EndQuarantine(ctx, k, tenant.AdoptedKey{}, "", &tenant.Problem{Code: code, Detail: detail, Since: time.Now().UTC()})
+	}
+	opened, err := s.opens(ctx, urgent, secret)
+	switch {
+	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
+		return refused("key_dead", "Clarifai does not accept the key: it works no longer, or never did")
+	case err != nil && tenant.ClassOf(err) != tenant.UpstreamForbidden:
+		return err
+	case err != nil || opened.AppID == "":
+		return refused("key_not_ours", "the key does not name a single app")
+	}
+	found, err := s.foundKeys(ctx, urgent, opened.AppID)
+	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
+		return err
+	}
+	sealed, err := s.sealed(k.ID, secret)
+	if err != nil {
+		return err
+	}
+	key := tenant.AdoptedKey{SealedKey: sealed, Scopes: append([]string{}, opened.Scopes...)}
+	for _, f := range found { // its own row id, if the listing shows it
+		if f.Ciphertext != nil && bytes.Equal(f.Fingerprint, sealed.Fingerprint) {
+			key = f
+		}
+	}
+	if _, err := s.Store.Identify(ctx, tenant.Suspect{AppID: opened.AppID}, k.RequestedBy); err != nil {
+		if errors.Is(err, tenant.NotFound) {
+			return refused("key_not_ours", "the key opens an app that is not Tenantry's")
+		}
+		return err
+	}
+	return s.Store.EndQuarantine(ctx, k, key, opened.AppID, nil)
+}
+
+// foundKeys lists the keys of an app that have our ownership tag, newest first. A key whose
+// secret the listing hides has no ciphertext.
+func (s *Service) foundKeys(ctx context.Context, l lane, app tenant.AppID) ([]tenant.AdoptedKey, error) {
+	var found []tenant.AdoptedKey
+	err := s.eachKey(ctx, l, app, func(k tenant.UpstreamKey) error {
+		id := s.keyIDOf(k)
+		if id == uuid.Nil {
+			return nil
+		}
+		a := tenant.AdoptedKey{SealedKey: tenant.SealedKey{ID: id}, Scopes: append([]string{}, k.Scopes...)}
+		if k.Secret.IsSet() {
+			var err error
+			if a.SealedKey, err = s.sealed(id, k.Secret); err != nil {
+				return err
+			}
+		}
+		found = append(found, a)
+		return nil
+	})
+	slices.SortFunc(found, func(a, b tenant.AdoptedKey) int { return bytes.Compare(b.ID[:], a.ID[:]) }) // ids sort by time
+	return found, err
+}
+
+// Decide writes a decision down about the finding of a number, or, with number 0, about all
+// findings of a kind that wait for one. A choice that can do harm is made for one finding at a
+// time, and confirm must be the id of its tenant, or of its app if it names none. Workers carry
+// the decision out. It returns how many findings were decided.
+func (s *Service) Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, confirm string, actor tenant.Actor) (int, error) {
+	var f tenant.Finding
+	if number > 0 {
+		var err error
+		if f, err = s.Store.Finding(ctx, number); err != nil {
+			return 0, err
+		}
+		kind = f.Kind
+	}
+	choices := kind.Choices()
+	i := slices.IndexFunc(choices, func(c tenant.Choice) bool { return c.Name == choice })
+	if i < 0 {
+		names := make([]string, len(choices))
+		for i, c := range choices {
+			names[i] = string(c.Name)
+		}
+		return 0, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_choice", Field: "choice",
+			Detail: fmt.Sprintf("is not allowed for a finding of the kind %.40q; allowed: %s", kind, cmp.Or(strings.Join(names, ", "), "nothing"))}
+	}
+	if choices[i].Typed {
+		if number == 0 {
+			return 0, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_finding", Field: "finding",
+				Detail: fmt.Sprintf("is missing: %q can do harm, and is decided for one finding at a time", choice)}
+		}
+		if want := cmp.Or(string(f.TenantID), string(f.AppID)); confirm != want {
+			return 0, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm",
+				Detail: "must be the id of the finding's tenant, or of its app if it names no tenant: this choice can do harm"}
+		}
+	}
+	n, err := s.Store.Decide(ctx, number, kind, choice, actor)
+	if err == nil && n == 0 && number > 0 {
+		return 0, tenant.Errorf(tenant.Conflict, "finding_decided", "the finding does not wait for a decision any more, or a newer report has replaced it")
+	}
+	return n, err
+}
+
+// TakeOver makes this database the one that is in use. Confirm must be the deployment's id.
+func (s *Service) TakeOver(ctx context.Context, confirm string, actor tenant.Actor) (tenant.Recovery, error) {
+	if confirm != s.Deployment.ID {
+		return tenant.Recovery{}, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm",
+			Detail: "must be the id of the deployment: be sure that the other database is not in use"}
+	}
+	is, err := s.Store.TakeOver(ctx, actor)
+	s.wakeControl()
+	return is, err
+}
+
+// RemoveRetired removes retired apps: the one of an id, which confirm repeats, or all that were
+// begun before a time, of which confirm is the number. Of the latter those stay that turn out to
+// be in use.
+func (s *Service) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, confirm string, actor tenant.Actor) error {
+	count := 1
+	if f.AppID != "" && confirm != string(f.AppID) {
+		return &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm", Detail: "must be the id of the app: its data is removed for good"}
+	}
+	if f.AppID == "" {
+		var err error
+		if count, err = strconv.Atoi(confirm); err != nil {
+			return &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm", Detail: "must be the number of apps that are to be removed"}
+		}
+	}
+	return s.Store.RemoveRetired(ctx, f, count, actor)
+}
