@@ -28,7 +28,7 @@ test: ## run all tests, with the race detector but for the replicas that are kil
 
 .PHONY: check
 check: ## format, vet, staticcheck, the contract, generated code, modules
-	@bad=$$(gofmt -l cmd internal api migrations); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
+	@bad=$$(gofmt -l cmd internal api migrations test); [ -z "$$bad" ] || { echo "gofmt: $$bad"; exit 1; }
 	$(GO) vet ./...
 	$(TOOL) staticcheck ./...
 	$(GO) mod tidy -diff

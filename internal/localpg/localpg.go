@@ -235,11 +235,22 @@ func (c *Cluster) Start(ctx context.Context) error {
 		}
 		err := c.startOn(ctx, port)
 		if err == nil {
-			c.port = port
+			if c.port == 0 { // otherwise URL may be reading it
+				c.port = port
+			}
 			return nil
 		}
-		// Somebody may have taken the port before Postgres did.
-		if c.port != 0 || try == 5 || !strings.Contains(err.Error(), "already in use") {
+		switch {
+		case c.port == 0 && try < 5 && strings.Contains(err.Error(), "already in use"):
+			// Another process took the port before Postgres did.
+		case strings.Contains(err.Error(), "block") && strings.Contains(err.Error(), "still in use"):
+			// After kill -9, backends may hold the shared memory of the old server until they exit.
+			select {
+			case <-ctx.Done():
+				return err
+			case <-time.After(20 * time.Millisecond):
+			}
+		default:
 			return err
 		}
 	}
@@ -360,10 +371,10 @@ func (c *Cluster) CreateDatabase(ctx context.Context, name string) error {
 	return err
 }
 
-// Dump returns a database as the SQL that makes it anew. It needs pg_dump, which a
-// downloaded Postgres lacks.
-func (c *Cluster) Dump(ctx context.Context, database string) (string, error) {
-	out, err := c.command(ctx, "pg_dump", "--no-owner", "--dbname", c.URL(database)).Output()
+// Dump returns a database as the SQL that makes it anew, or what the options of
+// pg_dump choose. It needs pg_dump, which a downloaded Postgres lacks.
+func (c *Cluster) Dump(ctx context.Context, database string, options ...string) (string, error) {
+	out, err := c.command(ctx, "pg_dump", append([]string{"--no-owner", "--dbname", c.URL(database)}, options...)...).Output()
 	if err != nil {
 		return "", fmt.Errorf("pg_dump: %w", err)
 	}

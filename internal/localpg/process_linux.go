@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"syscall"
 )
 
@@ -49,4 +50,31 @@ func isPostmasterOf(pid int, data string) bool {
 		}
 	}
 	return false
+}
+
+// processes reads the process table.
+func processes() (map[int]process, error) {
+	dirs, err := filepath.Glob("/proc/[0-9]*")
+	if err != nil {
+		return nil, err
+	}
+	all := make(map[int]process, len(dirs))
+	for _, dir := range dirs {
+		raw, err := os.ReadFile(filepath.Join(dir, "stat"))
+		if err != nil {
+			continue // it has ended
+		}
+		// The name before it is in brackets and may hold anything.
+		fields := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
+		pid, pidErr := strconv.Atoi(filepath.Base(dir))
+		if pidErr != nil || len(fields) < 2 {
+			continue
+		}
+		parent, err := strconv.Atoi(string(fields[1]))
+		if err != nil {
+			continue
+		}
+		all[pid] = process{parent: parent, state: fields[0][0]}
+	}
+	return all, nil
 }

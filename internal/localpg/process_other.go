@@ -33,3 +33,24 @@ func isPostmasterOf(pid int, data string) bool {
 	out, err := exec.Command("ps", "-o", "command=", "-p", strconv.Itoa(pid)).Output()
 	return err == nil && strings.Contains(string(out), "postgres") && strings.Contains(string(out), data)
 }
+
+// processes reads the process table.
+func processes() (map[int]process, error) {
+	out, err := exec.Command("ps", "-A", "-o", "pid=,ppid=,state=").Output()
+	if err != nil {
+		return nil, err
+	}
+	all := map[int]process{}
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		if len(fields) < 3 {
+			continue
+		}
+		pid, pidErr := strconv.Atoi(fields[0])
+		parent, parentErr := strconv.Atoi(fields[1])
+		if pidErr == nil && parentErr == nil {
+			all[pid] = process{parent: parent, state: fields[2][0]}
+		}
+	}
+	return all, nil
+}
