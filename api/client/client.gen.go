@@ -50,6 +50,7 @@ const (
 	AppStatePurging  AppState = "purging"
 	AppStateReady    AppState = "ready"
 	AppStateRetained AppState = "retained"
+	AppStateRetired  AppState = "retired"
 )
 
 // Valid indicates whether the value is a known member of the AppState enum.
@@ -66,6 +67,8 @@ func (e AppState) Valid() bool {
 	case AppStateReady:
 		return true
 	case AppStateRetained:
+		return true
+	case AppStateRetired:
 		return true
 	default:
 		return false
@@ -150,8 +153,51 @@ func (e CampaignItemState) Valid() bool {
 	}
 }
 
+// Defines values for DecisionChoice.
+const (
+	DecisionChoiceAdopt     DecisionChoice = "adopt"
+	DecisionChoiceEndKey    DecisionChoice = "end-key"
+	DecisionChoiceKeep      DecisionChoice = "keep"
+	DecisionChoiceNewApp    DecisionChoice = "new-app"
+	DecisionChoiceNewKey    DecisionChoice = "new-key"
+	DecisionChoiceOverwrite DecisionChoice = "overwrite"
+	DecisionChoiceRemoveApp DecisionChoice = "remove-app"
+	DecisionChoiceRestore   DecisionChoice = "restore"
+	DecisionChoiceResume    DecisionChoice = "resume"
+	DecisionChoiceSuspend   DecisionChoice = "suspend"
+)
+
+// Valid indicates whether the value is a known member of the DecisionChoice enum.
+func (e DecisionChoice) Valid() bool {
+	switch e {
+	case DecisionChoiceAdopt:
+		return true
+	case DecisionChoiceEndKey:
+		return true
+	case DecisionChoiceKeep:
+		return true
+	case DecisionChoiceNewApp:
+		return true
+	case DecisionChoiceNewKey:
+		return true
+	case DecisionChoiceOverwrite:
+		return true
+	case DecisionChoiceRemoveApp:
+		return true
+	case DecisionChoiceRestore:
+		return true
+	case DecisionChoiceResume:
+		return true
+	case DecisionChoiceSuspend:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for EndReason.
 const (
+	EndReasonDead        EndReason = "dead"
 	EndReasonDeleted     EndReason = "deleted"
 	EndReasonExpired     EndReason = "expired"
 	EndReasonQuarantined EndReason = "quarantined"
@@ -164,6 +210,8 @@ const (
 // Valid indicates whether the value is a known member of the EndReason enum.
 func (e EndReason) Valid() bool {
 	switch e {
+	case EndReasonDead:
+		return true
 	case EndReasonDeleted:
 		return true
 	case EndReasonExpired:
@@ -185,15 +233,24 @@ func (e EndReason) Valid() bool {
 
 // Defines values for FindingAction.
 const (
-	FindingActionAdopt   FindingAction = "adopt"
-	FindingActionForget  FindingAction = "forget"
-	FindingActionMark    FindingAction = "mark"
-	FindingActionRebuild FindingAction = "rebuild"
-	FindingActionRelease FindingAction = "release"
-	FindingActionRemake  FindingAction = "remake"
-	FindingActionRemove  FindingAction = "remove"
-	FindingActionRescope FindingAction = "rescope"
-	FindingActionRevoke  FindingAction = "revoke"
+	FindingActionAdopt     FindingAction = "adopt"
+	FindingActionDecide    FindingAction = "decide"
+	FindingActionEndKey    FindingAction = "end-key"
+	FindingActionForget    FindingAction = "forget"
+	FindingActionKeep      FindingAction = "keep"
+	FindingActionMark      FindingAction = "mark"
+	FindingActionNewApp    FindingAction = "new-app"
+	FindingActionNewKey    FindingAction = "new-key"
+	FindingActionOverwrite FindingAction = "overwrite"
+	FindingActionRebuild   FindingAction = "rebuild"
+	FindingActionRemake    FindingAction = "remake"
+	FindingActionRemove    FindingAction = "remove"
+	FindingActionRemoveApp FindingAction = "remove-app"
+	FindingActionRescope   FindingAction = "rescope"
+	FindingActionRestore   FindingAction = "restore"
+	FindingActionResume    FindingAction = "resume"
+	FindingActionRevoke    FindingAction = "revoke"
+	FindingActionSuspend   FindingAction = "suspend"
 )
 
 // Valid indicates whether the value is a known member of the FindingAction enum.
@@ -201,21 +258,39 @@ func (e FindingAction) Valid() bool {
 	switch e {
 	case FindingActionAdopt:
 		return true
+	case FindingActionDecide:
+		return true
+	case FindingActionEndKey:
+		return true
 	case FindingActionForget:
+		return true
+	case FindingActionKeep:
 		return true
 	case FindingActionMark:
 		return true
-	case FindingActionRebuild:
+	case FindingActionNewApp:
 		return true
-	case FindingActionRelease:
+	case FindingActionNewKey:
+		return true
+	case FindingActionOverwrite:
+		return true
+	case FindingActionRebuild:
 		return true
 	case FindingActionRemake:
 		return true
 	case FindingActionRemove:
 		return true
+	case FindingActionRemoveApp:
+		return true
 	case FindingActionRescope:
 		return true
+	case FindingActionRestore:
+		return true
+	case FindingActionResume:
+		return true
 	case FindingActionRevoke:
+		return true
+	case FindingActionSuspend:
 		return true
 	default:
 		return false
@@ -224,21 +299,22 @@ func (e FindingAction) Valid() bool {
 
 // Defines values for FindingKind.
 const (
-	AppAlive     FindingKind = "app_alive"
-	AppDiffers   FindingKind = "app_differs"
-	AppForgotten FindingKind = "app_forgotten"
-	AppGone      FindingKind = "app_gone"
-	AppRenamed   FindingKind = "app_renamed"
-	AppSuspect   FindingKind = "app_suspect"
-	AppUnknown   FindingKind = "app_unknown"
-	AppUnmarked  FindingKind = "app_unmarked"
-	InDoubt      FindingKind = "in_doubt"
-	KeyAlive     FindingKind = "key_alive"
-	KeyDrifted   FindingKind = "key_drifted"
-	KeyGone      FindingKind = "key_gone"
-	KeyLost      FindingKind = "key_lost"
-	KeyUnknown   FindingKind = "key_unknown"
-	KeyUnmanaged FindingKind = "key_unmanaged"
+	AppAlive       FindingKind = "app_alive"
+	AppDiffers     FindingKind = "app_differs"
+	AppForgotten   FindingKind = "app_forgotten"
+	AppGone        FindingKind = "app_gone"
+	AppRenamed     FindingKind = "app_renamed"
+	AppUnknown     FindingKind = "app_unknown"
+	AppUnmarked    FindingKind = "app_unmarked"
+	InDoubt        FindingKind = "in_doubt"
+	KeyAlive       FindingKind = "key_alive"
+	KeyContested   FindingKind = "key_contested"
+	KeyDrifted     FindingKind = "key_drifted"
+	KeyGone        FindingKind = "key_gone"
+	KeyLost        FindingKind = "key_lost"
+	KeyUnknown     FindingKind = "key_unknown"
+	KeyUnmanaged   FindingKind = "key_unmanaged"
+	PurgeContested FindingKind = "purge_contested"
 )
 
 // Valid indicates whether the value is a known member of the FindingKind enum.
@@ -254,8 +330,6 @@ func (e FindingKind) Valid() bool {
 		return true
 	case AppRenamed:
 		return true
-	case AppSuspect:
-		return true
 	case AppUnknown:
 		return true
 	case AppUnmarked:
@@ -263,6 +337,8 @@ func (e FindingKind) Valid() bool {
 	case InDoubt:
 		return true
 	case KeyAlive:
+		return true
+	case KeyContested:
 		return true
 	case KeyDrifted:
 		return true
@@ -274,6 +350,8 @@ func (e FindingKind) Valid() bool {
 		return true
 	case KeyUnmanaged:
 		return true
+	case PurgeContested:
+		return true
 	default:
 		return false
 	}
@@ -281,6 +359,7 @@ func (e FindingKind) Valid() bool {
 
 // Defines values for FindingState.
 const (
+	FindingStateDecided FindingState = "decided"
 	FindingStateDone    FindingState = "done"
 	FindingStateFailed  FindingState = "failed"
 	FindingStateOpen    FindingState = "open"
@@ -290,6 +369,8 @@ const (
 // Valid indicates whether the value is a known member of the FindingState enum.
 func (e FindingState) Valid() bool {
 	switch e {
+	case FindingStateDecided:
+		return true
 	case FindingStateDone:
 		return true
 	case FindingStateFailed:
@@ -368,19 +449,19 @@ func (e ProblemDetailsAllowedChanges) Valid() bool {
 
 // Defines values for ProfileShowTenant.
 const (
-	Hash ProfileShowTenant = "hash"
-	Id   ProfileShowTenant = "id"
-	None ProfileShowTenant = "none"
+	ProfileShowTenantHash ProfileShowTenant = "hash"
+	ProfileShowTenantId   ProfileShowTenant = "id"
+	ProfileShowTenantNone ProfileShowTenant = "none"
 )
 
 // Valid indicates whether the value is a known member of the ProfileShowTenant enum.
 func (e ProfileShowTenant) Valid() bool {
 	switch e {
-	case Hash:
+	case ProfileShowTenantHash:
 		return true
-	case Id:
+	case ProfileShowTenantId:
 		return true
-	case None:
+	case ProfileShowTenantNone:
 		return true
 	default:
 		return false
@@ -447,6 +528,30 @@ func (e ReconciliationState) Valid() bool {
 	case ReconciliationStateDone:
 		return true
 	case ReconciliationStateRunning:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for RecoveryState.
+const (
+	RecoveryStateNone       RecoveryState = "none"
+	RecoveryStateRecovering RecoveryState = "recovering"
+	RecoveryStateStopped    RecoveryState = "stopped"
+	RecoveryStateWatching   RecoveryState = "watching"
+)
+
+// Valid indicates whether the value is a known member of the RecoveryState enum.
+func (e RecoveryState) Valid() bool {
+	switch e {
+	case RecoveryStateNone:
+		return true
+	case RecoveryStateRecovering:
+		return true
+	case RecoveryStateStopped:
+		return true
+	case RecoveryStateWatching:
 		return true
 	default:
 		return false
@@ -600,6 +705,27 @@ func (e UpstreamPatState) Valid() bool {
 	case UpstreamPatStateRefused:
 		return true
 	case UpstreamPatStateUnknown:
+		return true
+	default:
+		return false
+	}
+}
+
+// Defines values for UpstreamRecoveryState.
+const (
+	UpstreamRecoveryStateRecovering UpstreamRecoveryState = "recovering"
+	UpstreamRecoveryStateStopped    UpstreamRecoveryState = "stopped"
+	UpstreamRecoveryStateWatching   UpstreamRecoveryState = "watching"
+)
+
+// Valid indicates whether the value is a known member of the UpstreamRecoveryState enum.
+func (e UpstreamRecoveryState) Valid() bool {
+	switch e {
+	case UpstreamRecoveryStateRecovering:
+		return true
+	case UpstreamRecoveryStateStopped:
+		return true
+	case UpstreamRecoveryStateWatching:
 		return true
 	default:
 		return false
@@ -940,12 +1066,53 @@ type CampaignList struct {
 	NextCursor *string    `json:"next_cursor,omitempty"`
 }
 
+// Choice defines model for Choice.
+type Choice struct {
+	// Choice What can be decided about a finding. Each kind allows some of them.
+	Choice DecisionChoice `json:"choice"`
+
+	// Confirm The choice can do harm: a person must type this id, of the finding's tenant or app. Missing for a choice that cannot.
+	Confirm *string `json:"confirm,omitempty"`
+	Effect  string  `json:"effect"`
+}
+
 // Credentials defines model for Credentials.
 type Credentials struct {
 	// Key The app-specific key: what goes behind `Authorization: Key` at Clarifai.
 	Key    string   `json:"key"`
 	Name   string   `json:"name"`
 	Scopes []string `json:"scopes"`
+}
+
+// Decided defines model for Decided.
+type Decided struct {
+	// Decided How many findings.
+	Decided int `json:"decided"`
+}
+
+// DecisionChoice What can be decided about a finding. Each kind allows some of them.
+type DecisionChoice string
+
+// DecisionRequest Give `finding`, or `kind`.
+type DecisionRequest struct {
+	// Choice What can be decided about a finding. Each kind allows some of them.
+	Choice DecisionChoice `json:"choice"`
+
+	// Confirm Of a choice that has it: the id that a person has typed.
+	Confirm *string `json:"confirm,omitempty"`
+
+	// Finding The number of a finding.
+	Finding *int64 `json:"finding,omitempty"`
+
+	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
+	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
+	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
+	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
+	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
+	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
+	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+	// unknown for long; workers retry it.
+	Kind *FindingKind `json:"kind,omitempty"`
 }
 
 // Duration A number of seconds, or text such as `90m`, `24h` or `7d`.
@@ -964,53 +1131,50 @@ type Duration1 = string
 // EndReason Why a key works no longer, or shall not.
 type EndReason string
 
-// Fence The restore fence: the database may be behind Clarifai. Until a report has shown that it is not, nothing is
-// removed and no app is given to a tenant.
-type Fence struct {
-	// Behind Clarifai was seen to hold what the database does not know: `tenantry reconcile --adopt` takes it in.
-	Behind bool      `json:"behind"`
-	Reason string    `json:"reason"`
-	Since  time.Time `json:"since"`
-}
-
 // Finding One difference between Clarifai and Tenantry.
 type Finding struct {
-	// Action What a repair does about it. Without it, it is for people.
+	// Action What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
+	// Without an action, a person must fix it at Clarifai.
 	Action *FindingAction      `json:"action,omitempty"`
 	AppId  *string             `json:"app_id,omitempty"`
 	Detail *string             `json:"detail,omitempty"`
 	KeyId  *openapi_types.UUID `json:"key_id,omitempty"`
 
-	// Kind `app_unknown`, `key_unknown`: our marker and no row; `app_forgotten`: the marker names a tenant and the row
-	// none: the database is behind. `app_differs`: marker and row name two tenants. `app_alive`, `key_alive`: the
-	// row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has another
-	// id. `app_unmarked`: it has lost its marker. `app_suspect`: from before a restore, held back. `key_lost`: it
-	// may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it has other scopes.
-	// `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-	// unknown for long; workers are at it.
+	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
+	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
+	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
+	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
+	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
+	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
+	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+	// unknown for long; workers retry it.
 	Kind FindingKind `json:"kind"`
 
-	// Note How its repair ended.
+	// Note How its repair or decision ended.
 	Note *string `json:"note,omitempty"`
 
-	// State `skipped`: it was so no longer at the moment of the act.
+	// State `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
+	// had changed; `note` says how.
 	State    FindingState `json:"state"`
 	TenantId *string      `json:"tenant_id,omitempty"`
 }
 
-// FindingAction What a repair does about it. Without it, it is for people.
+// FindingAction What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
+// Without an action, a person must fix it at Clarifai.
 type FindingAction string
 
-// FindingKind `app_unknown`, `key_unknown`: our marker and no row; `app_forgotten`: the marker names a tenant and the row
-// none: the database is behind. `app_differs`: marker and row name two tenants. `app_alive`, `key_alive`: the
-// row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has another
-// id. `app_unmarked`: it has lost its marker. `app_suspect`: from before a restore, held back. `key_lost`: it
-// may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it has other scopes.
-// `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-// unknown for long; workers are at it.
+// FindingKind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
+// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
+// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
+// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
+// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
+// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
+// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+// unknown for long; workers retry it.
 type FindingKind string
 
-// FindingState `skipped`: it was so no longer at the moment of the act.
+// FindingState `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
+// had changed; `note` says how.
 type FindingState string
 
 // IdentifiedKey defines model for IdentifiedKey.
@@ -1147,9 +1311,6 @@ type Pool struct {
 	// Building Apps that are being built, some of them for tenants that wait.
 	Building int `json:"building"`
 
-	// HeldBack Ready apps from before a restore of the database.
-	HeldBack int `json:"held_back"`
-
 	// ImportingTenants Those beside them that wait in the background, from batches.
 	ImportingTenants int `json:"importing_tenants"`
 
@@ -1173,7 +1334,7 @@ type Pool struct {
 	Profile   string     `json:"profile"`
 	Ready     int        `json:"ready"`
 
-	// Reason Why fewer apps are ready than shall be; missing if there are enough. `restore_fence`; `upstream_paused`; the `code`
+	// Reason Why fewer apps are ready than shall be; missing if there are enough. `another_database`; `upstream_paused`; the `code`
 	// of the problem that builds have, such as `upstream_quota` or `upstream_pat_refused`; `revision_changes`;
 	// `sign_ups_wait`, which come first; `import`, which uses the upstream budget for batches; `upstream_busy` with other
 	// work; `filling`.
@@ -1181,6 +1342,10 @@ type Pool struct {
 		Code   string `json:"code"`
 		Detail string `json:"detail"`
 	} `json:"reason,omitempty"`
+
+	// Retired Apps of earlier incarnations of the database that no tenant is known to hold, counted up to 1,000. Each start of
+	// Postgres retires the pool: this is normal, and another pool is built.
+	Retired int `json:"retired"`
 
 	// Target How many shall be ready, between min and max, as the sign-ups of the last hour have it.
 	Target         int `json:"target"`
@@ -1322,12 +1487,13 @@ type RateLimit = int
 
 // Reconciliation defines model for Reconciliation.
 type Reconciliation struct {
-	AdoptOnly bool `json:"adopt_only"`
-
 	// Counts How many of each kind were found, 0 included. `app_foreign` are apps of the account that are not
 	// Tenantry's: they are counted and never touched.
-	Counts     map[string]int     `json:"counts"`
-	CreatedAt  time.Time          `json:"created_at"`
+	Counts    map[string]int `json:"counts"`
+	CreatedAt time.Time      `json:"created_at"`
+
+	// Decisions A repair that carries out decisions about findings, and does nothing else. It starts by itself.
+	Decisions  bool               `json:"decisions"`
 	FinishedAt *time.Time         `json:"finished_at,omitempty"`
 	Id         openapi_types.UUID `json:"id"`
 	Items      *[]Finding         `json:"items,omitempty"`
@@ -1374,11 +1540,170 @@ type ReconciliationList struct {
 
 // ReconciliationRequest defines model for ReconciliationRequest.
 type ReconciliationRequest struct {
-	// AdoptOnly Take in what the database does not know, and do nothing else.
-	AdoptOnly *bool `json:"adopt_only,omitempty"`
-
 	// Repair The token of the report to carry out.
 	Repair *string `json:"repair,omitempty"`
+}
+
+// Recovery The current incarnation of the database, and its recovery mode.
+type Recovery struct {
+	BeganAt time.Time `json:"began_at"`
+
+	// ControlApp The app at Clarifai whose metadata is the control record.
+	ControlApp string `json:"control_app"`
+
+	// ControlProblem What holds something up, and when it is tried again.
+	ControlProblem *Problem `json:"control_problem,omitempty"`
+
+	// ControlSeenAt When the control record was last known to exist. Missing before the first time.
+	ControlSeenAt *time.Time `json:"control_seen_at,omitempty"`
+
+	// Deployment What must be typed to take over.
+	Deployment string `json:"deployment"`
+
+	// EndsWhen How recovery mode ends.
+	EndsWhen    *string            `json:"ends_when,omitempty"`
+	Incarnation openapi_types.UUID `json:"incarnation"`
+
+	// Lost What shows that transactions were lost. Missing if nothing does.
+	Lost *string `json:"lost,omitempty"`
+
+	// Reason Why the incarnation began.
+	Reason string `json:"reason"`
+
+	// ReportId The newest report. Its findings are those that can be decided.
+	ReportId *openapi_types.UUID `json:"report_id,omitempty"`
+
+	// RetiredApps Apps of earlier incarnations that no tenant is known to hold.
+	RetiredApps RetiredCount `json:"retired_apps"`
+
+	// Since Since when the database is in recovery mode.
+	Since *time.Time `json:"since,omitempty"`
+
+	// State `none`: the database is not in recovery mode. `watching`: it is not known yet whether another database of this
+	// deployment is in use. `recovering`: no other is in use, and transactions were lost. `stopped`: another is in use, and
+	// this one does no work at Clarifai.
+	State             RecoveryState `json:"state"`
+	UndecidedFindings int           `json:"undecided_findings"`
+
+	// Waiting Work that waits for the end of recovery mode; 0 outside it.
+	Waiting struct {
+		Campaigns int `json:"campaigns"`
+
+		// Keys Keys that are to be created on apps of earlier incarnations.
+		Keys int `json:"keys"`
+
+		// Removals Apps of deleted tenants.
+		Removals int `json:"removals"`
+	} `json:"waiting"`
+
+	// WatchUntil When the watch ends if no other database renews the control record.
+	WatchUntil *time.Time `json:"watch_until,omitempty"`
+}
+
+// RecoveryBegin defines model for RecoveryBegin.
+type RecoveryBegin struct {
+	// Reason Why the database is behind, in up to 500 bytes.
+	Reason string `json:"reason"`
+}
+
+// RecoveryFinding A finding that waits for a decision, or was decided.
+type RecoveryFinding struct {
+	// Action What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
+	// Without an action, a person must fix it at Clarifai.
+	Action  *FindingAction      `json:"action,omitempty"`
+	AppId   *string             `json:"app_id,omitempty"`
+	Choices []Choice            `json:"choices"`
+	Detail  *string             `json:"detail,omitempty"`
+	KeyId   *openapi_types.UUID `json:"key_id,omitempty"`
+
+	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
+	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
+	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
+	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
+	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
+	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
+	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
+	// unknown for long; workers retry it.
+	Kind FindingKind `json:"kind"`
+
+	// Note How its repair or decision ended.
+	Note   *string `json:"note,omitempty"`
+	Number int64   `json:"number"`
+
+	// State `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
+	// had changed; `note` says how.
+	State    FindingState `json:"state"`
+	TenantId *string      `json:"tenant_id,omitempty"`
+}
+
+// RecoveryFindings defines model for RecoveryFindings.
+type RecoveryFindings struct {
+	Findings []RecoveryFinding `json:"findings"`
+
+	// NextCursor There are more findings.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// RecoveryState `none`: the database is not in recovery mode. `watching`: it is not known yet whether another database of this
+// deployment is in use. `recovering`: no other is in use, and transactions were lost. `stopped`: another is in use, and
+// this one does no work at Clarifai.
+type RecoveryState string
+
+// Removal defines model for Removal.
+type Removal struct {
+	Count  int        `json:"count"`
+	Newest *time.Time `json:"newest,omitempty"`
+
+	// Oldest When the oldest of them was begun. Missing if there are none.
+	Oldest *time.Time `json:"oldest,omitempty"`
+
+	// Removing false: nothing was changed; this is what would be removed.
+	Removing bool `json:"removing"`
+}
+
+// RemovalRequest Give `app_id`, or `before`.
+type RemovalRequest struct {
+	// AppId A retired app.
+	AppId *string `json:"app_id,omitempty"`
+
+	// Before All retired apps that were begun before this time.
+	Before *time.Time `json:"before,omitempty"`
+
+	// Confirm The id of the app, or with `before` the number of apps. A person must type it.
+	Confirm *string `json:"confirm,omitempty"`
+}
+
+// RetiredApp defines model for RetiredApp.
+type RetiredApp struct {
+	CreatedAt time.Time `json:"created_at"`
+
+	// HasKey A key of it is known.
+	HasKey bool   `json:"has_key"`
+	Id     string `json:"id"`
+
+	// Incarnation That began it.
+	Incarnation openapi_types.UUID `json:"incarnation"`
+
+	// Inputs In it, as the last report saw. Missing where Clarifai did not say.
+	Inputs  *int64 `json:"inputs,omitempty"`
+	Profile string `json:"profile"`
+}
+
+// RetiredApps defines model for RetiredApps.
+type RetiredApps struct {
+	Apps []RetiredApp `json:"apps"`
+
+	// NextCursor There are more apps.
+	NextCursor *string `json:"next_cursor,omitempty"`
+}
+
+// RetiredCount Apps of earlier incarnations that no tenant is known to hold.
+type RetiredCount struct {
+	Count  int        `json:"count"`
+	Newest *time.Time `json:"newest,omitempty"`
+
+	// Oldest When the oldest of them was begun. Missing if there are none.
+	Oldest *time.Time `json:"oldest,omitempty"`
 }
 
 // Role defines model for Role.
@@ -1462,6 +1787,12 @@ type SignUp struct {
 
 	// Profile The template that the tenant is built from.
 	Profile *string `json:"profile,omitempty"`
+}
+
+// TakeOverRequest defines model for TakeOverRequest.
+type TakeOverRequest struct {
+	// Confirm The id of the deployment. A person must type it.
+	Confirm string `json:"confirm"`
 }
 
 // Tenant defines model for Tenant.
@@ -1551,10 +1882,6 @@ type Upstream struct {
 		RequestsPerSecond float32 `json:"requests_per_second"`
 	} `json:"budget"`
 
-	// Fence The restore fence: the database may be behind Clarifai. Until a report has shown that it is not, nothing is
-	// removed and no app is given to a tenant.
-	Fence *Fence `json:"fence,omitempty"`
-
 	// Operator The Clarifai user that owns the apps.
 	Operator string `json:"operator"`
 
@@ -1583,6 +1910,16 @@ type Upstream struct {
 		RevokingKeys       int        `json:"revoking_keys"`
 		WaitingTenants     int        `json:"waiting_tenants"`
 	} `json:"queue"`
+
+	// Recovery Recovery mode of the database. Missing while it is not in recovery mode. `GET /v1/recovery` has more.
+	Recovery *struct {
+		// Reason Why the incarnation of the database began.
+		Reason string    `json:"reason"`
+		Since  time.Time `json:"since"`
+
+		// State As `state` of Recovery.
+		State UpstreamRecoveryState `json:"state"`
+	} `json:"recovery,omitempty"`
 }
 
 // UpstreamBreakerState open: no calls are made until paused_until; half_open: one call tries whether Clarifai is back.
@@ -1590,6 +1927,9 @@ type UpstreamBreakerState string
 
 // UpstreamPatState defines model for Upstream.Pat.State.
 type UpstreamPatState string
+
+// UpstreamRecoveryState As `state` of Recovery.
+type UpstreamRecoveryState string
 
 // CallerID Examples: 4m2x9k7qd0zv8r1t
 type CallerID = string
@@ -1746,6 +2086,23 @@ type GetReconciliationParams struct {
 	Cursor *string `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
+// ListRetiredAppsParams defines parameters for ListRetiredApps.
+type ListRetiredAppsParams struct {
+	Limit *int `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before.
+	Cursor *string `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
+// ListRecoveryFindingsParams defines parameters for ListRecoveryFindings.
+type ListRecoveryFindingsParams struct {
+	Kind  *FindingKind `form:"kind,omitempty" json:"kind,omitempty"`
+	Limit *int         `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the page before.
+	Cursor *string `form:"cursor,omitempty" json:"cursor,omitempty"`
+}
+
 // ListTenantsParams defines parameters for ListTenants.
 type ListTenantsParams struct {
 	State   *TenantState `form:"state,omitempty" json:"state,omitempty"`
@@ -1879,6 +2236,18 @@ type QuarantineKeyJSONRequestBody = QuarantineRequest
 
 // StartReconciliationJSONRequestBody defines body for StartReconciliation for application/json ContentType.
 type StartReconciliationJSONRequestBody = ReconciliationRequest
+
+// BeginRecoveryJSONRequestBody defines body for BeginRecovery for application/json ContentType.
+type BeginRecoveryJSONRequestBody = RecoveryBegin
+
+// DecideJSONRequestBody defines body for Decide for application/json ContentType.
+type DecideJSONRequestBody = DecisionRequest
+
+// RemoveRetiredAppsJSONRequestBody defines body for RemoveRetiredApps for application/json ContentType.
+type RemoveRetiredAppsJSONRequestBody = RemovalRequest
+
+// TakeOverJSONRequestBody defines body for TakeOver for application/json ContentType.
+type TakeOverJSONRequestBody = TakeOverRequest
 
 // StartRotationsJSONRequestBody defines body for StartRotations for application/json ContentType.
 type StartRotationsJSONRequestBody = RotationsRequest
@@ -2186,7 +2555,11 @@ type ClientInterface interface {
 	// QuarantineKeyWithBody Revoke a key that leaked
 	//
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-	// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+	//
+	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+	// dead, or opens no app of Tenantry's.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2196,7 +2569,11 @@ type ClientInterface interface {
 	// QuarantineKey Revoke a key that leaked
 	//
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-	// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+	//
+	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+	// dead, or opens no app of Tenantry's.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2251,11 +2628,13 @@ type ClientInterface interface {
 	// StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+	// background, a call at a time; one runs at once. Role: admin.
 	//
 	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	// 409 `recovery`: in recovery mode nothing is repaired.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2265,11 +2644,13 @@ type ClientInterface interface {
 	// StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+	// background, a call at a time; one runs at once. Role: admin.
 	//
 	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	// 409 `recovery`: in recovery mode nothing is repaired.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2282,6 +2663,152 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
 	GetReconciliation(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// GetRecovery Which incarnation of the database is in use, and its recovery mode
+	//
+	// Roles: all.
+	//
+	// Corresponds with GET /v1/recovery (the `GetRecovery` operationId).
+	GetRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ListRetiredApps List the retired apps
+	//
+	// Apps of earlier incarnations of the database that no tenant is known to hold, newest first. They are never handed out, and
+	// removed only by `POST /v1/recovery/removals`. Role: admin.
+	//
+	// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
+	ListRetiredApps(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// BeginRecoveryWithBody Say that the database is behind
+	//
+	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	//
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+	BeginRecoveryWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// BeginRecovery Say that the database is behind
+	//
+	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	//
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+	BeginRecovery(ctx context.Context, body BeginRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// DecideWithBody Decide a finding, or all findings of a kind
+	//
+	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+	// types the id. Role: admin.
+	//
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+	DecideWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// Decide Decide a finding, or all findings of a kind
+	//
+	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+	// types the id. Role: admin.
+	//
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+	Decide(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// EndRecovery End recovery mode
+	//
+	// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+	//
+	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+	EndRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ListRecoveryFindings List the findings of the newest report that wait for a decision, or were decided
+	//
+	// Newest apps first, with the effect of each choice. Role: admin.
+	//
+	// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
+	ListRecoveryFindings(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// GetRecoveryFinding How a finding stands
+	//
+	// Also one that a newer report has replaced. Role: admin.
+	//
+	// Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
+	GetRecoveryFinding(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// RemoveRetiredAppsWithBody Remove retired apps
+	//
+	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+	// retired app.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+	RemoveRetiredAppsWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// RemoveRetiredApps Remove retired apps
+	//
+	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+	// retired app.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+	RemoveRetiredApps(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// TakeOverWithBody Make this database the one that is in use
+	//
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+	// both hand out apps: stop it first. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+	TakeOverWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// TakeOver Make this database the one that is in use
+	//
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+	// both hand out apps: stop it first. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+	TakeOver(ctx context.Context, body TakeOverJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// StartRotationsWithBody Rotate the keys of many tenants
 	//
@@ -2358,7 +2885,9 @@ type ClientInterface interface {
 	//
 	// Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 	// until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
-	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first.
+	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
+	// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+	// (`GET /v1/recovery/findings`).
 	//
 	// Corresponds with DELETE /v1/tenants/{tenant_id} (the `DeleteTenant` operationId).
 	DeleteTenant(ctx context.Context, tenantId TenantID, params *DeleteTenantParams, reqEditors ...RequestEditorFn) (*http.Response, error)
@@ -2405,13 +2934,20 @@ type ClientInterface interface {
 
 	// PutTenantWithBody Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+	// `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-	// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// (`GET /v1/recovery/findings`).
+	//
+	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+	// in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2420,13 +2956,20 @@ type ClientInterface interface {
 
 	// PutTenant Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+	// `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-	// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// (`GET /v1/recovery/findings`).
+	//
+	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+	// in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2869,7 +3412,11 @@ func (c *Client) IdentifyKey(ctx context.Context, body IdentifyKeyJSONRequestBod
 // QuarantineKeyWithBody Revoke a key that leaked
 //
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+//
+// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+// dead, or opens no app of Tenantry's.
 //
 // Takes any type of body and a specified content type.
 //
@@ -2889,7 +3436,11 @@ func (c *Client) QuarantineKeyWithBody(ctx context.Context, params *QuarantineKe
 // QuarantineKey Revoke a key that leaked
 //
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+//
+// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+// dead, or opens no app of Tenantry's.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3004,11 +3555,13 @@ func (c *Client) ListReconciliations(ctx context.Context, params *ListReconcilia
 // StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+// background, a call at a time; one runs at once. Role: admin.
 //
 // 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+// 409 `recovery`: in recovery mode nothing is repaired.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3028,11 +3581,13 @@ func (c *Client) StartReconciliationWithBody(ctx context.Context, contentType st
 // StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+// background, a call at a time; one runs at once. Role: admin.
 //
 // 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+// 409 `recovery`: in recovery mode nothing is repaired.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3056,6 +3611,282 @@ func (c *Client) StartReconciliation(ctx context.Context, body StartReconciliati
 // Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
 func (c *Client) GetReconciliation(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewGetReconciliationRequest(c.Server, reconciliationId, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetRecovery Which incarnation of the database is in use, and its recovery mode
+//
+// Roles: all.
+//
+// Corresponds with GET /v1/recovery (the `GetRecovery` operationId).
+func (c *Client) GetRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetRecoveryRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListRetiredApps List the retired apps
+//
+// Apps of earlier incarnations of the database that no tenant is known to hold, newest first. They are never handed out, and
+// removed only by `POST /v1/recovery/removals`. Role: admin.
+//
+// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
+func (c *Client) ListRetiredApps(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListRetiredAppsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// BeginRecoveryWithBody Say that the database is behind
+//
+// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+//
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+func (c *Client) BeginRecoveryWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewBeginRecoveryRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// BeginRecovery Say that the database is behind
+//
+// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+//
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+func (c *Client) BeginRecovery(ctx context.Context, body BeginRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewBeginRecoveryRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// DecideWithBody Decide a finding, or all findings of a kind
+//
+// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+// types the id. Role: admin.
+//
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+func (c *Client) DecideWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewDecideRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// Decide Decide a finding, or all findings of a kind
+//
+// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+// types the id. Role: admin.
+//
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+func (c *Client) Decide(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewDecideRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// EndRecovery End recovery mode
+//
+// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+//
+// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+//
+// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+func (c *Client) EndRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewEndRecoveryRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ListRecoveryFindings List the findings of the newest report that wait for a decision, or were decided
+//
+// Newest apps first, with the effect of each choice. Role: admin.
+//
+// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
+func (c *Client) ListRecoveryFindings(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewListRecoveryFindingsRequest(c.Server, params)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// GetRecoveryFinding How a finding stands
+//
+// Also one that a newer report has replaced. Role: admin.
+//
+// Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
+func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewGetRecoveryFindingRequest(c.Server, finding)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RemoveRetiredAppsWithBody Remove retired apps
+//
+// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+// and without `confirm`, this counts them and changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+// retired app.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+func (c *Client) RemoveRetiredAppsWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewRemoveRetiredAppsRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// RemoveRetiredApps Remove retired apps
+//
+// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+// and without `confirm`, this counts them and changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+// retired app.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+func (c *Client) RemoveRetiredApps(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewRemoveRetiredAppsRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// TakeOverWithBody Make this database the one that is in use
+//
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+// both hand out apps: stop it first. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+func (c *Client) TakeOverWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewTakeOverRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// TakeOver Make this database the one that is in use
+//
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+// both hand out apps: stop it first. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+func (c *Client) TakeOver(ctx context.Context, body TakeOverJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewTakeOverRequest(c.Server, body)
 	if err != nil {
 		return nil, err
 	}
@@ -3191,7 +4022,9 @@ func (c *Client) SignUpBatch(ctx context.Context, body SignUpBatchJSONRequestBod
 //
 // Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 // until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
-// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first.
+// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
+// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+// (`GET /v1/recovery/findings`).
 //
 // Corresponds with DELETE /v1/tenants/{tenant_id} (the `DeleteTenant` operationId).
 func (c *Client) DeleteTenant(ctx context.Context, tenantId TenantID, params *DeleteTenantParams, reqEditors ...RequestEditorFn) (*http.Response, error) {
@@ -3288,13 +4121,20 @@ func (c *Client) PatchTenantWithApplicationMergePatchPlusJSONBody(ctx context.Co
 
 // PutTenantWithBody Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+// `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// (`GET /v1/recovery/findings`).
+//
+// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+// in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3313,13 +4153,20 @@ func (c *Client) PutTenantWithBody(ctx context.Context, tenantId TenantID, param
 
 // PutTenant Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+// `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// (`GET /v1/recovery/findings`).
+//
+// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+// in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -4727,6 +5574,398 @@ func NewGetReconciliationRequest(server string, reconciliationId openapi_types.U
 	if err != nil {
 		return nil, err
 	}
+
+	return req, nil
+}
+
+// NewGetRecoveryRequest constructs an http.Request for the GetRecovery method
+func NewGetRecoveryRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewListRetiredAppsRequest constructs an http.Request for the ListRetiredApps method
+func NewListRetiredAppsRequest(server string, params *ListRetiredAppsParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/apps")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewBeginRecoveryRequest calls the generic BeginRecovery builder with application/json body
+func NewBeginRecoveryRequest(server string, body BeginRecoveryJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewBeginRecoveryRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewBeginRecoveryRequestWithBody constructs an http.Request for the BeginRecovery method, with any body, and a specified content type
+func NewBeginRecoveryRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/begin")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewDecideRequest calls the generic Decide builder with application/json body
+func NewDecideRequest(server string, body DecideJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewDecideRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewDecideRequestWithBody constructs an http.Request for the Decide method, with any body, and a specified content type
+func NewDecideRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/decisions")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewEndRecoveryRequest constructs an http.Request for the EndRecovery method
+func NewEndRecoveryRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/end")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewListRecoveryFindingsRequest constructs an http.Request for the ListRecoveryFindings method
+func NewListRecoveryFindingsRequest(server string, params *ListRecoveryFindingsParams) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/findings")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	if params != nil {
+		// queryValues collects non-styled parameters (passthrough, JSON)
+		// that are safe to round-trip through url.Values.Encode().
+		queryValues := queryURL.Query()
+		// rawQueryFragments collects pre-encoded query fragments from
+		// styled parameters, preserving literal commas as delimiters
+		// per the OpenAPI spec (e.g. "color=blue,black,brown").
+		var rawQueryFragments []string
+
+		if params.Kind != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "kind", *params.Kind, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Limit != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "limit", *params.Limit, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if params.Cursor != nil {
+
+			if queryFrag, err := runtime.StyleParamWithOptions("form", true, "cursor", *params.Cursor, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationQuery, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			} else {
+				for _, qp := range strings.Split(queryFrag, "&") {
+					rawQueryFragments = append(rawQueryFragments, qp)
+				}
+			}
+
+		}
+
+		if encoded := queryValues.Encode(); encoded != "" {
+			rawQueryFragments = append(rawQueryFragments, encoded)
+		}
+		queryURL.RawQuery = strings.Join(rawQueryFragments, "&")
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewGetRecoveryFindingRequest constructs an http.Request for the GetRecoveryFinding method
+func NewGetRecoveryFindingRequest(server string, finding int64) (*http.Request, error) {
+	var err error
+
+	var pathParam0 string
+
+	pathParam0, err = runtime.StyleParamWithOptions("simple", false, "finding", finding, runtime.StyleParamOptions{ParamLocation: runtime.ParamLocationPath, Type: "integer", Format: "int64"})
+	if err != nil {
+		return nil, err
+	}
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/findings/%s", pathParam0)
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodGet, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
+// NewRemoveRetiredAppsRequest calls the generic RemoveRetiredApps builder with application/json body
+func NewRemoveRetiredAppsRequest(server string, body RemoveRetiredAppsJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewRemoveRetiredAppsRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewRemoveRetiredAppsRequestWithBody constructs an http.Request for the RemoveRetiredApps method, with any body, and a specified content type
+func NewRemoveRetiredAppsRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/removals")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewTakeOverRequest calls the generic TakeOver builder with application/json body
+func NewTakeOverRequest(server string, body TakeOverJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewTakeOverRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewTakeOverRequestWithBody constructs an http.Request for the TakeOver method, with any body, and a specified content type
+func NewTakeOverRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/recovery/take-over")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
 
 	return req, nil
 }
@@ -6177,7 +7416,11 @@ type ClientWithResponsesInterface interface {
 	// QuarantineKeyWithBodyWithResponse Revoke a key that leaked
 	//
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-	// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+	//
+	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+	// dead, or opens no app of Tenantry's.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6187,7 +7430,11 @@ type ClientWithResponsesInterface interface {
 	// QuarantineKeyWithResponse Revoke a key that leaked
 	//
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-	// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+	//
+	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+	// dead, or opens no app of Tenantry's.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6252,11 +7499,13 @@ type ClientWithResponsesInterface interface {
 	// StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+	// background, a call at a time; one runs at once. Role: admin.
 	//
 	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	// 409 `recovery`: in recovery mode nothing is repaired.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6266,11 +7515,13 @@ type ClientWithResponsesInterface interface {
 	// StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-	// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+	// background, a call at a time; one runs at once. Role: admin.
 	//
 	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+	// 409 `recovery`: in recovery mode nothing is repaired.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6285,6 +7536,162 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
 	GetReconciliationWithResponse(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*GetReconciliationResponse, error)
+
+	// GetRecoveryWithResponse Which incarnation of the database is in use, and its recovery mode
+	//
+	// Roles: all.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/recovery (the `GetRecovery` operationId).
+	GetRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetRecoveryResponse, error)
+
+	// ListRetiredAppsWithResponse List the retired apps
+	//
+	// Apps of earlier incarnations of the database that no tenant is known to hold, newest first. They are never handed out, and
+	// removed only by `POST /v1/recovery/removals`. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
+	ListRetiredAppsWithResponse(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*ListRetiredAppsResponse, error)
+
+	// BeginRecoveryWithBodyWithResponse Say that the database is behind
+	//
+	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	//
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+	BeginRecoveryWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*BeginRecoveryResponse, error)
+
+	// BeginRecoveryWithResponse Say that the database is behind
+	//
+	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	//
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+	BeginRecoveryWithResponse(ctx context.Context, body BeginRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*BeginRecoveryResponse, error)
+
+	// DecideWithBodyWithResponse Decide a finding, or all findings of a kind
+	//
+	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+	// types the id. Role: admin.
+	//
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+	DecideWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*DecideResponse, error)
+
+	// DecideWithResponse Decide a finding, or all findings of a kind
+	//
+	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+	// types the id. Role: admin.
+	//
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+	DecideWithResponse(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*DecideResponse, error)
+
+	// EndRecoveryWithResponse End recovery mode
+	//
+	// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+	EndRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error)
+
+	// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision, or were decided
+	//
+	// Newest apps first, with the effect of each choice. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
+	ListRecoveryFindingsWithResponse(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*ListRecoveryFindingsResponse, error)
+
+	// GetRecoveryFindingWithResponse How a finding stands
+	//
+	// Also one that a newer report has replaced. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
+	GetRecoveryFindingWithResponse(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*GetRecoveryFindingResponse, error)
+
+	// RemoveRetiredAppsWithBodyWithResponse Remove retired apps
+	//
+	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+	// retired app.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+	RemoveRetiredAppsWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*RemoveRetiredAppsResponse, error)
+
+	// RemoveRetiredAppsWithResponse Remove retired apps
+	//
+	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+	// retired app.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+	RemoveRetiredAppsWithResponse(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*RemoveRetiredAppsResponse, error)
+
+	// TakeOverWithBodyWithResponse Make this database the one that is in use
+	//
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+	// both hand out apps: stop it first. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+	TakeOverWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*TakeOverResponse, error)
+
+	// TakeOverWithResponse Make this database the one that is in use
+	//
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+	// both hand out apps: stop it first. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+	TakeOverWithResponse(ctx context.Context, body TakeOverJSONRequestBody, reqEditors ...RequestEditorFn) (*TakeOverResponse, error)
 
 	// StartRotationsWithBodyWithResponse Rotate the keys of many tenants
 	//
@@ -6363,7 +7770,9 @@ type ClientWithResponsesInterface interface {
 	//
 	// Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 	// until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
-	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first.
+	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
+	// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+	// (`GET /v1/recovery/findings`).
 	//
 	// Returns a wrapper object for the known response body format(s).
 	//
@@ -6414,13 +7823,20 @@ type ClientWithResponsesInterface interface {
 
 	// PutTenantWithBodyWithResponse Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+	// `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-	// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// (`GET /v1/recovery/findings`).
+	//
+	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+	// in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6429,13 +7845,20 @@ type ClientWithResponsesInterface interface {
 
 	// PutTenantWithResponse Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+	// `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-	// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// (`GET /v1/recovery/findings`).
+	//
+	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+	// in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -6623,6 +8046,11 @@ type GetAppTenantResponse404Headers struct {
 	XRequestId string
 }
 
+// GetAppTenantResponse409Headers the declared response headers of an HTTP 409 response for GetAppTenant
+type GetAppTenantResponse409Headers struct {
+	XRequestId string
+}
+
 // GetAppTenantResponse429Headers the declared response headers of an HTTP 429 response for GetAppTenant
 type GetAppTenantResponse429Headers struct {
 	RateLimit       *string
@@ -6654,6 +8082,8 @@ type GetAppTenantResponse struct {
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -6670,6 +8100,8 @@ type GetAppTenantResponse struct {
 	Headers401 *GetAppTenantResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *GetAppTenantResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *GetAppTenantResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetAppTenantResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -6696,6 +8128,11 @@ func (r GetAppTenantResponse) GetApplicationproblemJSON401() *Unauthenticated {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r GetAppTenantResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r GetAppTenantResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -10060,6 +11497,1518 @@ func (r GetReconciliationResponse) ContentType() string {
 	return ""
 }
 
+// GetRecoveryResponse200Headers the declared response headers of an HTTP 200 response for GetRecovery
+type GetRecoveryResponse200Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryResponse400Headers the declared response headers of an HTTP 400 response for GetRecovery
+type GetRecoveryResponse400Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryResponse401Headers the declared response headers of an HTTP 401 response for GetRecovery
+type GetRecoveryResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// GetRecoveryResponse403Headers the declared response headers of an HTTP 403 response for GetRecovery
+type GetRecoveryResponse403Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryResponse429Headers the declared response headers of an HTTP 429 response for GetRecovery
+type GetRecoveryResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// GetRecoveryResponse500Headers the declared response headers of an HTTP 500 response for GetRecovery
+type GetRecoveryResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// GetRecoveryResponse503Headers the declared response headers of an HTTP 503 response for GetRecovery
+type GetRecoveryResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type GetRecoveryResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Recovery
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *GetRecoveryResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *GetRecoveryResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *GetRecoveryResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *GetRecoveryResponse403Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *GetRecoveryResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *GetRecoveryResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *GetRecoveryResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r GetRecoveryResponse) GetJSON200() *Recovery {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r GetRecoveryResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r GetRecoveryResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r GetRecoveryResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r GetRecoveryResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r GetRecoveryResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// ListRetiredAppsResponse200Headers the declared response headers of an HTTP 200 response for ListRetiredApps
+type ListRetiredAppsResponse200Headers struct {
+	XRequestId string
+}
+
+// ListRetiredAppsResponse400Headers the declared response headers of an HTTP 400 response for ListRetiredApps
+type ListRetiredAppsResponse400Headers struct {
+	XRequestId string
+}
+
+// ListRetiredAppsResponse401Headers the declared response headers of an HTTP 401 response for ListRetiredApps
+type ListRetiredAppsResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// ListRetiredAppsResponse403Headers the declared response headers of an HTTP 403 response for ListRetiredApps
+type ListRetiredAppsResponse403Headers struct {
+	XRequestId string
+}
+
+// ListRetiredAppsResponse429Headers the declared response headers of an HTTP 429 response for ListRetiredApps
+type ListRetiredAppsResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// ListRetiredAppsResponse500Headers the declared response headers of an HTTP 500 response for ListRetiredApps
+type ListRetiredAppsResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// ListRetiredAppsResponse503Headers the declared response headers of an HTTP 503 response for ListRetiredApps
+type ListRetiredAppsResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type ListRetiredAppsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *RetiredApps
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *ListRetiredAppsResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *ListRetiredAppsResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *ListRetiredAppsResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *ListRetiredAppsResponse403Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *ListRetiredAppsResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *ListRetiredAppsResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *ListRetiredAppsResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r ListRetiredAppsResponse) GetJSON200() *RetiredApps {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r ListRetiredAppsResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r ListRetiredAppsResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r ListRetiredAppsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListRetiredAppsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r ListRetiredAppsResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// BeginRecoveryResponse200Headers the declared response headers of an HTTP 200 response for BeginRecovery
+type BeginRecoveryResponse200Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse400Headers the declared response headers of an HTTP 400 response for BeginRecovery
+type BeginRecoveryResponse400Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse401Headers the declared response headers of an HTTP 401 response for BeginRecovery
+type BeginRecoveryResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// BeginRecoveryResponse403Headers the declared response headers of an HTTP 403 response for BeginRecovery
+type BeginRecoveryResponse403Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse409Headers the declared response headers of an HTTP 409 response for BeginRecovery
+type BeginRecoveryResponse409Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse413Headers the declared response headers of an HTTP 413 response for BeginRecovery
+type BeginRecoveryResponse413Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse415Headers the declared response headers of an HTTP 415 response for BeginRecovery
+type BeginRecoveryResponse415Headers struct {
+	XRequestId string
+}
+
+// BeginRecoveryResponse429Headers the declared response headers of an HTTP 429 response for BeginRecovery
+type BeginRecoveryResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// BeginRecoveryResponse500Headers the declared response headers of an HTTP 500 response for BeginRecovery
+type BeginRecoveryResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// BeginRecoveryResponse503Headers the declared response headers of an HTTP 503 response for BeginRecovery
+type BeginRecoveryResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type BeginRecoveryResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Recovery
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *BeginRecoveryResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *BeginRecoveryResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *BeginRecoveryResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *BeginRecoveryResponse403Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *BeginRecoveryResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *BeginRecoveryResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *BeginRecoveryResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *BeginRecoveryResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *BeginRecoveryResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *BeginRecoveryResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r BeginRecoveryResponse) GetJSON200() *Recovery {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r BeginRecoveryResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r BeginRecoveryResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r BeginRecoveryResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r BeginRecoveryResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r BeginRecoveryResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// DecideResponse202Headers the declared response headers of an HTTP 202 response for Decide
+type DecideResponse202Headers struct {
+	Location   *string
+	RetryAfter *int
+	XRequestId string
+}
+
+// DecideResponse400Headers the declared response headers of an HTTP 400 response for Decide
+type DecideResponse400Headers struct {
+	XRequestId string
+}
+
+// DecideResponse401Headers the declared response headers of an HTTP 401 response for Decide
+type DecideResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// DecideResponse403Headers the declared response headers of an HTTP 403 response for Decide
+type DecideResponse403Headers struct {
+	XRequestId string
+}
+
+// DecideResponse404Headers the declared response headers of an HTTP 404 response for Decide
+type DecideResponse404Headers struct {
+	XRequestId string
+}
+
+// DecideResponse409Headers the declared response headers of an HTTP 409 response for Decide
+type DecideResponse409Headers struct {
+	XRequestId string
+}
+
+// DecideResponse413Headers the declared response headers of an HTTP 413 response for Decide
+type DecideResponse413Headers struct {
+	XRequestId string
+}
+
+// DecideResponse415Headers the declared response headers of an HTTP 415 response for Decide
+type DecideResponse415Headers struct {
+	XRequestId string
+}
+
+// DecideResponse429Headers the declared response headers of an HTTP 429 response for Decide
+type DecideResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// DecideResponse500Headers the declared response headers of an HTTP 500 response for Decide
+type DecideResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// DecideResponse503Headers the declared response headers of an HTTP 503 response for Decide
+type DecideResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type DecideResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON202 the response for an HTTP 202 `application/json` response
+	JSON202 *Decided
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
+	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers202 the parsed response headers for an HTTP 202 response
+	Headers202 *DecideResponse202Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *DecideResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *DecideResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *DecideResponse403Headers
+	// Headers404 the parsed response headers for an HTTP 404 response
+	Headers404 *DecideResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *DecideResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *DecideResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *DecideResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *DecideResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *DecideResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *DecideResponse503Headers
+}
+
+// GetJSON202 returns the response for an HTTP 202 `application/json` response
+func (r DecideResponse) GetJSON202() *Decided {
+	return r.JSON202
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON404() *NotFound {
+	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r DecideResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r DecideResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r DecideResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r DecideResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r DecideResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// EndRecoveryResponse200Headers the declared response headers of an HTTP 200 response for EndRecovery
+type EndRecoveryResponse200Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse400Headers the declared response headers of an HTTP 400 response for EndRecovery
+type EndRecoveryResponse400Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse401Headers the declared response headers of an HTTP 401 response for EndRecovery
+type EndRecoveryResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// EndRecoveryResponse403Headers the declared response headers of an HTTP 403 response for EndRecovery
+type EndRecoveryResponse403Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse409Headers the declared response headers of an HTTP 409 response for EndRecovery
+type EndRecoveryResponse409Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse413Headers the declared response headers of an HTTP 413 response for EndRecovery
+type EndRecoveryResponse413Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse415Headers the declared response headers of an HTTP 415 response for EndRecovery
+type EndRecoveryResponse415Headers struct {
+	XRequestId string
+}
+
+// EndRecoveryResponse429Headers the declared response headers of an HTTP 429 response for EndRecovery
+type EndRecoveryResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// EndRecoveryResponse500Headers the declared response headers of an HTTP 500 response for EndRecovery
+type EndRecoveryResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// EndRecoveryResponse503Headers the declared response headers of an HTTP 503 response for EndRecovery
+type EndRecoveryResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type EndRecoveryResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Recovery
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *EndRecoveryResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *EndRecoveryResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *EndRecoveryResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *EndRecoveryResponse403Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *EndRecoveryResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *EndRecoveryResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *EndRecoveryResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *EndRecoveryResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *EndRecoveryResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *EndRecoveryResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r EndRecoveryResponse) GetJSON200() *Recovery {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r EndRecoveryResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r EndRecoveryResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r EndRecoveryResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r EndRecoveryResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r EndRecoveryResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// ListRecoveryFindingsResponse200Headers the declared response headers of an HTTP 200 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse200Headers struct {
+	XRequestId string
+}
+
+// ListRecoveryFindingsResponse400Headers the declared response headers of an HTTP 400 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse400Headers struct {
+	XRequestId string
+}
+
+// ListRecoveryFindingsResponse401Headers the declared response headers of an HTTP 401 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// ListRecoveryFindingsResponse403Headers the declared response headers of an HTTP 403 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse403Headers struct {
+	XRequestId string
+}
+
+// ListRecoveryFindingsResponse429Headers the declared response headers of an HTTP 429 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// ListRecoveryFindingsResponse500Headers the declared response headers of an HTTP 500 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// ListRecoveryFindingsResponse503Headers the declared response headers of an HTTP 503 response for ListRecoveryFindings
+type ListRecoveryFindingsResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type ListRecoveryFindingsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *RecoveryFindings
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *ListRecoveryFindingsResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *ListRecoveryFindingsResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *ListRecoveryFindingsResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *ListRecoveryFindingsResponse403Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *ListRecoveryFindingsResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *ListRecoveryFindingsResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *ListRecoveryFindingsResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r ListRecoveryFindingsResponse) GetJSON200() *RecoveryFindings {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r ListRecoveryFindingsResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r ListRecoveryFindingsResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r ListRecoveryFindingsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ListRecoveryFindingsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r ListRecoveryFindingsResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// GetRecoveryFindingResponse200Headers the declared response headers of an HTTP 200 response for GetRecoveryFinding
+type GetRecoveryFindingResponse200Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryFindingResponse400Headers the declared response headers of an HTTP 400 response for GetRecoveryFinding
+type GetRecoveryFindingResponse400Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryFindingResponse401Headers the declared response headers of an HTTP 401 response for GetRecoveryFinding
+type GetRecoveryFindingResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// GetRecoveryFindingResponse403Headers the declared response headers of an HTTP 403 response for GetRecoveryFinding
+type GetRecoveryFindingResponse403Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryFindingResponse404Headers the declared response headers of an HTTP 404 response for GetRecoveryFinding
+type GetRecoveryFindingResponse404Headers struct {
+	XRequestId string
+}
+
+// GetRecoveryFindingResponse429Headers the declared response headers of an HTTP 429 response for GetRecoveryFinding
+type GetRecoveryFindingResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// GetRecoveryFindingResponse500Headers the declared response headers of an HTTP 500 response for GetRecoveryFinding
+type GetRecoveryFindingResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// GetRecoveryFindingResponse503Headers the declared response headers of an HTTP 503 response for GetRecoveryFinding
+type GetRecoveryFindingResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type GetRecoveryFindingResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *RecoveryFinding
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
+	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *GetRecoveryFindingResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *GetRecoveryFindingResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *GetRecoveryFindingResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *GetRecoveryFindingResponse403Headers
+	// Headers404 the parsed response headers for an HTTP 404 response
+	Headers404 *GetRecoveryFindingResponse404Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *GetRecoveryFindingResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *GetRecoveryFindingResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *GetRecoveryFindingResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r GetRecoveryFindingResponse) GetJSON200() *RecoveryFinding {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON404() *NotFound {
+	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r GetRecoveryFindingResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r GetRecoveryFindingResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r GetRecoveryFindingResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r GetRecoveryFindingResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r GetRecoveryFindingResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// RemoveRetiredAppsResponse200Headers the declared response headers of an HTTP 200 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse200Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse202Headers the declared response headers of an HTTP 202 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse202Headers struct {
+	Location   *string
+	RetryAfter *int
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse400Headers the declared response headers of an HTTP 400 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse400Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse401Headers the declared response headers of an HTTP 401 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// RemoveRetiredAppsResponse403Headers the declared response headers of an HTTP 403 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse403Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse404Headers the declared response headers of an HTTP 404 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse404Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse409Headers the declared response headers of an HTTP 409 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse409Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse413Headers the declared response headers of an HTTP 413 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse413Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse415Headers the declared response headers of an HTTP 415 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse415Headers struct {
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse429Headers the declared response headers of an HTTP 429 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// RemoveRetiredAppsResponse500Headers the declared response headers of an HTTP 500 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// RemoveRetiredAppsResponse503Headers the declared response headers of an HTTP 503 response for RemoveRetiredApps
+type RemoveRetiredAppsResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type RemoveRetiredAppsResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Removal
+	// JSON202 the response for an HTTP 202 `application/json` response
+	JSON202 *Removal
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
+	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *RemoveRetiredAppsResponse200Headers
+	// Headers202 the parsed response headers for an HTTP 202 response
+	Headers202 *RemoveRetiredAppsResponse202Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *RemoveRetiredAppsResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *RemoveRetiredAppsResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *RemoveRetiredAppsResponse403Headers
+	// Headers404 the parsed response headers for an HTTP 404 response
+	Headers404 *RemoveRetiredAppsResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *RemoveRetiredAppsResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *RemoveRetiredAppsResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *RemoveRetiredAppsResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *RemoveRetiredAppsResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *RemoveRetiredAppsResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *RemoveRetiredAppsResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r RemoveRetiredAppsResponse) GetJSON200() *Removal {
+	return r.JSON200
+}
+
+// GetJSON202 returns the response for an HTTP 202 `application/json` response
+func (r RemoveRetiredAppsResponse) GetJSON202() *Removal {
+	return r.JSON202
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON404() *NotFound {
+	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r RemoveRetiredAppsResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r RemoveRetiredAppsResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r RemoveRetiredAppsResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r RemoveRetiredAppsResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r RemoveRetiredAppsResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// TakeOverResponse200Headers the declared response headers of an HTTP 200 response for TakeOver
+type TakeOverResponse200Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse400Headers the declared response headers of an HTTP 400 response for TakeOver
+type TakeOverResponse400Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse401Headers the declared response headers of an HTTP 401 response for TakeOver
+type TakeOverResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// TakeOverResponse403Headers the declared response headers of an HTTP 403 response for TakeOver
+type TakeOverResponse403Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse409Headers the declared response headers of an HTTP 409 response for TakeOver
+type TakeOverResponse409Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse413Headers the declared response headers of an HTTP 413 response for TakeOver
+type TakeOverResponse413Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse415Headers the declared response headers of an HTTP 415 response for TakeOver
+type TakeOverResponse415Headers struct {
+	XRequestId string
+}
+
+// TakeOverResponse429Headers the declared response headers of an HTTP 429 response for TakeOver
+type TakeOverResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// TakeOverResponse500Headers the declared response headers of an HTTP 500 response for TakeOver
+type TakeOverResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// TakeOverResponse503Headers the declared response headers of an HTTP 503 response for TakeOver
+type TakeOverResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type TakeOverResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *Recovery
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *TakeOverResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *TakeOverResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *TakeOverResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *TakeOverResponse403Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *TakeOverResponse409Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *TakeOverResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *TakeOverResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *TakeOverResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *TakeOverResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *TakeOverResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r TakeOverResponse) GetJSON200() *Recovery {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r TakeOverResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r TakeOverResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r TakeOverResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r TakeOverResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r TakeOverResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
 // StartRotationsResponse200Headers the declared response headers of an HTTP 200 response for StartRotations
 type StartRotationsResponse200Headers struct {
 	XRequestId string
@@ -10792,6 +13741,11 @@ type GetTenantResponse404Headers struct {
 	XRequestId string
 }
 
+// GetTenantResponse409Headers the declared response headers of an HTTP 409 response for GetTenant
+type GetTenantResponse409Headers struct {
+	XRequestId string
+}
+
 // GetTenantResponse429Headers the declared response headers of an HTTP 429 response for GetTenant
 type GetTenantResponse429Headers struct {
 	RateLimit       *string
@@ -10823,6 +13777,8 @@ type GetTenantResponse struct {
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -10839,6 +13795,8 @@ type GetTenantResponse struct {
 	Headers401 *GetTenantResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *GetTenantResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *GetTenantResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetTenantResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -10865,6 +13823,11 @@ func (r GetTenantResponse) GetApplicationproblemJSON401() *Unauthenticated {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r GetTenantResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r GetTenantResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -10938,6 +13901,11 @@ type PatchTenantResponse404Headers struct {
 	XRequestId string
 }
 
+// PatchTenantResponse409Headers the declared response headers of an HTTP 409 response for PatchTenant
+type PatchTenantResponse409Headers struct {
+	XRequestId string
+}
+
 // PatchTenantResponse412Headers the declared response headers of an HTTP 412 response for PatchTenant
 type PatchTenantResponse412Headers struct {
 	XRequestId string
@@ -10986,6 +13954,8 @@ type PatchTenantResponse struct {
 	ApplicationproblemJSON403 *Forbidden
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON412 the response for an HTTP 412 `application/problem+json` response
 	ApplicationproblemJSON412 *PreconditionFailed
 	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
@@ -11008,6 +13978,8 @@ type PatchTenantResponse struct {
 	Headers403 *PatchTenantResponse403Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *PatchTenantResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *PatchTenantResponse409Headers
 	// Headers412 the parsed response headers for an HTTP 412 response
 	Headers412 *PatchTenantResponse412Headers
 	// Headers413 the parsed response headers for an HTTP 413 response
@@ -11045,6 +14017,11 @@ func (r PatchTenantResponse) GetApplicationproblemJSON403() *Forbidden {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r PatchTenantResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r PatchTenantResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON412 returns the response for an HTTP 412 `application/problem+json` response
@@ -11363,6 +14340,11 @@ type ListKeysResponse404Headers struct {
 	XRequestId string
 }
 
+// ListKeysResponse409Headers the declared response headers of an HTTP 409 response for ListKeys
+type ListKeysResponse409Headers struct {
+	XRequestId string
+}
+
 // ListKeysResponse429Headers the declared response headers of an HTTP 429 response for ListKeys
 type ListKeysResponse429Headers struct {
 	RateLimit       *string
@@ -11394,6 +14376,8 @@ type ListKeysResponse struct {
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -11408,6 +14392,8 @@ type ListKeysResponse struct {
 	Headers401 *ListKeysResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *ListKeysResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *ListKeysResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *ListKeysResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -11434,6 +14420,11 @@ func (r ListKeysResponse) GetApplicationproblemJSON401() *Unauthenticated {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r ListKeysResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r ListKeysResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -11515,6 +14506,11 @@ type RevokeKeyResponse404Headers struct {
 	XRequestId string
 }
 
+// RevokeKeyResponse409Headers the declared response headers of an HTTP 409 response for RevokeKey
+type RevokeKeyResponse409Headers struct {
+	XRequestId string
+}
+
 // RevokeKeyResponse413Headers the declared response headers of an HTTP 413 response for RevokeKey
 type RevokeKeyResponse413Headers struct {
 	XRequestId string
@@ -11560,6 +14556,8 @@ type RevokeKeyResponse struct {
 	ApplicationproblemJSON403 *Forbidden
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
 	ApplicationproblemJSON413 *TooLarge
 	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
@@ -11582,6 +14580,8 @@ type RevokeKeyResponse struct {
 	Headers403 *RevokeKeyResponse403Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *RevokeKeyResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *RevokeKeyResponse409Headers
 	// Headers413 the parsed response headers for an HTTP 413 response
 	Headers413 *RevokeKeyResponse413Headers
 	// Headers415 the parsed response headers for an HTTP 415 response
@@ -11622,6 +14622,11 @@ func (r RevokeKeyResponse) GetApplicationproblemJSON403() *Forbidden {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r RevokeKeyResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r RevokeKeyResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
@@ -11701,6 +14706,11 @@ type GetKeyResponse404Headers struct {
 	XRequestId string
 }
 
+// GetKeyResponse409Headers the declared response headers of an HTTP 409 response for GetKey
+type GetKeyResponse409Headers struct {
+	XRequestId string
+}
+
 // GetKeyResponse429Headers the declared response headers of an HTTP 429 response for GetKey
 type GetKeyResponse429Headers struct {
 	RateLimit       *string
@@ -11732,6 +14742,8 @@ type GetKeyResponse struct {
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -11746,6 +14758,8 @@ type GetKeyResponse struct {
 	Headers401 *GetKeyResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *GetKeyResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *GetKeyResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetKeyResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -11772,6 +14786,11 @@ func (r GetKeyResponse) GetApplicationproblemJSON401() *Unauthenticated {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r GetKeyResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r GetKeyResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -12071,6 +15090,11 @@ type GetRotationResponse404Headers struct {
 	XRequestId string
 }
 
+// GetRotationResponse409Headers the declared response headers of an HTTP 409 response for GetRotation
+type GetRotationResponse409Headers struct {
+	XRequestId string
+}
+
 // GetRotationResponse429Headers the declared response headers of an HTTP 429 response for GetRotation
 type GetRotationResponse429Headers struct {
 	RateLimit       *string
@@ -12102,6 +15126,8 @@ type GetRotationResponse struct {
 	ApplicationproblemJSON401 *Unauthenticated
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -12116,6 +15142,8 @@ type GetRotationResponse struct {
 	Headers401 *GetRotationResponse401Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *GetRotationResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *GetRotationResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetRotationResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -12142,6 +15170,11 @@ func (r GetRotationResponse) GetApplicationproblemJSON401() *Unauthenticated {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r GetRotationResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r GetRotationResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -12640,6 +15673,11 @@ type GetKeySecretResponse404Headers struct {
 	XRequestId string
 }
 
+// GetKeySecretResponse409Headers the declared response headers of an HTTP 409 response for GetKeySecret
+type GetKeySecretResponse409Headers struct {
+	XRequestId string
+}
+
 // GetKeySecretResponse429Headers the declared response headers of an HTTP 429 response for GetKeySecret
 type GetKeySecretResponse429Headers struct {
 	RateLimit       *string
@@ -12673,6 +15711,8 @@ type GetKeySecretResponse struct {
 	ApplicationproblemJSON403 *Forbidden
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
 	ApplicationproblemJSON429 *TooManyRequests
 	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
@@ -12689,6 +15729,8 @@ type GetKeySecretResponse struct {
 	Headers403 *GetKeySecretResponse403Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *GetKeySecretResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *GetKeySecretResponse409Headers
 	// Headers429 the parsed response headers for an HTTP 429 response
 	Headers429 *GetKeySecretResponse429Headers
 	// Headers500 the parsed response headers for an HTTP 500 response
@@ -12720,6 +15762,11 @@ func (r GetKeySecretResponse) GetApplicationproblemJSON403() *Forbidden {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r GetKeySecretResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r GetKeySecretResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
@@ -13223,6 +16270,11 @@ type RetryTenantResponse404Headers struct {
 	XRequestId string
 }
 
+// RetryTenantResponse409Headers the declared response headers of an HTTP 409 response for RetryTenant
+type RetryTenantResponse409Headers struct {
+	XRequestId string
+}
+
 // RetryTenantResponse413Headers the declared response headers of an HTTP 413 response for RetryTenant
 type RetryTenantResponse413Headers struct {
 	XRequestId string
@@ -13266,6 +16318,8 @@ type RetryTenantResponse struct {
 	ApplicationproblemJSON403 *Forbidden
 	// ApplicationproblemJSON404 the response for an HTTP 404 `application/problem+json` response
 	ApplicationproblemJSON404 *NotFound
+	// ApplicationproblemJSON409 the response for an HTTP 409 `application/problem+json` response
+	ApplicationproblemJSON409 *Conflict
 	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
 	ApplicationproblemJSON413 *TooLarge
 	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
@@ -13286,6 +16340,8 @@ type RetryTenantResponse struct {
 	Headers403 *RetryTenantResponse403Headers
 	// Headers404 the parsed response headers for an HTTP 404 response
 	Headers404 *RetryTenantResponse404Headers
+	// Headers409 the parsed response headers for an HTTP 409 response
+	Headers409 *RetryTenantResponse409Headers
 	// Headers413 the parsed response headers for an HTTP 413 response
 	Headers413 *RetryTenantResponse413Headers
 	// Headers415 the parsed response headers for an HTTP 415 response
@@ -13321,6 +16377,11 @@ func (r RetryTenantResponse) GetApplicationproblemJSON403() *Forbidden {
 // GetApplicationproblemJSON404 returns the response for an HTTP 404 `application/problem+json` response
 func (r RetryTenantResponse) GetApplicationproblemJSON404() *NotFound {
 	return r.ApplicationproblemJSON404
+}
+
+// GetApplicationproblemJSON409 returns the response for an HTTP 409 `application/problem+json` response
+func (r RetryTenantResponse) GetApplicationproblemJSON409() *Conflict {
+	return r.ApplicationproblemJSON409
 }
 
 // GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
@@ -13980,7 +17041,11 @@ func (c *ClientWithResponses) IdentifyKeyWithResponse(ctx context.Context, body 
 // QuarantineKeyWithBodyWithResponse Revoke a key that leaked
 //
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+//
+// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+// dead, or opens no app of Tenantry's.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -13996,7 +17061,11 @@ func (c *ClientWithResponses) QuarantineKeyWithBodyWithResponse(ctx context.Cont
 // QuarantineKeyWithResponse Revoke a key that leaked
 //
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
-// discarded. The string is neither logged nor stored nor answered. Roles: provisioner, admin.
+// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
+//
+// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
+// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
+// dead, or opens no app of Tenantry's.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -14097,11 +17166,13 @@ func (c *ClientWithResponses) ListReconciliationsWithResponse(ctx context.Contex
 // StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+// background, a call at a time; one runs at once. Role: admin.
 //
 // 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+// 409 `recovery`: in recovery mode nothing is repaired.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -14117,11 +17188,13 @@ func (c *ClientWithResponses) StartReconciliationWithBodyWithResponse(ctx contex
 // StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` is touched, and removals are capped per
-// hour. It goes on in the background, a call at a time; one runs at once. Role: admin.
+// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
+// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
+// background, a call at a time; one runs at once. Role: admin.
 //
 // 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
+// 409 `recovery`: in recovery mode nothing is repaired.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -14147,6 +17220,240 @@ func (c *ClientWithResponses) GetReconciliationWithResponse(ctx context.Context,
 		return nil, err
 	}
 	return ParseGetReconciliationResponse(rsp)
+}
+
+// GetRecoveryWithResponse Which incarnation of the database is in use, and its recovery mode
+//
+// Roles: all.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/recovery (the `GetRecovery` operationId).
+func (c *ClientWithResponses) GetRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetRecoveryResponse, error) {
+	rsp, err := c.GetRecovery(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseGetRecoveryResponse(rsp)
+}
+
+// ListRetiredAppsWithResponse List the retired apps
+//
+// Apps of earlier incarnations of the database that no tenant is known to hold, newest first. They are never handed out, and
+// removed only by `POST /v1/recovery/removals`. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
+func (c *ClientWithResponses) ListRetiredAppsWithResponse(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*ListRetiredAppsResponse, error) {
+	rsp, err := c.ListRetiredApps(ctx, params, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListRetiredAppsResponse(rsp)
+}
+
+// BeginRecoveryWithBodyWithResponse Say that the database is behind
+//
+// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+//
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+func (c *ClientWithResponses) BeginRecoveryWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*BeginRecoveryResponse, error) {
+	rsp, err := c.BeginRecoveryWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseBeginRecoveryResponse(rsp)
+}
+
+// BeginRecoveryWithResponse Say that the database is behind
+//
+// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
+// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+//
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
+func (c *ClientWithResponses) BeginRecoveryWithResponse(ctx context.Context, body BeginRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*BeginRecoveryResponse, error) {
+	rsp, err := c.BeginRecovery(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseBeginRecoveryResponse(rsp)
+}
+
+// DecideWithBodyWithResponse Decide a finding, or all findings of a kind
+//
+// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+// types the id. Role: admin.
+//
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+func (c *ClientWithResponses) DecideWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*DecideResponse, error) {
+	rsp, err := c.DecideWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseDecideResponse(rsp)
+}
+
+// DecideWithResponse Decide a finding, or all findings of a kind
+//
+// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
+// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
+// types the id. Role: admin.
+//
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
+// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
+func (c *ClientWithResponses) DecideWithResponse(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*DecideResponse, error) {
+	rsp, err := c.Decide(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseDecideResponse(rsp)
+}
+
+// EndRecoveryWithResponse End recovery mode
+//
+// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+//
+// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+func (c *ClientWithResponses) EndRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error) {
+	rsp, err := c.EndRecovery(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseEndRecoveryResponse(rsp)
+}
+
+// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision, or were decided
+//
+// Newest apps first, with the effect of each choice. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
+func (c *ClientWithResponses) ListRecoveryFindingsWithResponse(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*ListRecoveryFindingsResponse, error) {
+	rsp, err := c.ListRecoveryFindings(ctx, params, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseListRecoveryFindingsResponse(rsp)
+}
+
+// GetRecoveryFindingWithResponse How a finding stands
+//
+// Also one that a newer report has replaced. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
+func (c *ClientWithResponses) GetRecoveryFindingWithResponse(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*GetRecoveryFindingResponse, error) {
+	rsp, err := c.GetRecoveryFinding(ctx, finding, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseGetRecoveryFindingResponse(rsp)
+}
+
+// RemoveRetiredAppsWithBodyWithResponse Remove retired apps
+//
+// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+// and without `confirm`, this counts them and changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+// retired app.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+func (c *ClientWithResponses) RemoveRetiredAppsWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*RemoveRetiredAppsResponse, error) {
+	rsp, err := c.RemoveRetiredAppsWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseRemoveRetiredAppsResponse(rsp)
+}
+
+// RemoveRetiredAppsWithResponse Remove retired apps
+//
+// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
+// and without `confirm`, this counts them and changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
+// retired app.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
+func (c *ClientWithResponses) RemoveRetiredAppsWithResponse(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*RemoveRetiredAppsResponse, error) {
+	rsp, err := c.RemoveRetiredApps(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseRemoveRetiredAppsResponse(rsp)
+}
+
+// TakeOverWithBodyWithResponse Make this database the one that is in use
+//
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+// both hand out apps: stop it first. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+func (c *ClientWithResponses) TakeOverWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*TakeOverResponse, error) {
+	rsp, err := c.TakeOverWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseTakeOverResponse(rsp)
+}
+
+// TakeOverWithResponse Make this database the one that is in use
+//
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
+// both hand out apps: stop it first. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
+func (c *ClientWithResponses) TakeOverWithResponse(ctx context.Context, body TakeOverJSONRequestBody, reqEditors ...RequestEditorFn) (*TakeOverResponse, error) {
+	rsp, err := c.TakeOver(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseTakeOverResponse(rsp)
 }
 
 // StartRotationsWithBodyWithResponse Rotate the keys of many tenants
@@ -14256,7 +17563,9 @@ func (c *ClientWithResponses) SignUpBatchWithResponse(ctx context.Context, body 
 //
 // Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 // until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
-// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first.
+// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
+// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+// (`GET /v1/recovery/findings`).
 //
 // Returns a wrapper object for the known response body format(s).
 //
@@ -14337,13 +17646,20 @@ func (c *ClientWithResponses) PatchTenantWithApplicationMergePatchPlusJSONBodyWi
 
 // PutTenantWithBodyWithResponse Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+// `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// (`GET /v1/recovery/findings`).
+//
+// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+// in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -14358,13 +17674,20 @@ func (c *ClientWithResponses) PutTenantWithBodyWithResponse(ctx context.Context,
 
 // PutTenantWithResponse Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
+// `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
-// tenant is being deleted; `on_deleting=replace` begins the next generation at once.
+// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
+// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// (`GET /v1/recovery/findings`).
+//
+// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
+// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
+// in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -14660,6 +17983,13 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -14783,6 +18113,16 @@ func ParseGetAppTenantResponse(rsp *http.Response) (*GetAppTenantResponse, error
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers GetAppTenantResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetAppTenantResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -19260,6 +22600,2004 @@ func ParseGetReconciliationResponse(rsp *http.Response) (*GetReconciliationRespo
 	return response, nil
 }
 
+// ParseGetRecoveryResponse parses an HTTP response from a GetRecoveryWithResponse call
+func ParseGetRecoveryResponse(rsp *http.Response) (*GetRecoveryResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &GetRecoveryResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Recovery
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers GetRecoveryResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers GetRecoveryResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers GetRecoveryResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers GetRecoveryResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 429:
+		var headers GetRecoveryResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers GetRecoveryResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers GetRecoveryResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseListRetiredAppsResponse parses an HTTP response from a ListRetiredAppsWithResponse call
+func ParseListRetiredAppsResponse(rsp *http.Response) (*ListRetiredAppsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListRetiredAppsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest RetiredApps
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers ListRetiredAppsResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers ListRetiredAppsResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers ListRetiredAppsResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers ListRetiredAppsResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 429:
+		var headers ListRetiredAppsResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers ListRetiredAppsResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers ListRetiredAppsResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseBeginRecoveryResponse parses an HTTP response from a BeginRecoveryWithResponse call
+func ParseBeginRecoveryResponse(rsp *http.Response) (*BeginRecoveryResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &BeginRecoveryResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Recovery
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers BeginRecoveryResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers BeginRecoveryResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers BeginRecoveryResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers BeginRecoveryResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 409:
+		var headers BeginRecoveryResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers BeginRecoveryResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers BeginRecoveryResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers BeginRecoveryResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers BeginRecoveryResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers BeginRecoveryResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseDecideResponse parses an HTTP response from a DecideWithResponse call
+func ParseDecideResponse(rsp *http.Response) (*DecideResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &DecideResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 202:
+		var dest Decided
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON202 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 404:
+		var dest NotFound
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON404 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 202:
+		var headers DecideResponse202Headers
+		if values := rsp.Header.Values("Location"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Location", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Location = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers202 = &headers
+	case rsp.StatusCode == 400:
+		var headers DecideResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers DecideResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers DecideResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 404:
+		var headers DecideResponse404Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers DecideResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers DecideResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers DecideResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers DecideResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers DecideResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers DecideResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseEndRecoveryResponse parses an HTTP response from a EndRecoveryWithResponse call
+func ParseEndRecoveryResponse(rsp *http.Response) (*EndRecoveryResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &EndRecoveryResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Recovery
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers EndRecoveryResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers EndRecoveryResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers EndRecoveryResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers EndRecoveryResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 409:
+		var headers EndRecoveryResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers EndRecoveryResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers EndRecoveryResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers EndRecoveryResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers EndRecoveryResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers EndRecoveryResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseListRecoveryFindingsResponse parses an HTTP response from a ListRecoveryFindingsWithResponse call
+func ParseListRecoveryFindingsResponse(rsp *http.Response) (*ListRecoveryFindingsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ListRecoveryFindingsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest RecoveryFindings
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers ListRecoveryFindingsResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers ListRecoveryFindingsResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers ListRecoveryFindingsResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers ListRecoveryFindingsResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 429:
+		var headers ListRecoveryFindingsResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers ListRecoveryFindingsResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers ListRecoveryFindingsResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseGetRecoveryFindingResponse parses an HTTP response from a GetRecoveryFindingWithResponse call
+func ParseGetRecoveryFindingResponse(rsp *http.Response) (*GetRecoveryFindingResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &GetRecoveryFindingResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest RecoveryFinding
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 404:
+		var dest NotFound
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON404 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers GetRecoveryFindingResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers GetRecoveryFindingResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers GetRecoveryFindingResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers GetRecoveryFindingResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 404:
+		var headers GetRecoveryFindingResponse404Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers404 = &headers
+	case rsp.StatusCode == 429:
+		var headers GetRecoveryFindingResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers GetRecoveryFindingResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers GetRecoveryFindingResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseRemoveRetiredAppsResponse parses an HTTP response from a RemoveRetiredAppsWithResponse call
+func ParseRemoveRetiredAppsResponse(rsp *http.Response) (*RemoveRetiredAppsResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &RemoveRetiredAppsResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Removal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 202:
+		var dest Removal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON202 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 404:
+		var dest NotFound
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON404 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers RemoveRetiredAppsResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 202:
+		var headers RemoveRetiredAppsResponse202Headers
+		if values := rsp.Header.Values("Location"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "Location", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.Location = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers202 = &headers
+	case rsp.StatusCode == 400:
+		var headers RemoveRetiredAppsResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers RemoveRetiredAppsResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers RemoveRetiredAppsResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 404:
+		var headers RemoveRetiredAppsResponse404Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers RemoveRetiredAppsResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers RemoveRetiredAppsResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers RemoveRetiredAppsResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers RemoveRetiredAppsResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers RemoveRetiredAppsResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers RemoveRetiredAppsResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseTakeOverResponse parses an HTTP response from a TakeOverWithResponse call
+func ParseTakeOverResponse(rsp *http.Response) (*TakeOverResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &TakeOverResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest Recovery
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers TakeOverResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers TakeOverResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers TakeOverResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers TakeOverResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 409:
+		var headers TakeOverResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
+	case rsp.StatusCode == 413:
+		var headers TakeOverResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers TakeOverResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers TakeOverResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers TakeOverResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers TakeOverResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
 // ParseStartRotationsResponse parses an HTTP response from a StartRotationsWithResponse call
 func ParseStartRotationsResponse(rsp *http.Response) (*StartRotationsResponse, error) {
 	bodyBytes, err := io.ReadAll(rsp.Body)
@@ -20263,6 +25601,13 @@ func ParseGetTenantResponse(rsp *http.Response) (*GetTenantResponse, error) {
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -20386,6 +25731,16 @@ func ParseGetTenantResponse(rsp *http.Response) (*GetTenantResponse, error) {
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers GetTenantResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetTenantResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -20505,6 +25860,13 @@ func ParsePatchTenantResponse(rsp *http.Response) (*PatchTenantResponse, error) 
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 412:
 		var dest PreconditionFailed
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -20614,6 +25976,16 @@ func ParsePatchTenantResponse(rsp *http.Response) (*PatchTenantResponse, error) 
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers PatchTenantResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 412:
 		var headers PatchTenantResponse412Headers
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
@@ -21125,6 +26497,13 @@ func ParseListKeysResponse(rsp *http.Response) (*ListKeysResponse, error) {
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -21210,6 +26589,16 @@ func ParseListKeysResponse(rsp *http.Response) (*ListKeysResponse, error) {
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers ListKeysResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers ListKeysResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -21335,6 +26724,13 @@ func ParseRevokeKeyResponse(rsp *http.Response) (*RevokeKeyResponse, error) {
 			return nil, err
 		}
 		response.ApplicationproblemJSON404 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
 
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
 		var dest TooLarge
@@ -21469,6 +26865,16 @@ func ParseRevokeKeyResponse(rsp *http.Response) (*RevokeKeyResponse, error) {
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers RevokeKeyResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 413:
 		var headers RevokeKeyResponse413Headers
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
@@ -21601,6 +27007,13 @@ func ParseGetKeyResponse(rsp *http.Response) (*GetKeyResponse, error) {
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -21686,6 +27099,16 @@ func ParseGetKeyResponse(rsp *http.Response) (*GetKeyResponse, error) {
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers GetKeyResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetKeyResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -22146,6 +27569,13 @@ func ParseGetRotationResponse(rsp *http.Response) (*GetRotationResponse, error) 
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -22224,6 +27654,16 @@ func ParseGetRotationResponse(rsp *http.Response) (*GetRotationResponse, error) 
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers GetRotationResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetRotationResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -22942,6 +28382,13 @@ func ParseGetKeySecretResponse(rsp *http.Response) (*GetKeySecretResponse, error
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
 		var dest TooManyRequests
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -23030,6 +28477,16 @@ func ParseGetKeySecretResponse(rsp *http.Response) (*GetKeySecretResponse, error
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers GetKeySecretResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 429:
 		var headers GetKeySecretResponse429Headers
 		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
@@ -23769,6 +29226,13 @@ func ParseRetryTenantResponse(rsp *http.Response) (*RetryTenantResponse, error) 
 		}
 		response.ApplicationproblemJSON404 = &dest
 
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 409:
+		var dest Conflict
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON409 = &dest
+
 	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
 		var dest TooLarge
 		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
@@ -23885,6 +29349,16 @@ func ParseRetryTenantResponse(rsp *http.Response) (*RetryTenantResponse, error) 
 			headers.XRequestId = value
 		}
 		response.Headers404 = &headers
+	case rsp.StatusCode == 409:
+		var headers RetryTenantResponse409Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers409 = &headers
 	case rsp.StatusCode == 413:
 		var headers RetryTenantResponse413Headers
 		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {

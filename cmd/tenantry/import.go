@@ -252,7 +252,7 @@ func (r *importRun) plan(u client.Upstream) string {
 		text += fmt.Sprintf("; %s tenants wait already, which takes %s before that", grouped(before), roughly(callsTake(2*before, rate)))
 	}
 	if n > 0 {
-		text += fmt.Sprintf("; marking the apps with their tenants is a call each, and trails behind for %s more", roughly(callsTake(n, rate)))
+		text += fmt.Sprintf("; tagging the apps with their tenants takes 2 calls each, and ends about %s later", roughly(callsTake(2*n, rate)))
 	}
 	if u.Breaker.State != "closed" {
 		text += "; all upstream work is paused now"
@@ -260,8 +260,8 @@ func (r *importRun) plan(u client.Upstream) string {
 			text += ": " + u.Breaker.Reason.Detail
 		}
 	}
-	if u.Fence != nil {
-		text += "; the restore fence is up, and no tenant gets an app until it is lowered"
+	if u.Recovery != nil && u.Recovery.State == client.UpstreamRecoveryStateStopped {
+		text += "; another database of this deployment is in use, and no tenant gets an app here: see tenantry recover show"
 	}
 	return text
 }

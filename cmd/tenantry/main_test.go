@@ -219,7 +219,7 @@ func TestEndToEnd(t *testing.T) {
 		`tenantry_upstream_calls_total{call="PostApps",outcome="ok"} `,
 		`tenantry_jobs_total{kind="app",outcome="done"} `,
 		`tenantry_build_duration_seconds_count `, `tenantry_tenants{state="active"}`, `go_goroutines`,
-		`tenantry_restore_fence_up 0`, `tenantry_upstream_paused 0`, `tenantry_upstream_pat_refused 0`,
+		`tenantry_recovery_mode{state="watching"} 0`, `tenantry_recovery_undecided_findings 0`, `tenantry_control_record_failing 0`, `tenantry_upstream_paused 0`, `tenantry_upstream_pat_refused 0`,
 		`tenantry_report_findings{kind="app_unknown"} 0`, `tenantry_report_timestamp_seconds`, `tenantry_audit_sealed_timestamp_seconds 1`,
 	} {
 		provisiontest.Eventually(t, "the metrics have "+name, func() bool {
@@ -266,7 +266,6 @@ func reconcileByCommand(t *testing.T, w *provisiontest.World, vars map[string]st
 	with["TENANTRY_TOKEN"] = strings.TrimSpace(must(t, vars, "token", "create", "--name", "ops", "--role", "admin"))
 	fails(t, with, []string{"reconcile", "--url", "nowhere"}, "TENANTRY_URL")
 	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1"}, "no report of this token")
-	fails(t, with, []string{"reconcile", "--url", url, "--repair", "rec_1", "--adopt"}, "can't be used together")
 	if exit, out, log := command(t, with, "reconcile", "--url", url); exit != 0 || out != "" || !strings.Contains(log, "differences: 0") {
 		t.Errorf("reconcile exits with %d and prints %q, %q", exit, out, log)
 	}
@@ -286,9 +285,9 @@ func reconcileByCommand(t *testing.T, w *provisiontest.World, vars map[string]st
 		Items []map[string]any `json:"items"`
 	}
 	provisiontest.Eventually(t, "the key is made again", func() bool { return len(w.AppKeys()) == 1 })
-	exit, out, log = command(t, with, "reconcile", "--url", url, "--adopt", "--json")
+	exit, out, log = command(t, with, "reconcile", "--url", url, "--json")
 	if err := json.Unmarshal([]byte(out), &report); err != nil || exit != 0 || report.Kind != "report" || len(report.Items) != 0 {
-		t.Errorf("reconcile --adopt --json exits with %d and prints\n%s%s", exit, out, log)
+		t.Errorf("reconcile --json exits with %d and prints\n%s%s", exit, out, log)
 	}
 }
 

@@ -15,8 +15,7 @@ import (
 type reconcileCmd struct {
 	apiFlags
 	outputFlags
-	Repair string `placeholder:"TOKEN" xor:"do" help:"Carry out the report of this token, each item after a fresh look."`
-	Adopt  bool   `xor:"do" help:"Take in what Clarifai holds and the database does not know, as after a restore: a report, its adoptions and no more, and a report that shows that it is complete."`
+	Repair string `placeholder:"TOKEN" help:"Carry out the report of this token, each item after a fresh look. Items that wait for a decision are left alone, see recover show. Refused in recovery mode."`
 	JSON   bool   `name:"json" hidden:"" help:"The same as --output json."`
 }
 
@@ -26,15 +25,7 @@ func (c reconcileCmd) Run(ctx context.Context, e env) error {
 		return err
 	}
 	r := reconciler{api: api, e: e}
-	var done *client.Reconciliation
-	switch {
-	case c.Adopt:
-		done, err = r.adopt(ctx)
-	case c.Repair != "":
-		done, err = r.run(ctx, client.ReconciliationRequest{Repair: &c.Repair})
-	default:
-		done, err = r.run(ctx, client.ReconciliationRequest{})
-	}
+	done, err := r.run(ctx, client.ReconciliationRequest{Repair: given(c.Repair)})
 	if err != nil {
 		return err
 	}
@@ -46,7 +37,7 @@ func (c reconcileCmd) Run(ctx context.Context, e env) error {
 		done.Items, done.NextCursor = &items, nil
 		err = printJSON(e.stdout, done)
 	} else {
-		err = r.print(done, items)
+		err = r.print(ctx, done, items)
 	}
 	if err == nil && differs(items) {
 		err = errDiffers
@@ -72,20 +63,6 @@ func (r reconciler) say(format string, args ...any) {
 	_, _ = fmt.Fprintf(r.e.stderr, format+"\n", args...)
 }
 
-// adopt takes in what the database does not know, and shows that nothing of the
-// kind is left.
-func (r reconciler) adopt(ctx context.Context) (*client.Reconciliation, error) {
-	report, err := r.run(ctx, client.ReconciliationRequest{})
-	if err != nil || report.Token == nil {
-		return report, err
-	}
-	only := true
-	if _, err = r.run(ctx, client.ReconciliationRequest{Repair: report.Token, AdoptOnly: &only}); err != nil {
-		return nil, err
-	}
-	return r.run(ctx, client.ReconciliationRequest{})
-}
-
 // run starts a reconciliation and waits for its end.
 func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (*client.Reconciliation, error) {
 	began, err := r.api.StartReconciliationWithResponse(ctx, req)
@@ -97,7 +74,7 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 	case rec != nil:
 		r.say("%s %s has begun", rec.Kind, rec.Id)
 	case req.Repair == nil && began.ApplicationproblemJSON409 != nil:
-		// One begins by itself daily, and behind the restore fence.
+		// One begins by itself daily, and in recovery mode.
 		if rec, err = r.running(ctx); err != nil {
 			return nil, err
 		}
@@ -205,14 +182,18 @@ func (r reconciler) items(ctx context.Context, rec *client.Reconciliation) ([]cl
 	}
 }
 
-func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) error {
+func (r reconciler) print(ctx context.Context, rec *client.Reconciliation, items []client.Finding) error {
 	w := newTable(r.e.stdout, "FOUND", "REPAIR", "STATE", "APP", "KEY", "TENANT", "DETAIL")
-	actions := 0
+	actions, undecided := 0, 0
 	for _, f := range items {
 		action, key := "by hand", ""
 		if f.Action != nil {
 			action = string(*f.Action)
-			if f.State == client.FindingStateOpen {
+			switch {
+			case f.State != client.FindingStateOpen:
+			case *f.Action == client.FindingActionDecide:
+				undecided++
+			default:
 				actions++
 			}
 		}
@@ -229,7 +210,19 @@ func (r reconciler) print(rec *client.Reconciliation, items []client.Finding) er
 	}
 	r.say("apps seen: %d, keys seen: %d, apps that are not Tenantry's: %d, differences: %d",
 		rec.Progress.AppsSeen, rec.Progress.KeysSeen, rec.Counts["app_foreign"], len(items))
-	if actions > 0 {
+	if undecided > 0 {
+		r.say("%d of them wait for a decision: tenantry recover show lists the choices", undecided)
+	}
+	if actions == 0 {
+		return nil
+	}
+	up, err := answer[client.Upstream](r.api.GetUpstream(ctx))
+	switch {
+	case err != nil:
+		return err
+	case up.value.Recovery != nil:
+		r.say("%d of them can be repaired once recovery mode has ended", actions)
+	default:
 		r.say("to repair %d of them: tenantry reconcile --repair %s", actions, *rec.Token)
 	}
 	return nil

@@ -464,8 +464,8 @@ func (c upstreamCmd) Run(ctx context.Context, e env) error {
 	w.row("apps being built", u.Queue.BuildingApps)
 	w.row("keys being revoked", u.Queue.RevokingKeys)
 	w.row("apps being removed", u.Queue.PurgingApps)
-	if u.Fence != nil {
-		w.row("restore fence", since(u.Fence.Reason, &u.Fence.Since, now))
+	if u.Recovery != nil {
+		w.row("recovery mode", since(string(u.Recovery.State)+": "+u.Recovery.Reason, &u.Recovery.Since, now)+"; see tenantry recover show")
 	}
 	if u.Problem != nil {
 		w.row("problem", shownProblem(u.Problem, now))

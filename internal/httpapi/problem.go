@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"math"
@@ -74,7 +75,7 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 		w.WriteHeader(statusClientGone)
 		return
 	}
-	err = s.unknownInRecovery(r, err)
+	err = s.unknownInRecovery(w, r, err)
 	p, retryAfter := problemOf(err, info.id)
 	if p.Status == http.StatusUnauthorized {
 		w.Header().Set("WWW-Authenticate", `Bearer realm="tenantry"`)
@@ -87,13 +88,15 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 }
 
 // unknownInRecovery turns a tenant or app that is not there into one that may have been lost,
-// while the database is in recovery mode.
-func (s *server) unknownInRecovery(r *http.Request, err error) error {
+// while the database is in recovery mode. A stale response stays as it is.
+func (s *server) unknownInRecovery(w http.ResponseWriter, r *http.Request, err error) error {
 	e, ok := errors.AsType[*tenant.Error](err)
-	if !ok || e.Kind != tenant.NotFound || e.Code != "tenant_not_found" && e.Code != "app_not_found" {
+	if !ok || e.Kind != tenant.NotFound || e.Code != "tenant_not_found" && e.Code != "app_not_found" || w.Header().Get(staleHeader) != "" {
 		return err
 	}
-	if recovery, failed := s.DB.Recovery(r.Context()); failed != nil || !recovery.Active() {
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second) // of a database that hangs
+	defer cancel()
+	if recovery, failed := s.DB.Recovery(ctx); failed != nil || !recovery.Active() {
 		return err
 	}
 	return tenant.ErrRecoveryUnknown

@@ -1,6 +1,8 @@
 package httpapi
 
 import (
+	"cmp"
+	"fmt"
 	"net/http"
 	"slices"
 	"strconv"
@@ -120,6 +122,9 @@ func (s *server) endRecovery(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
 	}
+	if err := decodeBody(w, r, &struct{}{}, mayBeEmpty); err != nil {
+		return err
+	}
 	if _, err := s.DB.EndRecovery(r.Context(), actorOf(r)); err != nil {
 		return err
 	}
@@ -193,19 +198,42 @@ func (s *server) listRecoveryFindings(w http.ResponseWriter, r *http.Request) er
 		body.NextCursor = strconv.FormatInt(last.Number, 10) + " " + string(last.AppID)
 	}
 	for _, f := range found {
-		b := recoveryFindingBody{Number: f.Number, findingBody: bodyOfFinding(f), Choices: []choiceBody{}}
-		for _, c := range f.Kind.Choices() {
-			choice := choiceBody{Choice: c.Name, Effect: c.Effect}
-			if c.Typed {
-				if choice.Confirm = string(f.TenantID); choice.Confirm == "" {
-					choice.Confirm = string(f.AppID)
-				}
-			}
-			b.Choices = append(b.Choices, choice)
-		}
-		body.Findings = append(body.Findings, b)
+		body.Findings = append(body.Findings, bodyOfRecoveryFinding(f))
 	}
 	return respond(w, http.StatusOK, body)
+}
+
+func bodyOfRecoveryFinding(f tenant.Finding) recoveryFindingBody {
+	b := recoveryFindingBody{Number: f.Number, findingBody: bodyOfFinding(f), Choices: []choiceBody{}}
+	for _, c := range f.Kind.Choices() {
+		choice := choiceBody{Choice: c.Name, Effect: c.Effect}
+		if c.Typed {
+			choice.Confirm = cmp.Or(string(f.TenantID), string(f.AppID))
+		}
+		b.Choices = append(b.Choices, choice)
+	}
+	return b
+}
+
+// getRecoveryFinding returns one finding, so that a caller need not list all of them to see how a
+// decision ends.
+func (s *server) getRecoveryFinding(w http.ResponseWriter, r *http.Request) error {
+	text, err := pathParam(r, "finding")
+	if err != nil {
+		return err
+	}
+	if _, err := params(r); err != nil {
+		return err
+	}
+	number, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || number < 1 {
+		return tenant.Errorf(tenant.NotFound, "finding_not_found", "there is no such finding")
+	}
+	f, err := s.DB.Finding(r.Context(), number)
+	if err != nil {
+		return err
+	}
+	return respond(w, http.StatusOK, bodyOfRecoveryFinding(f))
 }
 
 type decisionBody struct {
@@ -238,7 +266,10 @@ func (s *server) postDecision(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	setRetryAfter(w, retryProvisioning)
-	w.Header().Set("Location", "/v1/recovery/findings")
+	w.Header().Set("Location", "/v1/recovery/findings?kind="+string(body.Kind))
+	if body.Finding > 0 {
+		w.Header().Set("Location", fmt.Sprint("/v1/recovery/findings/", body.Finding))
+	}
 	return respond(w, http.StatusAccepted, decidedBody{n})
 }
 
@@ -301,8 +332,8 @@ type removedBody struct {
 	Removing bool `json:"removing"`
 }
 
-// removeRetired removes retired apps. Without confirm it says which would be removed, and
-// changes nothing.
+// removeRetired removes retired apps. With before and without confirm it counts those that
+// would be removed, and changes nothing.
 func (s *server) removeRetired(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
@@ -314,20 +345,20 @@ func (s *server) removeRetired(w http.ResponseWriter, r *http.Request) error {
 	if (body.AppID == "") == (body.Before == "") {
 		return invalid("app_id", "give the id of a retired app, or a time in before for all that were begun before it, and not both")
 	}
-	f := tenant.RetiredFilter{AppID: tenant.AppID(body.AppID)}
+	f, b := tenant.RetiredFilter{AppID: tenant.AppID(body.AppID)}, removedBody{retiredCountBody: retiredCountBody{Count: 1}}
 	if body.Before != "" {
 		var err error
 		if f.Before, err = time.Parse(time.RFC3339, body.Before); err != nil {
 			return invalid("before", "must be a time such as 2026-11-29T00:00:00Z")
 		}
-	}
-	count, err := s.DB.CountRetired(r.Context(), f)
-	if err != nil {
-		return err
-	}
-	b := removedBody{retiredCountBody: retiredCountBody{count.Count, count.Oldest.UTC(), count.Newest.UTC()}}
-	if body.Confirm == "" {
-		return respond(w, http.StatusOK, b)
+		count, err := s.DB.CountRetired(r.Context(), f)
+		if err != nil {
+			return err
+		}
+		b.retiredCountBody = retiredCountBody{count.Count, count.Oldest.UTC(), count.Newest.UTC()}
+		if body.Confirm == "" {
+			return respond(w, http.StatusOK, b)
+		}
 	}
 	if err := s.Service.RemoveRetired(r.Context(), f, body.Confirm, actorOf(r)); err != nil {
 		return err

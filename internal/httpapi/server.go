@@ -167,6 +167,7 @@ func (s *server) routes(r chi.Router) {
 	r.Post("/v1/recovery/end", s.allow(admin, s.endRecovery))
 	r.Post("/v1/recovery/take-over", s.allow(admin, s.takeOver))
 	r.Get("/v1/recovery/findings", s.allow(admin, s.listRecoveryFindings))
+	r.Get("/v1/recovery/findings/{finding}", s.allow(admin, s.getRecoveryFinding))
 	r.Post("/v1/recovery/decisions", s.allow(admin, s.postDecision))
 	r.Get("/v1/recovery/apps", s.allow(admin, s.listRetiredApps))
 	r.Post("/v1/recovery/removals", s.allow(admin, s.removeRetired))
