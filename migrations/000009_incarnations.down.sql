@@ -10,7 +10,7 @@ ALTER TABLE reconciliations
     DROP COLUMN decisions,
     ADD COLUMN adopt_only boolean NOT NULL DEFAULT false;
 DROP TABLE quarantines;
-ALTER TABLE adoptions DROP COLUMN by_admin;
+ALTER TABLE adoptions DROP COLUMN by_admin, DROP COLUMN reserved;
 ALTER TABLE keys DROP COLUMN incarnation;
 DROP INDEX apps_pending, apps_retired, apps_ready;
 ALTER TABLE apps

@@ -118,7 +118,10 @@ ALTER TABLE keys ADD COLUMN incarnation uuid; -- in which it was last decided wh
 UPDATE keys SET incarnation = stored_incarnation();
 ALTER TABLE keys ALTER COLUMN incarnation SET NOT NULL, ALTER COLUMN incarnation SET DEFAULT stored_incarnation();
 
-ALTER TABLE adoptions ADD COLUMN by_admin boolean NOT NULL DEFAULT false; -- an admin asked for it
+ALTER TABLE adoptions
+    ADD COLUMN by_admin boolean NOT NULL DEFAULT false, -- an admin asked for it
+    ADD COLUMN reserved boolean NOT NULL DEFAULT false; -- its worker writes the ownership tag: one at a time for an app
+CREATE UNIQUE INDEX adoptions_one_reserved ON adoptions (app_id) WHERE reserved;
 
 -- Leaked keys that no row knows: the key itself is asked for its app.
 CREATE TABLE quarantines (

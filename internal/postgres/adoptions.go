@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/riverqueue/river"
 
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -74,7 +75,7 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 			ON CONFLICT (tenant_id, dry_run) DO UPDATE
 			SET id = excluded.id, app_id = excluded.app_id, app_user_id = excluded.app_user_id, profile = excluded.profile,
 				display_name = excluded.display_name, labels = excluded.labels, attributes_hash = excluded.attributes_hash,
-				ciphertext = excluded.ciphertext, fingerprint = excluded.fingerprint, state = 'checking', told = false,
+				ciphertext = excluded.ciphertext, fingerprint = excluded.fingerprint, state = 'checking', told = false, reserved = false,
 				requested_by = excluded.requested_by, by_admin = excluded.by_admin, request_id = excluded.request_id, leased_until = '-infinity', enqueued_at = now(),
 				next_attempt_at = now(), attempts = 0, problem = NULL, created_at = now(), updated_at = now()
 			WHERE a.state <> 'checking' AND a.told
@@ -192,6 +193,17 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 		return a, errNotFound("adoption")
 	}
 	return a, translate("lease adoption", err)
+}
+
+// ReserveAdoption reserves the app of a leased adoption for it: until it ends no other may
+// write the app's ownership tag. It reports false if another has the reservation.
+func (db *DB) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error) {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE adoptions SET reserved = true, updated_at = now() WHERE id = $1 AND leased_until = $2 AND state = 'checking'`, a.ID, a.LeasedUntil)
+	if pg, ok := errors.AsType[*pgconn.PgError](err); ok && pg.ConstraintName == "adoptions_one_reserved" {
+		return false, nil
+	}
+	return true, oneRow("reserve app for adoption", tag, err)
 }
 
 // HoldAdopted carries a leased adoption out: the tenant has the app from here on, and
@@ -374,7 +386,7 @@ func (db *DB) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state te
 	return translate("end adoption", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE adoptions
-			SET state = $3, problem = $4, ciphertext = NULL, display_name = '', labels = '{}', leased_until = '-infinity', updated_at = now()
+			SET state = $3, problem = $4, ciphertext = NULL, reserved = false, display_name = '', labels = '{}', leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'checking'`, a.ID, a.LeasedUntil, state, problem)
 		if err := oneRow("end adoption", tag, err); err != nil {
 			return err

@@ -20,7 +20,7 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 		WHERE control_seen_at IS NOT NULL OR control_problem IS NOT NULL OR recovery IS NOT NULL)
 	WHEN 'purging' THEN ` + mayRemove + `
 	WHEN 'held' THEN pending AND NOT (end_unknown_keys AND ` + watching + `)
-	WHEN 'retained' THEN pending AND NOT (end_unknown_keys AND ` + watching + `) OR ` + duePurge + `
+	WHEN 'retained' THEN (pending OR ` + untagged + `) AND NOT (end_unknown_keys AND ` + watching + `) OR ` + duePurge + `
 	WHEN 'ready' THEN incarnation = ` + currentIncarnation + ` AND coalesce(proven_at, ready_at) < now() - ` + poolAge + `
 	ELSE false END`
 
@@ -29,9 +29,12 @@ const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	WHEN tenant_id IS NULL THEN false
 	ELSE removal_confirmed OR NOT ` + inRecovery + ` END`
 
+// untagged says of a retained app that its ownership tag does not say yet when it is removed.
+const untagged = `(user_id IS NULL AND tagged_purge_after IS DISTINCT FROM purge_after)`
+
 // duePurge says of a retained app that its retention has ended, and that its ownership tag says
 // when: the removal begins with a look at both.
-const duePurge = `(purge_after <= now() AND (removal_confirmed OR tagged_purge_after IS NOT DISTINCT FROM CASE WHEN user_id IS NULL THEN purge_after END) AND ` + mayRemove + `)`
+const duePurge = `(purge_after <= now() AND (removal_confirmed OR NOT ` + untagged + `) AND ` + mayRemove + `)`
 
 // LeaseApp takes an app that there is work on, for at most lease. It reports
 // tenant.NotFound if there is nothing to do or another worker does it.

@@ -39,6 +39,7 @@ func (db *DB) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn,
 	if errors.Is(err, pgx.ErrNoRows) {
 		return t, errNotFound("turn")
 	}
+	t.Replica = db.replica
 	return t, translate("acquire control turn", err)
 }
 

@@ -236,9 +236,6 @@ func (db *DB) Leave(ctx context.Context) (last bool, err error) {
 	return last, translate("remove registration of replica", err)
 }
 
-// Replica is the id of this process, as the table replicas and the control record have it.
-func (db *DB) Replica() uuid.UUID { return db.replica }
-
 // RetireApps marks the unassigned apps of earlier incarnations as retired: they are never
 // handed out, and never removed unless somebody names them. An app that a worker is at ends
 // so by itself. It returns how many it marked.

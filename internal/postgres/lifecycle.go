@@ -384,6 +384,20 @@ func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, cu
 	})
 }
 
+// PurgeWait is how long no app of a tenant may be removed, since perHour were in the last
+// hour; 0 if one may be now.
+func (db *DB) PurgeWait(ctx context.Context, perHour int) (time.Duration, error) {
+	wait, err := purgeWait(ctx, db.pool, perHour)
+	return wait, translate("count removals", err)
+}
+
+func purgeWait(ctx context.Context, q querier, perHour int) (wait time.Duration, err error) {
+	err = q.QueryRow(ctx, `
+		SELECT CASE WHEN count(*) < $1 THEN '0'::interval ELSE greatest(min(purging_since) + interval '1 hour' - now(), '1 second') END
+		FROM apps WHERE purging_since > now() - interval '1 hour'`, perHour).Scan(&wait)
+	return wait, err
+}
+
 // BeginPurge turns a leased app whose retention has ended over to its removal, and keeps the
 // lease: from here on there is no way back. At most perHour apps of tenants are removed in an
 // hour. It reports how long to wait if that many were, and then changes nothing.
@@ -393,16 +407,9 @@ func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor t
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('purge apps'))`); err != nil {
 			return err
 		}
-		var begun int
-		if err := tx.QueryRow(ctx, `
-			SELECT count(*), coalesce(min(purging_since) + interval '1 hour' - now(), '0') FROM apps WHERE purging_since > now() - interval '1 hour'`).
-			Scan(&begun, &wait); err != nil {
+		if wait, err = purgeWait(ctx, tx, perHour); err != nil || wait > 0 {
 			return err
 		}
-		if begun >= perHour {
-			return nil
-		}
-		wait = 0
 		if _, err := lockOwner(ctx, tx, a.ID); err != nil { // a restore may be at it
 			return err
 		}

@@ -220,6 +220,15 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 		return s.Store.EndAdoption(ctx, a, tenant.AdoptionPossible, nil, requesterOf(ctx, a))
 	}
 	if a.AppUserID == "" {
+		if free, err := s.Store.ReserveAdoption(ctx, a); err != nil {
+			return err
+		} else if !free {
+			return &deferred{wait: s.BackoffBase}
+		}
+		// Another adoption may have written its tag before.
+		if marker, err = s.checkAdoptable(ctx, a); err != nil {
+			return err
+		}
 		if err := s.tagAdopted(ctx, a, marker); err != nil {
 			return err
 		}

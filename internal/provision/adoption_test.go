@@ -416,8 +416,11 @@ func TestAdoptedIsRebuilt(t *testing.T) {
 		DELETE FROM keys; DELETE FROM tenants; DELETE FROM apps;
 		COMMIT`)
 	_, err := adopt(t, r, "user_2", tenant.AdoptRequest{AppID: "one"})
-	refusedAs(t, err, "adopt_app_marked", "reconcile --adopt")
-	mend(&scene{t: t, w: w, r: r}, true)
+	refusedAs(t, err, "adopt_app_contested", "recover show")
+	if _, found := report(t, r); !slices.Equal(kindsOf(found), []string{"app_unknown"}) {
+		t.Fatalf("the report found %v", kindsOf(found))
+	}
+	decide(t, r, tenant.FoundAppUnknown, tenant.Adopt)
 	a, err := adopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one"})
 	stateOf(t, a.Tenant, err, tenant.Active)
 	if a.Created || !keyWorks(t, w, r, a.Tenant) {
@@ -431,9 +434,9 @@ func TestDeleteAdoptedUnmarked(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(provisiontest.Options{})
-	w.Faults(map[string]any{"call": "PatchApp", "status": 98004})
 	key := w.AppByHand(provisiontest.PAT, "one", nil)
 	mustAdopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one", Key: key})
+	w.Faults(map[string]any{"call": "PatchApp", "status": 98004})
 	is, err := r.Delete(t.Context(), "user_1", false, wait, caller)
 	stateOf(t, is, err, tenant.Deleting)
 	mendedWithout(t, r)

@@ -399,6 +399,11 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 // leased, our marker at a fresh look that agrees with the row, and no key of ours that the
 // rows do not know. What is shared with the operator was never marked, and is only released.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
+	if a.State == tenant.AppRetained { // before any call is made for nothing
+		if wait, err := s.Store.PurgeWait(ctx, s.RemovalCap); err != nil || wait > 0 {
+			return errors.Join(err, s.removalCap(ctx, a, wait))
+		}
+	}
 	if a.UserID != "" {
 		if err := s.beginPurge(ctx, &a); err != nil {
 			return err
@@ -420,8 +425,7 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 			return err
 		}
 		if why != "" {
-			return s.contested(ctx, a, tenant.Finding{Kind: tenant.FoundPurge, Detail: why}, "purge_contested",
-				"the app is not removed, since it may be in use: "+why+"; see `tenantry recover show`")
+			return s.contestedPurge(ctx, a, why)
 		}
 	}
 	if err := s.beginPurge(ctx, &a); err != nil {
@@ -478,13 +482,24 @@ func (s *Service) beginPurge(ctx context.Context, a *tenant.App) error {
 		return err
 	}
 	if wait > 0 {
-		set := tenant.Setback{Delay: min(wait, 5*time.Minute), Problem: tenant.Problem{Code: "removal_cap", Since: time.Now().UTC(),
-			Detail: fmt.Sprintf("up to %d apps of tenants are removed in an hour, and were: this one follows", s.RemovalCap)}}
-		if err := s.Store.AppSetback(ctx, *a, set); err != nil {
-			return err
-		}
-		return errGivenUp
+		return s.removalCap(ctx, *a, wait)
 	}
 	a.State = tenant.AppPurging
 	return nil
+}
+
+// removalCap has an app wait until another may be removed.
+func (s *Service) removalCap(ctx context.Context, a tenant.App, wait time.Duration) error {
+	if wait <= 0 {
+		return nil
+	}
+	set := tenant.Setback{Delay: min(wait, s.BackoffCap), Problem: tenant.Problem{Code: "removal_cap", Since: time.Now().UTC(),
+		Detail: fmt.Sprintf("up to %d apps of tenants are removed in an hour, and were: this one follows", s.RemovalCap)}}
+	if a.Problem != nil && a.Problem.Code == set.Problem.Code {
+		set.Problem.Since = a.Problem.Since
+	}
+	if err := s.Store.AppSetback(ctx, a, set); err != nil {
+		return err
+	}
+	return errGivenUp
 }

@@ -73,6 +73,10 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 	marker := s.markerOf(*a)
 	if app.Marker != nil {
 		marker.Tenant = app.Marker.Tenant
+		if tagged := app.Marker.PurgeAfter; a.State == tenant.AppRetained && !a.TaggedPurgeAfter.IsZero() && !a.RemovalConfirmed &&
+			tagged != tenant.PurgeTag(a.TaggedPurgeAfter) && tagged != tenant.PurgeTag(a.PurgeAfter) {
+			return s.contestedPurge(ctx, *a, "its ownership tag was changed since these rows wrote it: the tenant may have been restored")
+		}
 	}
 	if !s.SkipMarks && !a.Marked {
 		sealed, err := s.Keyring.SealOwner(a.ID, tenant.AppOwner{Tenant: a.Tenant, Generation: a.Generation, Profile: a.Profile})
@@ -108,6 +112,12 @@ func (s *Service) otherOwner(a tenant.App, app tenant.UpstreamApp) string {
 		return "another generation of the tenant"
 	}
 	return ""
+}
+
+// contestedPurge has somebody decide about an app that is to be removed.
+func (s *Service) contestedPurge(ctx context.Context, a tenant.App, why string) error {
+	return s.contested(ctx, a, tenant.Finding{Kind: tenant.FoundPurge, Detail: why}, "purge_contested",
+		"the app is not removed, since it may be in use: "+why+"; see `tenantry recover show`")
 }
 
 // contested has somebody decide about an app whose ownership tag or keys contradict the rows.

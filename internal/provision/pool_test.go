@@ -340,12 +340,12 @@ func TestDeadMemberIsReplaced(t *testing.T) {
 	aDayAgo(t, w)
 	r := w.Start(provisiontest.Options{Adjust: pool(3, 3)})
 	conn := pgtest.Conn(t, w.URL)
-	provisiontest.Eventually(t, "the dead app is gone", func() bool {
-		return countOf(t, conn, fmt.Sprintf(`apps WHERE id = '%s' AND state = 'deleted'`, dead)) == 1
+	provisiontest.Eventually(t, "the dead app is retired", func() bool {
+		return countOf(t, conn, fmt.Sprintf(`apps WHERE id = '%s' AND state = 'retired'`, dead)) == 1
 	})
 	poolIs(t, w, 3)
 	provisiontest.Eventually(t, "the others are proven", func() bool { return countOf(t, conn, `apps WHERE proven_at IS NOT NULL AND state = 'ready'`) == 2 })
-	if n := countOf(t, conn, `audit_events WHERE action = 'app.drained' AND detail ->> 'reason' = 'dead'`); n != 1 {
+	if n := countOf(t, conn, `audit_events WHERE action = 'app.retired' AND detail ->> 'reason' = 'dead'`); n != 1 {
 		t.Errorf("%d events tell of it; want one", n)
 	}
 	for i := range 3 {

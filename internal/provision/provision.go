@@ -81,6 +81,7 @@ type Store interface {
 	BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error)
 	Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error)
 	LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error)
+	ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error)
 	HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error
 	EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error
 	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
@@ -95,7 +96,6 @@ type Store interface {
 	LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error)
 	ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error)
 	ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error
-	Replica() uuid.UUID
 	Leave(ctx context.Context) (last bool, err error)
 
 	BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor tenant.Actor) error
@@ -171,6 +171,7 @@ type Store interface {
 	Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error)
 	EndDueKeys(ctx context.Context, actor tenant.Actor) error
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
+	PurgeWait(ctx context.Context, perHour int) (time.Duration, error)
 	BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error)
 	Enqueue(ctx context.Context) (int, error)
 	MakeAuditPartitions(ctx context.Context) error

@@ -426,8 +426,10 @@ func TestSecondAppOfATenantIsNotAdopted(t *testing.T) {
 	w := provisiontest.New(t)
 	s := &scene{t: t, w: w, r: w.Start(provisiontest.Options{}), holds: map[tenant.ID]tenant.AppID{}}
 	crashScenarios["repair: adopt a second app of a tenant"].prepare(s)
-	startRepair(s)
-	conn := pgtest.Conn(t, w.URL) // the next report begins by itself
+	if n, err := s.r.Decide(t.Context(), 0, tenant.FoundAppUnknown, tenant.Adopt, "", admin); err != nil || n != 1 {
+		t.Fatalf("decide: %d, %v", n, err)
+	}
+	conn := pgtest.Conn(t, w.URL)
 	provisiontest.Eventually(t, "the repair says that it cannot be", func() bool {
 		var failed int
 		err := conn.QueryRow(t.Context(), `SELECT count(*) FROM reconciliation_items WHERE state = 'failed' AND strpos(note, $1) > 0`,

@@ -173,7 +173,7 @@ func (s *Service) callControl(ctx context.Context, f func(context.Context) error
 func (s *Service) writeControl(ctx context.Context, t tenant.ControlTurn, exists bool, stopped string) error {
 	id := tenant.ControlID(s.AppPrefix, s.Deployment.ID)
 	marker := tenant.Marker{Deployment: s.Deployment.ID, App: id, Incarnation: t.Incarnation.String(), Control: &tenant.ControlRecord{
-		Incarnation: t.Incarnation.String(), Replica: s.Store.Replica().String(), Seq: strconv.FormatInt(t.Seq, 10),
+		Incarnation: t.Incarnation.String(), Replica: t.Replica.String(), Seq: strconv.FormatInt(t.Seq, 10),
 		Event: strconv.FormatInt(t.Event, 10), Stopped: stopped}}
 	err := s.callControl(ctx, func(ctx context.Context) error {
 		if exists {

@@ -303,6 +303,11 @@ func (s watchedStore) SmallerPages(ctx context.Context, r tenant.Reconciliation)
 	return s.Store.SmallerPages(ctx, r)
 }
 
+func (s watchedStore) PurgeWait(ctx context.Context, perHour int) (time.Duration, error) {
+	defer s.returned()
+	return s.Store.PurgeWait(ctx, perHour)
+}
+
 func (s watchedStore) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
 	defer s.returned()
 	return s.Store.BeginPurge(ctx, a, perHour, actor)
@@ -746,6 +751,11 @@ func (s watchedStore) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adopti
 func (s watchedStore) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
 	defer s.returned()
 	return s.Store.LeaseAdoption(ctx, id, lease)
+}
+
+func (s watchedStore) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error) {
+	defer s.returned()
+	return s.Store.ReserveAdoption(ctx, a)
 }
 
 func (s watchedStore) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {

@@ -83,8 +83,9 @@ func ControlID(prefix, deployment string) AppID { return AppID(prefix + "-c" + d
 // A ControlTurn is the permission to read and write the control record.
 type ControlTurn struct {
 	Recovery
-	Seq   int64 // of this turn, committed
-	Event int64 // the newest audit event
+	Replica uuid.UUID // that has it
+	Seq     int64     // of this turn, committed
+	Event   int64     // the newest audit event
 }
 
 // A RetiredApp is an app of an earlier incarnation that no tenant is known to hold.
