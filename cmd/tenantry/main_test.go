@@ -566,3 +566,12 @@ func TestHelp(t *testing.T) {
 		t.Errorf("an unknown command exits with %d and says %s", exit, stderr)
 	}
 }
+
+// A missing PAT is reported like any other missing setting, also if nothing else is missing.
+func TestMissingPAT(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	vars, serve, _ := settings(t, w.URL.Reveal(), w.Clarifai)
+	delete(vars, "CLARIFAI_PAT")
+	fails(t, vars, serve, "tenantry: the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE\n")
+}

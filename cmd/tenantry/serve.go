@@ -112,7 +112,7 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	if err == nil && !pat.IsSet() {
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
 	}
-	if err == nil && p.keys != nil {
+	if pat.IsSet() && p.keys != nil {
 		p.pat = provision.NewPAT(pat, p.keys)
 	}
 	if c.UpstreamTimeout <= 0 {
