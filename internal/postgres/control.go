@@ -21,7 +21,7 @@ func (db *DB) renewEvery() time.Duration { return min(maxRenewEvery, db.recovery
 
 // controlDue says that a turn is due: in time, or because the replica that wrote the control
 // record has registered here, which ends a watch.
-const controlDue = `(control_due_at <= now() OR recovery IN ('watching', 'stopped') AND EXISTS (
+const controlDue = `(control_due_at <= now() OR coalesce(recovery, '') IN ('watching', 'stopped') AND EXISTS (
 	SELECT FROM replicas r WHERE r.id::text = record->>'replica' AND r.incarnation = current_incarnation.id))`
 
 // LeaseControl acquires the turn to read and write the control record, and raises its
