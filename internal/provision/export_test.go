@@ -2,6 +2,7 @@ package provision
 
 import (
 	"context"
+	"errors"
 
 	"github.com/google/uuid"
 
@@ -22,7 +23,10 @@ func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
 }
 func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) { s.workCampaign(ctx, id) }
 func (s *Service) RotateAged(ctx context.Context) error           { return s.rotateAged(ctx) }
-func (s *Service) SweepOnce(ctx context.Context) error            { return s.sweep(ctx) }
+func (s *Service) ControlOnce(ctx context.Context) error {
+	return errors.Join(s.askUnknownKeys(ctx), s.control(ctx))
+}
+func (s *Service) SweepOnce(ctx context.Context) error { return s.sweep(ctx) }
 
 // How demand is measured, for the tests of the pool.
 const (

@@ -53,10 +53,17 @@ type World struct {
 // New makes a World. The simulator does not throttle and answers at once.
 func New(t testing.TB) *World {
 	t.Helper()
-	w := &World{t: t, URL: pgtest.URL(t)}
-	if err := installWatch(t.Context(), w.URL); err != nil {
+	url := pgtest.URL(t)
+	if err := installWatch(t.Context(), url); err != nil {
 		t.Fatal(err)
 	}
+	return NewOn(t, url)
+}
+
+// NewOn makes a World on a database that the test has made.
+func NewOn(t testing.TB, url tenant.Secret) *World {
+	t.Helper()
+	w := &World{t: t, URL: url}
 	w.Keyset, w.Keys = keyset(t)
 	sim, err := clarifaisim.New(clarifaisim.Config{PATs: []clarifaisim.PAT{{Token: PAT, UserID: string(Operator)}}})
 	if err != nil {
@@ -191,10 +198,11 @@ func (w *World) read(path string, v any) {
 // A Replica is one running engine.
 type Replica struct {
 	*provision.Service
+	URL  tenant.Secret // of its database
 	DB   *postgres.DB
 	Reg  *prometheus.Registry
 	Logs *observer.ObservedLogs
-	stop func()
+	stop func(leave bool)
 }
 
 // Options change how a replica runs.
@@ -249,7 +257,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		}
 		w.t.Cleanup(db.Close)
 	}
-	r := &Replica{DB: db, Reg: prometheus.NewRegistry(), Logs: logs}
+	r := &Replica{URL: w.URL, DB: db, Reg: prometheus.NewRegistry(), Logs: logs}
 	pat := provision.NewPAT(tenant.NewSecret(cmp.Or(o.PAT, PAT)), keys)
 	if o.Clarifai == "" {
 		o.Clarifai = w.Clarifai
@@ -343,19 +351,22 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	}
 	loops.Go(func() { _ = r.DB.Listen(ctx, log) })
 	loops.Go(func() { _ = r.DB.Follow(ctx, log) })
-	r.stop = sync.OnceFunc(func() {
-		r.Drain()
-		stopJobs()
-		cancel()
-		loops.Wait()
-		if o.Control && !o.Idle {
-			leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
-			defer cancel()
-			if err := r.LeaveControl(leaving); err != nil {
-				log.Warn("leave", zap.Error(err))
+	var once sync.Once
+	r.stop = func(leave bool) {
+		once.Do(func() {
+			r.Drain()
+			stopJobs()
+			cancel()
+			loops.Wait()
+			if o.Control && !o.Idle && leave {
+				leaving, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+				defer cancel()
+				if err := r.LeaveControl(leaving); err != nil {
+					log.Warn("leave", zap.Error(err))
+				}
 			}
-		}
-	})
+		})
+	}
 	return nil
 }
 
@@ -366,7 +377,10 @@ func (r *Replica) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 }
 
 // Stop ends what the replica does in the background.
-func (r *Replica) Stop() { r.stop() }
+func (r *Replica) Stop() { r.stop(true) }
+
+// Kill is Stop for a replica that cannot say that it has stopped.
+func (r *Replica) Kill() { r.stop(false) }
 
 // Eventually waits until ok is true, and fails the test if it takes too long.
 func Eventually(t testing.TB, what string, ok func() bool) {
