@@ -52,6 +52,9 @@ type serveCmd struct {
 
 	ItemsPerCall int `env:"TENANTRY_ITEMS_PER_CALL" default:"1" help:"Most apps, or keys, that one call to Clarifai makes for tenants of an import and for pools, 1 to 100. How Clarifai fails such calls in part is not public: try it before you rely on it."`
 
+	ReadOnly      bool          `env:"TENANTRY_READ_ONLY" help:"Serve lookups only: for a copy of the database, such as staging or a restore drill. Does no work at Clarifai, and needs neither PAT nor keyset: CLARIFAI_PAT must not be set."`
+	RecoveryWatch time.Duration `env:"TENANTRY_RECOVERY_WATCH" default:"150s" help:"After a restart, failover, restore or copy of the database, how long to watch whether another database of this deployment is in use. Every replica must have the same."`
+
 	ReportInterval time.Duration `env:"TENANTRY_REPORT_INTERVAL" default:"24h" help:"How often Clarifai is compared with the database; changes nothing."`
 	RemovalCap     int           `env:"TENANTRY_REMOVAL_CAP" default:"100" help:"Most apps and keys that repairs remove in an hour."`
 	MarkTenants    bool          `env:"TENANTRY_MARK_TENANTS" default:"true" negatable:"" help:"Write the tenant, sealed, into its app's metadata at Clarifai: from it the mapping is rebuilt if the database is lost."`
@@ -105,12 +108,23 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	}
 	note(checkAddr("TENANTRY_ADDR", c.Addr))
 	note(checkAddr("TENANTRY_INTERNAL_ADDR", c.InternalAddr))
-	p.keyset, p.keys, err = c.keyring(e)
-	note(err)
+	if p.database.RecoveryWatch = c.RecoveryWatch; c.RecoveryWatch < time.Second {
+		note(fmt.Errorf("TENANTRY_RECOVERY_WATCH: %s must be at least 1s", c.RecoveryWatch))
+	}
 	pat, err := secretSetting(e, "CLARIFAI_PAT", c.PATFile)
 	note(err)
-	if err == nil && !pat.IsSet() {
+	switch {
+	case c.ReadOnly:
+		if err != nil || pat.IsSet() {
+			note(errors.New("TENANTRY_READ_ONLY: a PAT is given, and a read-only service must not be able to use Clarifai: unset CLARIFAI_PAT and CLARIFAI_PAT_FILE"))
+		}
+		p.database.CacheEntries = 0 // or the change log would have to be followed
+	case err == nil && !pat.IsSet():
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
+	}
+	if !c.ReadOnly {
+		p.keyset, p.keys, err = c.keyring(e)
+		note(err)
 	}
 	if pat.IsSet() && p.keys != nil {
 		p.pat = provision.NewPAT(pat, p.keys)
@@ -226,6 +240,7 @@ func (c serveCmd) engine(p plan) provision.Config {
 	}
 	return provision.Config{
 		KeysetSource: source,
+		Version:      version(),
 		Profiles:     p.profiles,
 		Keyring:      p.keys,
 		AppPrefix:    c.AppPrefix,
@@ -325,7 +340,10 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	}
 	defer db.Close()
 
-	s := &service{serveCmd: c, plan: p, env: e, log: log, db: db, reg: reg, metrics: provision.NewMetrics(reg)}
+	s := &service{serveCmd: c, plan: p, env: e, log: log, db: db, reg: reg}
+	if !c.ReadOnly {
+		s.metrics = provision.NewMetrics(reg)
+	}
 	return s.run(ctx, public, internal)
 }
 
@@ -356,7 +374,7 @@ type service struct {
 	db  *postgres.DB
 
 	reg     *prometheus.Registry
-	metrics *provision.Metrics
+	metrics *provision.Metrics // nil if it is read-only
 
 	api     atomic.Pointer[http.Handler] // of the public listener, once it has started
 	started atomic.Bool
@@ -408,22 +426,13 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	var engine *provision.Service
 	var jobs *river.Client[pgx.Tx]
 	engine, err := s.start(serving)
-	if err == nil {
-		jobs, err = engine.StartJobs(background, s.db.Direct(), s.Workers)
+	if err == nil && !s.ReadOnly {
+		if jobs, err = engine.StartJobs(background, s.db.Direct(), s.Workers); err == nil {
+			s.work(background, &group, engine)
+		}
 	}
 	if err == nil {
-		group.Go(func() error { return s.db.Listen(background, s.log) })
-		group.Go(func() error { return s.db.Follow(background, s.log) })
-		group.Go(func() error { return engine.Sweep(background) })
-		group.Go(func() error { return engine.SealAudit(background) })
-		if s.PATFile != "" {
-			group.Go(func() error { engine.WatchPAT(background, s.readPAT, patWatchInterval); return nil })
-		}
-		if s.KeysetFile != "" {
-			group.Go(func() error { engine.WatchKeyset(background, patWatchInterval); return nil })
-		}
-		group.Go(func() error { return engine.Reseal(background) })
-		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg)})
+		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg), ReadOnly: s.ReadOnly})
 		s.api.Store(&handler)
 		s.started.Store(true)
 		s.log.Info("ready", zap.String("operator", string(engine.Deployment.Operator)), zap.String("deployment", engine.Deployment.ID))
@@ -438,7 +447,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		time.Sleep(s.ShutdownDelay)
 	}
 	s.log.Info("stopping")
-	if engine != nil {
+	if jobs != nil {
 		engine.Drain()
 	}
 	end, cancel := context.WithTimeout(context.Background(), s.ShutdownTimeout)
@@ -456,11 +465,44 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	stopBackground()
 	_ = internalServer.Close()
 	_ = group.Wait()
+	if jobs != nil {
+		s.leave(engine)
+	}
 	s.log.Info("stopped")
 	if errors.Is(err, context.Canceled) && ctx.Err() != nil { // stopped before it was ready
 		return nil
 	}
 	return err
+}
+
+// work starts what runs in the background beside the jobs.
+func (s *service) work(ctx context.Context, group *errgroup.Group, engine *provision.Service) {
+	group.Go(func() error { return s.db.Listen(ctx, s.log) })
+	group.Go(func() error { return s.db.Follow(ctx, s.log) })
+	group.Go(func() error { return engine.Sweep(ctx) })
+	group.Go(func() error { return engine.KeepControl(ctx) })
+	group.Go(func() error { return engine.SealAudit(ctx) })
+	if s.PATFile != "" {
+		group.Go(func() error { engine.WatchPAT(ctx, s.readPAT, patWatchInterval); return nil })
+	}
+	if s.KeysetFile != "" {
+		group.Go(func() error { engine.WatchKeyset(ctx, patWatchInterval); return nil })
+	}
+	group.Go(func() error { return engine.Reseal(ctx) })
+}
+
+// leaveTimeout bounds the last call to Clarifai. Deployments must wait as much longer than
+// for requests and jobs.
+const leaveTimeout = 5 * time.Second
+
+// leave says in the control record that the last replica has stopped, if this is the last. Without
+// that the next start of the database is watched.
+func (s *service) leave(engine *provision.Service) {
+	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
+	defer cancel()
+	if err := engine.LeaveControl(ctx); err != nil {
+		s.log.Warn("control record not updated at the end; the next start of the database is watched", zap.Error(err))
+	}
 }
 
 func (s *service) serveAPI(w http.ResponseWriter, r *http.Request) {
@@ -498,8 +540,11 @@ func (s *service) checks() map[string]httpapi.Check {
 			return httpapi.Notice(string(recovery.State) + ": " + recovery.Reason)
 		},
 		"serving": func(context.Context) error {
-			if s.ending.Load() {
+			switch {
+			case s.ending.Load():
 				return errors.New("shutting down")
+			case s.ReadOnly:
+				return httpapi.Notice("read-only: lookups only, since TENANTRY_READ_ONLY is set")
 			}
 			return nil
 		},
@@ -538,6 +583,9 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	if err := schema.Err(); err != nil {
 		return nil, err
 	}
+	if s.ReadOnly {
+		return s.readOnly(ctx)
+	}
 	missing, err := missingProfiles(ctx, s.db, s.profiles)
 	if err != nil {
 		return nil, err
@@ -553,6 +601,20 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	cfg.Store, cfg.Upstream, cfg.PAT, cfg.Deployment = s.db, s.upstream.As(deployment.Operator), s.pat, deployment
 	cfg.Log, cfg.Metrics = s.log, s.metrics
 	return provision.New(cfg)
+}
+
+// readOnly returns an engine that only looks up.
+func (s *service) readOnly(ctx context.Context) (*provision.Service, error) {
+	deployment, err := s.db.Deployment(ctx)
+	if errors.Is(err, tenant.NotFound) {
+		return nil, errors.New("TENANTRY_READ_ONLY: no service has run on this database yet: there is nothing to look up")
+	}
+	if err != nil {
+		return nil, err
+	}
+	cfg := s.engine(s.plan)
+	cfg.Store, cfg.Deployment, cfg.Log = s.db, deployment, s.log
+	return &provision.Service{Config: cfg.WithDefaults()}, nil // New needs a keyring
 }
 
 // registerCacheMetrics registers what is told of the rows that are held in memory.

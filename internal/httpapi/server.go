@@ -25,12 +25,15 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A Config is what the API is made of. All fields are needed.
+// A Config is what the API is made of.
 type Config struct {
 	Service *provision.Service
 	DB      *postgres.DB
 	Log     *zap.Logger
 	Metrics *Metrics
+	// ReadOnly serves only the routes of openToReaders, for which Service needs neither
+	// Clarifai nor a keyring.
+	ReadOnly bool
 }
 
 // Metrics are what the API measures of itself.
@@ -234,9 +237,28 @@ func (s *server) allow(roles []tenant.Role, h handler) http.HandlerFunc {
 		if err := s.confine(r); err != nil {
 			return err
 		}
+		reads := r.Method == http.MethodGet || r.Method == http.MethodHead
+		if s.ReadOnly && !(reads && openToReaders[chi.RouteContext(r.Context()).RoutePattern()]) {
+			return errReadOnly
+		}
 		return h(w, r)
 	})
 }
+
+// openToReaders are the routes of a read-only service, for GET and HEAD.
+var openToReaders = map[string]bool{
+	"/v1/tenants/{tenant_id}":                 true,
+	"/v1/tenants":                             true,
+	"/v1/tenants/{tenant_id}/keys":            true,
+	"/v1/tenants/{tenant_id}/keys/{key_name}": true,
+	"/v1/apps/{app_id}":                       true,
+	"/v1/audit":                               true,
+	"/v1/callers":                             true,
+	"/v1/callers/{caller_id}":                 true,
+}
+
+var errReadOnly = tenant.Errorf(tenant.Forbidden, "read_only",
+	"this service is read-only (TENANTRY_READ_ONLY): it looks up tenants, apps, keys, callers and the audit log, and does nothing else")
 
 func bearerToken(r *http.Request) (tenant.Token, error) {
 	headers := r.Header.Values("Authorization")
