@@ -123,6 +123,27 @@ func TestMigrateUpAndDown(t *testing.T) {
 	says("")
 }
 
+// A migration that rewrites the table apps gives the database another fingerprint: each
+// upgrade would begin recovery mode and retire the pool.
+func TestMigrationsKeepFingerprint(t *testing.T) {
+	t.Parallel()
+	const first = 9 // which makes the fingerprint
+	url := pgtest.URL(t)
+	for range postgres.KnownSchema() - first {
+		if err := postgres.MigrateDown(t.Context(), url, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	conn := pgtest.Conn(t, url)
+	var same bool
+	if err := conn.QueryRow(t.Context(), `SELECT apps_file = pg_relation_filepath('apps') AND xmin = written_by FROM current_incarnation`).Scan(&same); err != nil || !same {
+		t.Errorf("after the migrations since %d the fingerprint is the same: %v, %v", first, same, err)
+	}
+}
+
 func TestUnreachable(t *testing.T) {
 	t.Parallel()
 	db := pgtest.OpenURL(t, tenant.NewSecret("postgres://u:hunter2@127.0.0.1:1/none"))

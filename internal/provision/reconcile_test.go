@@ -359,6 +359,45 @@ func TestRemovalCap(t *testing.T) {
 	}
 }
 
+// A listing that Clarifai sends too slowly goes on in smaller pages, from the entry that it was at.
+func TestSlowListing(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.TripAfter = 1000 }})
+	for i := range 8 {
+		w.AppByHand(provisiontest.PAT, tenant.AppID(fmt.Sprintf("by-hand-%d", i)), nil)
+	}
+	began, err := r.StartReport(t.Context(), admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	turn := func(faults ...map[string]any) tenant.Reconciliation {
+		t.Helper()
+		w.Faults(faults...)
+		exec(t, w, `UPDATE reconciliations SET next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity';
+			UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch'`)
+		r.WorkReconciliation(t.Context(), began.ID)
+		got, err := r.DB.Reconciliation(t.Context(), began.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got
+	}
+	down := map[string]any{"call": "ListApps", "http": 503}
+	for _, size := range []int{500, 250, 125, 25, 5} {
+		if got := turn(down); got.Page != 1 || got.PerPage != size {
+			t.Fatalf("after a failure at page 1 it is at page %d of %d entries; want page 1 of %d", got.Page, got.PerPage, size)
+		}
+	}
+	exec(t, w, `UPDATE reconciliations SET page = 2, apps_seen = 5`) // as after the first five
+	if got := turn(down); got.Page != 6 || got.PerPage != 1 {
+		t.Fatalf("after a failure at page 2 of 5 it is at page %d of %d entries; want page 6 of 1", got.Page, got.PerPage)
+	}
+	if got := turn(); !got.Done || got.AppsSeen != 8 {
+		t.Errorf("after %d apps it is at %+v; want 8 apps", got.AppsSeen, got)
+	}
+}
+
 // Tokens are of the newest report, and one reconciliation runs at a time.
 func TestReconciliationsRefused(t *testing.T) {
 	t.Parallel()
