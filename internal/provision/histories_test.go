@@ -80,6 +80,7 @@ type history struct {
 	w     *provisiontest.World
 	rng   *rand.Rand
 	admin *pgx.Conn
+	conns map[string]*pgx.Conn
 	step  int
 	log   []string
 
@@ -104,7 +105,7 @@ func play(t *testing.T, template string, seed uint64) {
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(seed, 1))
-	h := &history{t: t, rng: rng, admin: admin, tags: rng.IntN(4) > 0, owner: map[string]tenant.ID{}, told: map[string]tenant.ID{},
+	h := &history{t: t, rng: rng, admin: admin, conns: map[string]*pgx.Conn{}, tags: rng.IntN(4) > 0, owner: map[string]tenant.ID{}, told: map[string]tenant.ID{},
 		removable: map[string]bool{}, asked: map[tenant.ID]bool{}, dead: map[string]tenant.ID{}}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -115,6 +116,7 @@ func play(t *testing.T, template string, seed uint64) {
 			r.DB.Close()
 		}
 		for _, name := range h.made {
+			h.disconnect(name)
 			_, _ = admin.Exec(ctx, `DROP DATABASE IF EXISTS `+name+` WITH (FORCE)`)
 		}
 		_ = admin.Close(ctx)
@@ -169,26 +171,30 @@ func (h *history) url(name string) tenant.Secret {
 	return tenant.NewSecret(pgtest.Cluster(h.t).URL(name))
 }
 
-func (h *history) exec(name, sql string, args ...any) {
+// conn is the history's own connection to a database.
+func (h *history) conn(name string) *pgx.Conn {
 	h.t.Helper()
-	conn, err := pgx.Connect(h.t.Context(), h.url(name).Reveal())
-	if err == nil {
-		_, err = conn.Exec(h.t.Context(), sql, args...)
-		_ = conn.Close(h.t.Context())
+	c := h.conns[name]
+	if c == nil || c.IsClosed() {
+		var err error
+		if c, err = pgx.Connect(context.WithoutCancel(h.t.Context()), h.url(name).Reveal()); err != nil {
+			h.t.Fatal(err)
+		}
+		h.conns[name] = c
 	}
-	if err != nil {
+	return c
+}
+
+func (h *history) exec(name, sql string) {
+	h.t.Helper()
+	if _, err := h.conn(name).Exec(h.t.Context(), sql); err != nil {
 		h.t.Fatalf("%s: %v", sql, err)
 	}
 }
 
 func rowsOf[T any](h *history, name, sql string) []T {
 	h.t.Helper()
-	conn, err := pgx.Connect(h.t.Context(), h.url(name).Reveal())
-	if err != nil {
-		h.t.Fatal(err)
-	}
-	defer func() { _ = conn.Close(h.t.Context()) }()
-	rows, _ := conn.Query(h.t.Context(), sql)
+	rows, _ := h.conn(name).Query(h.t.Context(), sql)
 	found, err := pgx.CollectRows(rows, pgx.RowTo[T])
 	if err != nil {
 		h.t.Fatalf("%s: %v", sql, err)
@@ -196,9 +202,17 @@ func rowsOf[T any](h *history, name, sql string) []T {
 	return found
 }
 
+func (h *history) disconnect(name string) {
+	if c := h.conns[name]; c != nil {
+		_ = c.Close(context.WithoutCancel(h.t.Context()))
+		delete(h.conns, name)
+	}
+}
+
 // alone runs a statement about a database while nobody is connected to it.
 func (h *history) alone(name, sql string) {
 	h.t.Helper()
+	h.disconnect(name)
 	for _, s := range []string{
 		`ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false`,
 		`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '` + name + `'`,
