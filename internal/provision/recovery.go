@@ -203,6 +203,12 @@ const controlDescription = "Tenantry's control record. Do not delete: it tells a
 // LeaveControl removes the registration of this replica. The last replica says in the control
 // record that it has stopped: then the next start of the database need not be watched.
 func (s *Service) LeaveControl(ctx context.Context) error {
+	// A process that ends has less time than a job. With a deadline, callControl would keep the
+	// whole of it for the call and not wait for a permit.
+	leaving, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	defer cancel()
+	defer context.AfterFunc(ctx, cancel)()
+	ctx = leaving
 	last, err := s.Store.Leave(ctx)
 	if err != nil || !last {
 		return err
