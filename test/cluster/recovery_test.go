@@ -520,6 +520,7 @@ func TestRestores(t *testing.T) {
 				replaceDatabase(d, dump)
 				d.waitRecovery(d.Replicas[0], "recovering")
 				d.signUp(d.Replicas[0], "replaced_1", "replaced_2")
+				d.tagged("replaced_1", "replaced_2")
 				d.Primary.RenameDatabase(cluster.Database, "other")
 				d.Primary.RenameDatabase("old", cluster.Database)
 			}
@@ -594,6 +595,69 @@ func replaceDatabase(d *deployment, dump string) {
 	d.Primary.Load("restored", dump)
 	d.Primary.RenameDatabase(cluster.Database, "old")
 	d.Primary.RenameDatabase("restored", cluster.Database)
+}
+
+// The primary hangs, a standby is promoted, and the primary comes back while a replica still
+// uses it. One of the two databases stops. Then both replicas move to the other one.
+func TestHungPrimary(t *testing.T) {
+	for _, hang := range []struct {
+		name  string
+		watch time.Duration
+		time  time.Duration
+		full  bool
+		back  bool // the hung primary gets its role back
+	}{
+		{"30 s", 150 * time.Second, 30 * time.Second, true, false},
+		{"200 s", 150 * time.Second, 200 * time.Second, true, false},
+		{"6 s", watch, 6 * time.Second, true, false},
+		{"6 s, then primary again", watch, 6 * time.Second, true, true},
+	} {
+		t.Run(hang.name, func(t *testing.T) {
+			t.Parallel()
+			if hang.full {
+				cluster.SkipUnlessFull(t)
+			}
+			d := deploy(t, cluster.Options{Standbys: 1, Replicas: 1, Env: map[string]string{"TENANTRY_RECOVERY_WATCH": hang.watch.String()}})
+			standby, moved := d.Standbys[0], d.Replicas[0]
+			left := d.StartReplica(cluster.ReplicaOptions{Proxy: d.NewProxy(d.Primary)})
+			d.signUp(moved, names("before", 3)...)
+			d.poolFull(d.Primary)
+			standby.WaitCaughtUp()
+			stop := d.load("during", 200*time.Millisecond, moved, left)
+			hung := time.Now()
+			d.Primary.Freeze()
+			standby.CutReplication()
+			standby.Promote()
+			promoted := time.Now()
+			d.Proxy.Switch(standby)
+			d.within(hang.time+time.Minute, "the hang ends", func() bool { return time.Since(hung) > hang.time })
+			d.Primary.Thaw()
+			thawed := time.Now()
+			if hang.back {
+				d.Proxy.Switch(d.Primary)
+				d.Eventually("recovery mode begins", func() bool {
+					return d.Primary.Text(`SELECT count(*) FROM audit_events WHERE action = 'recovery.recovering'`) != "0"
+				})
+			} else {
+				var states []string
+				d.within(2*hang.watch+time.Minute, "one of the two databases stops", func() bool {
+					states = []string{recovery(moved), recovery(left)}
+					return slices.Contains(states, "stopped")
+				})
+				t.Logf("%s after the return of the primary: recovery mode is %s, and %s at the old primary", time.Since(thawed).Round(time.Second), states[0], states[1])
+				if slices.Index(states, "stopped") == 0 {
+					d.Proxy.Switch(d.Primary)
+				} else {
+					left.Proxy.Switch(standby)
+				}
+			}
+			signedUp := time.Now()
+			d.signUp(moved, "moved")
+			d.signUp(left, "left")
+			t.Logf("first sign-up %s after the promotion; sign-ups %s after the role is clear", after(promoted, stop()), time.Since(signedUp).Round(10*time.Millisecond))
+			d.check(d.Primary, standby)
+		})
+	}
 }
 
 // A copy of production with a campaign, a rotation by age and a removal due, and with commands
