@@ -149,6 +149,8 @@ func adoptTenant(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp) (tenant.St
 		return to, err
 	case state == tenant.Provisioning && generation <= a.Owner.Generation, state == tenant.Deleted && generation < a.Owner.Generation:
 		return to, nil
+	case state == tenant.Active && app == a.ID && generation == a.Owner.Generation: // only the table apps was restored
+		return to, nil
 	case app != "" && app != a.ID:
 		return to, contradicts("the tenant %s holds the app %s: find out which of the two it uses, and remove the other in Clarifai", a.Owner.Tenant, app)
 	}
