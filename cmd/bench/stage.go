@@ -224,7 +224,8 @@ func (s *stage) replica(ctx context.Context, name string, clarifai *program, set
 
 func (r *replica) env() []string {
 	return append([]string{"DATABASE_URL=" + r.stage.cluster.URL(r.name), "CLARIFAI_PAT=" + r.stage.pat, "CLARIFAI_API_BASE=" + r.clarifai.url,
-		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true"}, r.settings...)
+		// With one keyset and one account, databases with one prefix would be copies of each other.
+		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true", fmt.Sprint("TENANTRY_APP_PREFIX=b", r.number)}, r.settings...)
 }
 
 // start starts its Tenantry, and waits until it is ready, of which it asks with pauses.
@@ -240,15 +241,18 @@ func (r *replica) start(ctx context.Context, pause time.Duration) error {
 	return r.answers(ctx, r.internal+"/readyz", pause)
 }
 
-// settled waits until the fence of a new database is down and its pools are planned.
+// settled waits until apps can be built and pools are planned.
 func (r *replica) settled(ctx context.Context) error {
-	return await(ctx, "the fence of a new database is down, and its pool is planned; the log is "+r.log, answerPause, patience, func() (bool, error) {
-		var up struct{ Fence *struct{} }
-		answer, err := r.get(ctx, "/v1/upstream")
-		if err == nil {
-			err = json.Unmarshal(answer, &up)
+	return await(ctx, "the control record is written, and the pool is planned; the log is "+r.log, answerPause, patience, func() (bool, error) {
+		var is struct {
+			State           string
+			Control_Seen_At *time.Time
 		}
-		if err != nil || up.Fence != nil {
+		answer, err := r.get(ctx, "/v1/recovery")
+		if err == nil {
+			err = json.Unmarshal(answer, &is)
+		}
+		if err != nil || is.State != "none" || is.Control_Seen_At == nil {
 			return false, err
 		}
 		var planned bool

@@ -52,6 +52,7 @@ type stage struct {
 	env      []string // of Tenantry
 	admin    string
 	byHand   []account // apps that were made before there was Tenantry
+	control  string    // the app whose metadata is the control record
 
 	callsMu sync.Mutex
 	calls   []clarifaisim.Call // of simulators that have ended
@@ -132,7 +133,7 @@ func getURL(ctx context.Context, url string) (*http.Response, error) {
 	return http.DefaultClient.Do(req)
 }
 
-// raise starts everything, and waits until the fence of the new database is down.
+// raise starts everything, and waits until apps can be built.
 func raise(ctx context.Context, dir string, set setting) (s *stage, err error) {
 	self, err := os.Executable()
 	if err != nil {
@@ -182,7 +183,9 @@ func (s *stage) startClarifai(ctx context.Context) error {
 func (s *stage) startTenantry(ctx context.Context) error {
 	s.env = []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
 		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
-		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool)}
+		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool),
+		// Each crash of Postgres is watched. A shorter watch renews the control record more often.
+		"TENANTRY_RECOVERY_WATCH=10s"}
 	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
 		if _, err := s.command(ctx, args...); err != nil {
 			return err
@@ -200,10 +203,14 @@ func (s *stage) startTenantry(ctx context.Context) error {
 			return err
 		}
 	}
-	return await(ctx, time.Minute, "the fence of the new database is down", func() (bool, error) {
-		var up struct{ Fence *struct{} }
-		err := s.ask(ctx, http.MethodGet, "/v1/upstream", nil, &up)
-		return err == nil && up.Fence == nil, err
+	return await(ctx, time.Minute, "the control record is written", func() (bool, error) {
+		var is struct {
+			Control_Seen_At *time.Time
+			Control_App     string
+		}
+		err := s.ask(ctx, http.MethodGet, "/v1/recovery", nil, &is)
+		s.control = is.Control_App
+		return err == nil && is.Control_Seen_At != nil, err
 	})
 }
 

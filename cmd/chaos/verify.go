@@ -155,12 +155,13 @@ func (s *stage) rest(ctx context.Context) error {
 		err = conn.QueryRow(ctx, `
 			SELECT coalesce(string_agg(what, ', '), '') FROM (
 				SELECT count(*) || ' apps ' || state AS what FROM apps WHERE state IN ('building', 'purging') OR pending AND state = 'held' GROUP BY state
-				UNION ALL SELECT count(*) || ' keys ' || state FROM keys WHERE state IN ('creating', 'revoking') GROUP BY state
+				UNION ALL SELECT count(*) || ' keys ' || k.state FROM keys k JOIN apps a ON a.id = k.app_id
+					WHERE k.state IN ('creating', 'revoking') AND a.state <> 'retired' GROUP BY k.state -- a retired app stays as the crash left it
 				UNION ALL SELECT count(*) || ' keys retiring' FROM keys WHERE state = 'retiring' HAVING count(*) > 0
 				UNION ALL SELECT count(DISTINCT substring(ciphertext from 2 for 4)) || ' keys of the keyset in use' FROM keys
 					HAVING count(DISTINCT substring(ciphertext from 2 for 4)) > 1
 				UNION ALL SELECT count(*) || ' tenants ' || state FROM tenants WHERE state NOT IN ('active', 'suspended', 'deleting', 'deleted') GROUP BY state
-				UNION ALL SELECT 'the fence is up: ' || fence_reason FROM deployment WHERE fence_since IS NOT NULL) AS o`).Scan(&open)
+				UNION ALL SELECT 'recovery mode is ' || recovery || ': ' || recovery_reason || ' ' || lost FROM current_incarnation WHERE recovery IS NOT NULL) AS o`).Scan(&open)
 		if err == nil && open != "" {
 			err = errors.New(open)
 		}
@@ -278,16 +279,18 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 	}
 
 	var noRow, unheld, unknown, surplus, missing, spare []string
-	ready := 0
+	ready, retired := 0, 0
 	upstream, keysOf := map[string]bool{}, map[string]int{}
 	for _, a := range apps {
 		upstream[a.ID] = true
 		switch state := appState[a.ID]; state {
 		case "":
-			if !s.leftByHand(a.ID, state) {
+			if a.ID != s.control && !s.leftByHand(a.ID, state) {
 				noRow = append(noRow, a.ID)
 			}
 		case "held", "retained":
+		case "retired": // by a crash of Postgres
+			retired++
 		case "ready":
 			if ready++; ready > s.pool {
 				spare = append(spare, a.ID)
@@ -297,7 +300,7 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 		}
 	}
 	for _, k := range keys {
-		if s.leftByHand(k.AppID, appState[k.AppID]) {
+		if s.leftByHand(k.AppID, appState[k.AppID]) || appState[k.AppID] == "retired" {
 			continue
 		}
 		if keyApp[string(known.Fingerprint(tenant.NewSecret(k.ID)))] != k.AppID {
@@ -319,6 +322,7 @@ func (s *stage) verifyUpstream(ctx context.Context, f *figures, l *load) error {
 	f.must("R3  second keys of one app", surplus...)
 	f.must("R3  apps of tenants and of the pool that are gone from Clarifai", missing...)
 	f.did("apps that are ready in the pool", ready)
+	f.did("apps that crashes of Postgres retired", retired)
 	unusable, err := s.deadMembers(ctx, conn, known)
 	if err != nil {
 		return err
