@@ -2788,8 +2788,8 @@ type ClientInterface interface {
 
 	// TakeOverWithBody Make this database the one that is in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-	// both hand out apps: stop it first. Role: admin.
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -2800,8 +2800,8 @@ type ClientInterface interface {
 
 	// TakeOver Make this database the one that is in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-	// both hand out apps: stop it first. Role: admin.
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -3855,8 +3855,8 @@ func (c *Client) RemoveRetiredApps(ctx context.Context, body RemoveRetiredAppsJS
 
 // TakeOverWithBody Make this database the one that is in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-// both hand out apps: stop it first. Role: admin.
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -3877,8 +3877,8 @@ func (c *Client) TakeOverWithBody(ctx context.Context, contentType string, body 
 
 // TakeOver Make this database the one that is in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-// both hand out apps: stop it first. Role: admin.
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -7671,8 +7671,8 @@ type ClientWithResponsesInterface interface {
 
 	// TakeOverWithBodyWithResponse Make this database the one that is in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-	// both hand out apps: stop it first. Role: admin.
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -7683,8 +7683,8 @@ type ClientWithResponsesInterface interface {
 
 	// TakeOverWithResponse Make this database the one that is in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-	// both hand out apps: stop it first. Role: admin.
+	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -17464,8 +17464,8 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithResponse(ctx context.Context,
 
 // TakeOverWithBodyWithResponse Make this database the one that is in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-// both hand out apps: stop it first. Role: admin.
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -17482,8 +17482,8 @@ func (c *ClientWithResponses) TakeOverWithBodyWithResponse(ctx context.Context, 
 
 // TakeOverWithResponse Make this database the one that is in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use,
-// both hand out apps: stop it first. Role: admin.
+// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
+// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //

@@ -310,7 +310,7 @@ func (c keyIdentifyCmd) Run(ctx context.Context, e env) error {
 
 func printIdentified(e env, k client.IdentifiedKey) error {
 	w := newTable(e.stdout)
-	w.row("tenant", textOr(k.TenantId, "none: the app waits in the pool"))
+	w.row("tenant", textOr(k.TenantId, noTenant(k)))
 	w.row("app", fmt.Sprintf("%s (%s)", k.AppId, k.AppState))
 	keys := []client.AgedKey{}
 	if k.Key != nil {
@@ -327,6 +327,14 @@ func printIdentified(e env, k client.IdentifiedKey) error {
 		w.row("key", text)
 	}
 	return w.flush()
+}
+
+// noTenant says why an app has no tenant.
+func noTenant(k client.IdentifiedKey) string {
+	if k.AppState == client.AppStateRetired {
+		return "not known: the app is from before a restart or restore of the database, and retired"
+	}
+	return "none: the app waits in the pool"
 }
 
 type keyQuarantineCmd struct {
@@ -354,19 +362,26 @@ func (c keyQuarantineCmd) Run(ctx context.Context, e env) error {
 	text := leaked.Reveal()
 	if !c.Yes {
 		is, err := answer[client.IdentifiedKey](api.IdentifyKey(ctx, client.IdentifyRequest{Key: &text}))
-		if err != nil {
+		p, refused := errors.AsType[*apiProblem](err)
+		unknown := refused && p.status == http.StatusNotFound
+		if err != nil && !unknown {
 			return err
 		}
 		owner := textOr(is.value.TenantId, "")
-		question := "the app " + is.value.AppId + " waits in the pool: its key is revoked at once, and it is removed"
-		if owner != "" && is.value.Key != nil {
+		question, word := "the app "+is.value.AppId+" waits in the pool: its key is revoked at once, and it is removed", textOr(is.value.TenantId, is.value.AppId)
+		switch {
+		case unknown:
+			question, word = "the database does not know this key. It may have been lost: if it opens an app of Tenantry's, it is revoked at once", "quarantine"
+		case is.value.AppState == client.AppStateRetired:
+			question = "the app " + is.value.AppId + " is retired, and may be a lost tenant's: its key is revoked at once"
+		case owner != "" && is.value.Key != nil:
 			question = fmt.Sprintf("the key %s of tenant %s is revoked at once, and another is made", is.value.Key.Name, owner)
 		}
-		if err := e.confirm(false, question, textOr(is.value.TenantId, is.value.AppId)); err != nil {
+		if err := e.confirm(false, question, word); err != nil {
 			return err
 		}
 	}
-	first, err := answer[client.Quarantine](api.QuarantineKey(ctx, &client.QuarantineKeyParams{Prefer: c.prefer()}, client.QuarantineRequest{Key: text}))
+	first, err := c.quarantine(ctx, api, text)
 	if err != nil {
 		return err
 	}
@@ -392,6 +407,22 @@ func (c keyQuarantineCmd) Run(ctx context.Context, e env) error {
 		keys = append(keys, *last.value.Successor)
 	}
 	return errors.Join(printKeys(e, keys...), err)
+}
+
+// quarantine asks for the quarantine, and again while an unknown key is being asked for its app.
+func (c keyQuarantineCmd) quarantine(ctx context.Context, api *client.ClientWithResponses, key string) (answered[client.Quarantine], error) {
+	for deadline := time.Now().Add(c.limit()); ; {
+		q, err := answer[client.Quarantine](api.QuarantineKey(ctx, &client.QuarantineKeyParams{Prefer: c.prefer()}, client.QuarantineRequest{Key: key}))
+		p, ok := errors.AsType[*apiProblem](err)
+		if !ok || p.Code != "quarantine_pending" || !time.Now().Before(deadline) {
+			return q, err
+		}
+		select {
+		case <-ctx.Done():
+			return q, err
+		case <-time.After(pollPause):
+		}
+	}
 }
 
 // quarantined looks at the keys of a quarantine.

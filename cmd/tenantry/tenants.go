@@ -473,6 +473,39 @@ func (c upstreamCmd) Run(ctx context.Context, e env) error {
 	return w.flush()
 }
 
+type poolCmd struct {
+	apiFlags
+	outputFlags
+}
+
+// mostRetired is how many retired apps of a profile the API counts.
+const mostRetired = 1000
+
+func (c poolCmd) Run(ctx context.Context, e env) error {
+	api, err := c.client(e)
+	if err != nil {
+		return err
+	}
+	retired := false
+	heads := []string{"PROFILE", "READY", "TARGET", "MIN", "MAX", "BUILDING", "OUTDATED", "RETIRED", "WAITING", "WHY NOT FULL"}
+	err = printList(e, c.outputFlags, 0, "pools", heads, func(int, *string) (*http.Response, error) { return api.ListPools(ctx) }, func(w *table, p client.Pool) {
+		why, old := "", fmt.Sprint(p.Retired)
+		if p.Reason != nil {
+			why = p.Reason.Code + ": " + p.Reason.Detail
+		}
+		if p.Retired >= mostRetired {
+			old += " or more"
+		}
+		retired = retired || p.Retired > 0
+		w.row(p.Profile, p.Ready, p.Target, p.Min, p.Max, p.Building, p.Outdated, old, p.WaitingTenants, why)
+	})
+	if retired && err == nil {
+		_, _ = fmt.Fprintln(e.stderr, "retired: each start of Postgres retires the pool and another is built, which is normal. Retired apps are never handed out, "+
+			"and count against the account's quota: tenantry recover show --retired lists them")
+	}
+	return err
+}
+
 func since(text string, at *time.Time, now time.Time) string {
 	if at == nil {
 		return text

@@ -79,15 +79,25 @@ func (e env) confirm(yes bool, question, word string) error {
 	if !e.onTerminal(e.stdin) {
 		return usagef("%s: say --yes if you mean it", question)
 	}
-	_, _ = fmt.Fprintf(e.stderr, "%s.\nType %s to go on: ", plain(question), word)
+	_, err := e.typed(question, word)
+	return err
+}
+
+// typed asks for word to be typed, also where stdin is no terminal, and returns what was typed. No
+// flag stands for it.
+func (e env) typed(question, word string) (string, error) {
+	if e.stdin == nil {
+		return "", usagef("%s: %s is read from stdin, and there is none", question, word)
+	}
+	_, _ = fmt.Fprintf(e.stderr, "%s.\nType %s to go on: ", plain(question), plain(word))
 	line, err := readLine(e.stdin)
 	if err != nil && !errors.Is(err, io.EOF) {
-		return err
+		return "", err
 	}
-	if strings.TrimSpace(line) != word {
-		return errors.New("not confirmed: nothing was changed")
+	if line = strings.TrimSpace(line); line != word {
+		return "", errors.New("not confirmed: nothing was changed")
 	}
-	return nil
+	return line, nil
 }
 
 // readSecret reads a line from stdin, which a terminal does not echo. A secret is not
