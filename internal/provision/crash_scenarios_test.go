@@ -1,6 +1,8 @@
 package provision_test
 
 import (
+	"cmp"
+	"errors"
 	"fmt"
 	"slices"
 	"time"
@@ -34,6 +36,7 @@ type crashScenario struct {
 	pool      int         // apps that are there for nobody
 	spare     int         // apps that may be there for nobody beside those
 	foreign   int         // apps that are not ours
+	retired   int         // apps that may be in use by a tenant that is not known, and are kept
 	unmarked  bool        // apps lack their tenants in their markers
 	lost      int         // keys that cannot be addressed
 }
@@ -48,7 +51,7 @@ var crashScenarios = map[string]crashScenario{
 		points: []string{
 			"SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
-			"build FinishBuild", "tend AddExtraKeys", "tend MarkApp", "tend AppMarked 2", "reserve ReserveSlot",
+			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked", "reserve ReserveSlot",
 			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
 			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
@@ -212,7 +215,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: resumed,
 	},
 	"resume with a lost answer": {
-		points: []string{"makeHeldKey ReplaceLeasedKey", "findKey AppKeys"},
+		points: []string{"makeHeldKey ReplaceLeasedKey", "eachKey AppKeys"},
 		prepare: func(s *scene) {
 			first(s)
 			is, err := s.r.Suspend(s.t.Context(), "user_1", wait, caller)
@@ -223,7 +226,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: resumed,
 	},
 	"delete": {
-		points:  []string{"Delete Tenant", "Delete Delete", "deleteKey KeyEnded"},
+		points:  []string{"Delete Tenant", "Delete Delete", "tag MarkApp", "deleteKey KeyEnded"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", false, wait, caller) },
 		settle: func(s *scene) {
@@ -237,25 +240,21 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"restore": {
-		points: []string{"Restore Restore"},
-		prepare: func(s *scene) {
-			first(s)
-			is, err := s.r.Delete(s.t.Context(), "user_1", false, wait, caller)
-			stateOf(s.t, is, err, tenant.Deleting)
-		},
-		act: func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
+		points:  []string{"Restore Restore", "tag MarkApp", "tag AppMarked", "makeHeldKey BeginLeasedKey"},
+		prepare: deleted,
+		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
 		settle: func(s *scene) {
 			is, err := s.r.Restore(s.t.Context(), "user_1", wait, caller)
 			stateOf(s.t, is, err, tenant.Active)
 		},
 	},
 	"purge": {
-		points:  []string{"purge DeleteApp", "purge AppDeleted"},
+		points: []string{"tag MarkApp", "tag AppMarked", "purge PurgeWait", "inUse UnknownKeys", "beginPurge BeginPurge", "purge DeleteApp",
+			"purge AppDeleted"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
 		settle: func(s *scene) {
-			is, err := s.r.Delete(s.t.Context(), "user_1", true, wait, admin)
-			stateOf(s.t, is, err, tenant.Deleted)
+			purged(s, "user_1")
 			if n := s.w.State().Apps; n != 0 {
 				s.t.Errorf("Clarifai has %d apps of a tenant that was purged", n)
 			}
@@ -266,8 +265,7 @@ var crashScenarios = map[string]crashScenario{
 		points: []string{"SignUp SignUp 2"},
 		prepare: func(s *scene) {
 			first(s)
-			is, err := s.r.Delete(s.t.Context(), "user_1", true, wait, admin)
-			stateOf(s.t, is, err, tenant.Deleted)
+			purged(s, "user_1")
 		},
 		act:   func(s *scene) { signUp(s.t, s.r, "user_1") },
 		moves: true,
@@ -310,7 +308,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"rotation with a lost answer": {
-		points:  []string{"makeHeldKey ReplaceLeasedKey", "findKey AppKeys", "revoke KeyEnded 4"},
+		points:  []string{"makeHeldKey ReplaceLeasedKey", "eachKey AppKeys", "revoke KeyEnded 4"},
 		prepare: faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true}),
 		act:     rotate,
 		settle:  rotate,
@@ -340,13 +338,20 @@ var crashScenarios = map[string]crashScenario{
 
 	"adopt with a key": {
 		points: []string{"Adopt Watch", "adoptNow BeginAdoption", "adoptNow Adoption", "adoptNow Tenant", "workAdoption LeaseAdoption",
-			"checkAdoptable AppOf", "opens Opens", "checkGivenKey KeyExists", "carryOut HoldAdopted", "tend MarkApp"},
+			"lookAtAdoptable AppOf", "opens Opens", "checkGivenKey KeyExists", "carryOut ReserveAdoption", "tagAdopted Tenant", "tagAdopted MarkApp",
+			"carryOut HoldAdopted", "tag MarkApp"},
 		prepare: adoptable(true), act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adopt without a key": {
-		points: []string{"carryOut HoldAdopted", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey",
+		points: []string{"tagAdopted MarkApp", "carryOut HoldAdopted", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey",
 			"tend AddExtraKeys"},
 		prepare: adoptable(false), act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
+	},
+	"adopt an app of ours that the rows have lost": {
+		points:  []string{"tagAdopted MarkApp", "carryOut HoldAdopted"},
+		prepare: func(s *scene) { first(s); forgetSecond(s) },
+		act:     func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", lostApp(s)) },
+		settle:  func(s *scene) { mustAdopt(s.t, s.r, "user_2", lostApp(s)) },
 	},
 	"adopt an app that is not there": {
 		points:  []string{"refuseAdoption EndAdoption"},
@@ -404,7 +409,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adopt a shared app": {
-		points: []string{"carryOut HoldAdopted", "leaveUnmarked AppMarked"},
+		points: []string{"carryOut Recovery", "carryOut HoldAdopted", "leaveUnmarked AppMarked"},
 		prepare: func(s *scene) {
 			first(s)
 			s.w.Shared("theirs")
@@ -437,7 +442,7 @@ var crashScenarios = map[string]crashScenario{
 		unmarked: true,
 	},
 	"purge of an adopted app that was never marked": {
-		points: []string{"purge MarkApp"},
+		points: []string{"tag MarkApp"},
 		prepare: func(s *scene) {
 			adoptable(true)(s)
 			adoptedSecond(s)
@@ -445,11 +450,8 @@ var crashScenarios = map[string]crashScenario{
 			unmark(s, handMade)
 			exec(s.t, s.w, `UPDATE apps SET marked_at = NULL, pending = false WHERE id = $1`, handMade)
 		},
-		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, 0, admin) },
-		settle: func(s *scene) {
-			is, err := s.r.Delete(s.t.Context(), "user_2", true, wait, admin)
-			stateOf(s.t, is, err, tenant.Deleted)
-		},
+		act:    func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, 0, admin) },
+		settle: func(s *scene) { purged(s, "user_2") },
 	},
 	"purge the tenant of a shared app": {
 		points: []string{"letGo AppDeleted"},
@@ -457,11 +459,8 @@ var crashScenarios = map[string]crashScenario{
 			adoptedShared(s)
 			delete(s.holds, "user_2")
 		},
-		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, wait, admin) },
-		settle: func(s *scene) {
-			is, err := s.r.Delete(s.t.Context(), "user_2", true, wait, admin)
-			stateOf(s.t, is, err, tenant.Deleted)
-		},
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_2", true, wait, admin) },
+		settle:  func(s *scene) { purged(s, "user_2") },
 		foreign: 1, lost: 1, unmarked: true,
 	},
 
@@ -490,7 +489,7 @@ var crashScenarios = map[string]crashScenario{
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build in doubt of its key": {
-		points:  []string{"findKey AppKeys", "makeKey GiveUpKey"},
+		points:  []string{"eachKey AppKeys", "makeKey GiveUpKey"},
 		prepare: faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true}),
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
@@ -513,13 +512,20 @@ var crashScenarios = map[string]crashScenario{
 		newcomers: []tenant.ID{"user_2"},
 	},
 	"build of an app that another database gave away": {
-		points: []string{"behind RaiseFence"},
+		points: []string{"retire RetireApp"},
 		prepare: func(s *scene) {
 			first(s)
 			app := forgetSecond(s)
+			s.r.Stop()
 			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, in_doubt_since) VALUES ($1, 'default', 'x', now())`, app)
 		},
-		settle: func(s *scene) { mend(s, true) },
+		recover: anotherDatabase,
+		settle: func(s *scene) {
+			watched(s)
+			report(s.t, s.r)
+			decided(tenant.FoundAppForgotten, tenant.Adopt)(s)
+		},
+		control: true,
 	},
 
 	"pool": {
@@ -528,7 +534,7 @@ var crashScenarios = map[string]crashScenario{
 		prepare: first, options: keepsPool, spare: 2,
 	},
 	"sign-up from the pool": {
-		points:  []string{"SignUp SignUp", "tend AddExtraKeys", "tend MarkApp"},
+		points:  []string{"SignUp SignUp", "tend AddExtraKeys", "tag MarkApp"},
 		prepare: func(s *scene) { first(s); fillPool(s) },
 		options: keepsPool, spare: 2,
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -544,7 +550,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"import": {
 		points: []string{"signUpChunk SignUpMany", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
-			"build FinishBuild", "tend MarkApp"},
+			"build FinishBuild", "tag MarkApp"},
 		prepare: first, act: func(s *scene) { importAll(s.t, s.r, batchOf("imported", 3)) }, settle: imported,
 		newcomers: imports,
 	},
@@ -592,18 +598,19 @@ var crashScenarios = map[string]crashScenario{
 		prepare: old, pool: 1,
 	},
 	"member of the pool that is dead": {
-		points:  []string{"opens Opens", "defaultKeyDead KeyExists", "prove MemberDead", "purge DeleteApp"},
+		points:  []string{"opens Opens", "defaultKeyDead KeyExists", "prove MemberDead"},
 		prepare: func(s *scene) { old(s); loseKeyOf(s.t, s.w) },
 		settle: func(s *scene) {
-			provisiontest.Eventually(s.t, "the dead app is gone", func() bool { return appsIn(s.t, s.w, tenant.AppDeleted) == 1 })
+			provisiontest.Eventually(s.t, "the dead app is retired", func() bool { return appsIn(s.t, s.w, tenant.AppRetired) == 1 })
 		},
+		retired: 1,
 	},
 	"app that was in the pool for long": {
 		points:  []string{"defaultKeyDead DefaultKeyOf", "opens Opens", "proveHeld KeyProven"},
 		prepare: func(s *scene) { old(s); given(s) },
 	},
 	"app that was given with a dead key": {
-		points:  []string{"defaultKeyDead KeyExists", "proveHeld RemakeHeldKey", "makeHeldKey BeginLeasedKey", "makeHeldKey FinishLeasedKey", "tend MarkApp"},
+		points:  []string{"defaultKeyDead KeyExists", "proveHeld RemakeHeldKey", "makeHeldKey BeginLeasedKey", "makeHeldKey FinishLeasedKey", "tag MarkApp"},
 		prepare: func(s *scene) { old(s); loseKeyOf(s.t, s.w); given(s) },
 	},
 
@@ -700,7 +707,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"rotation of the keyset": {
-		points: []string{"reseal Sealed", "countLeft CountSealed", "resealFrom Reseal", "resealProbe ResealProbe", "reseal MarkAnew", "tend MarkApp"},
+		points: []string{"reseal Sealed", "countLeft CountSealed", "resealFrom Reseal", "resealProbe ResealProbe", "reseal MarkAnew", "tag MarkApp"},
 		prepare: func(s *scene) {
 			first(s)
 			s.r.Stop()
@@ -720,14 +727,221 @@ var crashScenarios = map[string]crashScenario{
 		recover: rereadKeyset,
 		settle:  func(s *scene) { rekeyed(s.t, s.r.DB, primaryOf(s.t, s.w.Keys)) },
 	},
-	"restored database": {
-		points: []string{"watchForRestore CheckRestored", "watchForRestore StartDueReport", "endReconciliation EndReconciliation"},
+	"first start with a control record": {
+		points: []string{"control LeaseControl", "readControl App", "control ExamineControl", "writeControl CreateApp",
+			"writeControl ControlWritten", "createApp CreateApp"},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+		control: true,
+	},
+	"last replica that stops": {
+		points:  []string{"LeaveControl Leave", "LeaveControl Recovery", "LeaveControl LeaseControl", "LeaveControl ExamineControl"},
+		prepare: firstRecorded,
+		act: func(s *scene) {
+			controlRecorded(s.t, s.r)
+			s.r.Stop()
+		},
+		control: true,
+	},
+	"database that was restarted": {
+		points: []string{"beat RetireApps", "control LeaseControl", "readControl App", "control ExamineControl", "writeControl MarkApp",
+			"writeControl ControlWritten", "build FinishBuild"},
+		prepare: func(s *scene) {
+			firstRecorded(s)
+			fillPool(s)
+			s.r.Stop()
+			anotherDatabase(s)
+		},
+		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
+		settle:  watched,
+		control: true, retired: 1,
+	},
+	"database that was restored": {
+		points: []string{"beat RetireApps", "control ExamineControl", "writeControl MarkApp", "startDueReports StartDueReport", "listApps Recovery",
+			"endReconciliation EndReconciliation", "startDueReports StartDueDecisions", "adopt AdoptApp"},
+		prepare: func(s *scene) {
+			firstRecorded(s)
+			forgetSecond(s)
+			fillPool(s)
+			s.r.Stop()
+			anotherDatabase(s)
+			exec(s.t, s.w, `
+				BEGIN;
+				SET LOCAL session_replication_role = replica;
+				DELETE FROM audit_events WHERE id = (SELECT max(id) FROM audit_events);
+				COMMIT`)
+		},
+		act: func(s *scene) {
+			undecided(s.t, s.r)
+			decided(tenant.FoundAppUnknown, tenant.Adopt)(s)
+		},
+		settle: func(s *scene) {
+			provisiontest.Eventually(s.t, "recovery mode has ended, as decided", func() bool {
+				is, err := s.r.DB.RecoveryStatus(s.t.Context())
+				if err == nil && is.State == tenant.Recovering && is.Undecided > 0 {
+					decided(tenant.FoundAppUnknown, tenant.Adopt)(s)
+				}
+				return err == nil && !is.Active()
+			})
+		},
+		control: true, retired: 1,
+	},
+	"take over": {
+		points: []string{"TakeOver TakeOver", "control ExamineControl", "writeControl MarkApp"},
+		prepare: func(s *scene) {
+			firstRecorded(s)
+			s.r.Stop()
+			exec(s.t, s.w, provisiontest.SetRecovery(tenant.Stopped))
+		},
+		act: takeOver,
+		settle: func(s *scene) {
+			takeOver(s)
+			inState(s.t, s.r, tenant.NotRecovering)
+		},
+		control: true,
+	},
+	"retired app that is removed": {
+		points:  []string{"RemoveRetired RemoveRetired", "purge DeleteApp", "purge AppDeleted"},
+		prepare: retired, act: removeRetired(tenant.RetiredFilter{AppID: poolApp}, string(poolApp)),
+		settle: retiredRemoved(tenant.RetiredFilter{AppID: poolApp}, string(poolApp)),
+	},
+	"retired apps that are removed": {
+		points:  []string{"RemoveRetired RemoveRetired", "inUse UnknownKeys"},
+		prepare: retired, act: removeRetired(tenant.RetiredFilter{Before: aYearOn}, "1"),
+		settle: retiredRemoved(tenant.RetiredFilter{Before: aYearOn}, "1"),
+	},
+	"suspend a tenant of an earlier incarnation": {
+		points: []string{"Suspend Suspend", "eachKey AppKeys", "tend KeysListed", "deleteKey KeyEnded"},
 		prepare: func(s *scene) {
 			first(s)
-			s.r.Stop()
-			exec(s.t, s.w, `UPDATE deployment SET timeline = timeline + 1`)
+			earlier(s)
+			unknownKey(s)
 		},
-		settle: func(s *scene) { mend(s, false) },
+		act:    func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_1", wait, caller) },
+		settle: suspendedThenResumed,
+	},
+	"quarantine of an unknown key": {
+		points: []string{"Quarantine Quarantine", "quarantineUnknown BeginQuarantine", "quarantineUnknown Watch",
+			"quarantineUnknown QuarantineState", "askUnknownKeys LeaseQuarantine", "askUnknownKey Identify", "askUnknownKey EndQuarantine 2",
+			"Quarantine Quarantine 2", "deleteKey KeyEnded"},
+		prepare: func(s *scene) { first(s); unknownKey(s) },
+		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
+		settle:  quarantined,
+	},
+	"quarantine of an unknown key that fails": {
+		points: []string{"askUnknownKeys QuarantineSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			unknownKey(s)
+			s.w.Faults(map[string]any{"call": "MyScopes", "count": 1, "status": 98004})
+		},
+		act:    func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
+		settle: quarantined,
+	},
+	"quarantine of a key that is dead": {
+		points:  []string{"askUnknownKey EndQuarantine"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), tenant.NewSecret(nextPAT), wait, admin) },
+		settle: func(s *scene) {
+			if _, err := s.r.Quarantine(s.t.Context(), tenant.NewSecret(nextPAT), wait, admin); !errors.Is(err, tenant.NotFound) {
+				s.t.Errorf("the quarantine of a dead key ends with %v", err)
+			}
+		},
+	},
+	"campaign that meets a dead key of an earlier incarnation": {
+		points: []string{"keyDead KeysOfApp", "opens Opens", "makeHeldKey KeyNotReplaced"},
+		prepare: func(s *scene) {
+			first(s)
+			earlier(s)
+			removeKey(s)
+		},
+		act: func(s *scene) { startRotation(s.t, s.r, tenant.KeyFilter{All: true}) },
+		settle: func(s *scene) {
+			cs := campaigns(s)
+			if len(cs) == 0 {
+				cs = append(cs, startRotation(s.t, s.r, tenant.KeyFilter{All: true}))
+			}
+			if c := ended(s.t, s.r, cs[0]); len(cs) != 1 || c.Done != 0 || c.Total != 1 {
+				s.t.Errorf("there are %d campaigns, the last of which is %s", len(cs), counts(c))
+			}
+			report(s.t, s.r)
+			decided(tenant.FoundKeyGone, tenant.SuspendTenant)(s)
+			suspendedThenResumed(s)
+		},
+	},
+	"purge beyond the removal cap": {
+		points: []string{"purge PurgeWait", "removalCap AppSetback"},
+		prepare: func(s *scene) {
+			first(s)
+			signUp(s.t, s.r, "user_2")
+			purged(s, "user_2")
+		},
+		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.RemovalCap = 1 }},
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, 0, admin) },
+		settle:  purgedFirst,
+		moves:   true,
+	},
+	"purge of a deleted tenant": {
+		points:  []string{"Delete Delete", "tag MarkApp", "tag AppMarked", "beginPurge BeginPurge"},
+		prepare: deleted,
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
+		settle:  purgedFirst,
+		moves:   true,
+	},
+	"restore of a tenant whose deletion was not recorded as tagged": {
+		points:  []string{"tag MarkApp"},
+		prepare: first,
+		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", false, wait, caller) },
+		recover: func(s *scene) {
+			s.r = s.w.Start(provisiontest.Options{Idle: true})
+			if _, err := s.r.Restore(s.t.Context(), "user_1", 0, caller); err != nil {
+				s.t.Fatal(err)
+			}
+			s.r.Stop()
+		},
+		settle: func(s *scene) {
+			is, err := s.r.Tenant(s.t.Context(), "user_1", wait)
+			stateOf(s.t, is, err, tenant.Active)
+		},
+	},
+	"restore that is taken back": {
+		points:  []string{"Restore Restore", "tag MarkApp", "tag AppMarked"},
+		prepare: deleted,
+		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
+		settle:  purgedFirst,
+		moves:   true,
+	},
+	"purge of an app that has an unknown key": {
+		points: []string{"inUse UnknownKeys", "contested Contested"},
+		prepare: func(s *scene) {
+			first(s)
+			report(s.t, s.r)
+			unknownKey(s)
+		},
+		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, 0, admin) },
+		settle: func(s *scene) {
+			contestedPurge(s)
+			askClarifai(s.t, s.w, "DELETE", "/keys/"+s.leaked.Reveal(), nil)
+			is, err := s.r.Tenant(s.t.Context(), "user_1", long)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+		moves: true,
+	},
+	"app whose tag names another tenant": {
+		points: []string{"contested Contested"},
+		prepare: func(s *scene) {
+			first(s)
+			tagAnother(s)
+			s.r.Stop()
+			exec(s.t, s.w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+		},
+		settle: func(s *scene) {
+			provisiontest.Eventually(s.t, "the key is not shown", func() bool {
+				_, _, err := s.r.Reveal(s.t.Context(), "user_1", tenant.DefaultKey, caller)
+				return errors.Is(err, tenant.Conflict)
+			})
+			report(s.t, s.r)
+			decided(tenant.FoundAppDiffers, tenant.OverwriteTag)(s)
+		},
 	},
 
 	"report": {
@@ -739,7 +953,7 @@ var crashScenarios = map[string]crashScenario{
 		prepare: first, act: startReport,
 	},
 	"report that fails": {
-		points: []string{"workReconciliation ReconciliationSetback 2"},
+		points: []string{"smallerPages SmallerPages", "workReconciliation ReconciliationSetback 2"},
 		prepare: func(s *scene) {
 			first(s)
 			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98004})
@@ -789,48 +1003,205 @@ var crashScenarios = map[string]crashScenario{
 		act:     startReport, differs: true,
 	},
 
-	"repair: adopt": {
-		points: []string{
-			"StartRepair StartRepair", "repairNext NextFinding", "repairNext TurnTo", "lookAt App", "adoptableKeys AppKeys", "adopt AdoptApp",
-			"measure CountOpenFindings",
-		},
+	"decide: adopt": {
+		points: []string{"Decide Finding", "Decide Decide", "startDueReports StartDueDecisions", "eachKey AppKeys", "opens Opens", "adopt AdoptApp",
+			"measure CountOpenFindings"},
 		prepare: reported(func(s *scene) { forgetSecond(s) }),
-		act:     startRepair,
+		act:     decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle:  decided(tenant.FoundAppUnknown, tenant.Adopt),
 	},
-	"repair: adopt an app that is gone": {
+	"decide: adopt an app that is gone": {
 		points: []string{"adopt EndFinding"},
 		prepare: func(s *scene) {
-			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
-			askClarifai(s.t, s.w, "DELETE", "/apps/t-stray", nil)
+			reported(func(s *scene) { makeMarkedApp(s, ownedBy(s, "user_9")) })(s)
+			removeStray(s)
 		},
-		act: startRepair,
+		act:    decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle: decided(tenant.FoundAppUnknown, tenant.Adopt),
 	},
-	"repair: adopt an app that lost its marker": {
+	"decide: adopt an app that lost its tag": {
 		points: []string{"adopt EndFinding 2"},
 		prepare: func(s *scene) {
-			reported(func(s *scene) { makeMarkedApp(s, "") })(s)
+			reported(func(s *scene) { makeMarkedApp(s, ownedBy(s, "user_9")) })(s)
 			unmark(s, "t-stray")
 		},
-		act: startRepair, foreign: 1,
+		act:    decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle: decided(tenant.FoundAppUnknown, tenant.Adopt), foreign: 1,
 	},
-	"repair: adopt an app of another keyset": {
-		points:  []string{"adopt EndFinding 3"},
-		prepare: reported(func(s *scene) { makeMarkedApp(s, "nonsense") }),
-		act:     startRepair, settle: removeStray, differs: true,
+	"decide: adopt an app of another keyset": {
+		points: []string{"adopt EndFinding 3"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeMarkedApp(s, ownedBy(s, "user_9")) })(s)
+			retag(s, "t-stray", map[string]any{"tenant": "nonsense"})
+		},
+		act:    decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle: func(s *scene) { decided(tenant.FoundAppUnknown, tenant.Adopt)(s); removeStray(s) },
+	},
+	"decide: adopt an app that is removed nobody knows when": {
+		points: []string{"adopt EndFinding 4"},
+		prepare: func(s *scene) {
+			reported(func(s *scene) { makeMarkedApp(s, ownedBy(s, "user_9")) })(s)
+			retag(s, "t-stray", map[string]any{"purge_after": "soon"})
+		},
+		act:    decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle: func(s *scene) { decided(tenant.FoundAppUnknown, tenant.Adopt)(s); removeStray(s) },
 	},
 	"repair: adopt a second app of a tenant": {
-		points: []string{"repairNext EndFinding 2"},
+		points:  []string{"repairNext EndFinding 2"},
+		prepare: reported(func(s *scene) { makeMarkedApp(s, ownedBy(s, "user_1")) }),
+		act:     decided(tenant.FoundAppUnknown, tenant.Adopt),
+		settle:  func(s *scene) { decided(tenant.FoundAppUnknown, tenant.Adopt)(s); removeStray(s) },
+	},
+	"decide: adopt a key": {
+		points: []string{"adoptKey KeysOfApp", "adoptKey AdoptFoundKey"},
 		prepare: reported(func(s *scene) {
-			sealed, err := s.w.Keys.SealOwner("t-stray", tenant.AppOwner{Tenant: "user_1", Generation: 1, Profile: tenant.DefaultProfile})
-			if err != nil {
-				s.t.Fatal(err)
-			}
-			makeMarkedApp(s, sealed)
+			removeKey(s)
+			unknownKey(s)
 		}),
-		act: startRepair, settle: removeStray, differs: true,
+		act:    decided(tenant.FoundKeyUnknown, tenant.Adopt),
+		settle: decided(tenant.FoundKeyUnknown, tenant.Adopt),
+	},
+	"decide: adopt a key that is gone": {
+		points: []string{"adoptKey EndFinding"},
+		prepare: func(s *scene) {
+			reported(unknownKey)(s)
+			askClarifai(s.t, s.w, "DELETE", "/keys/"+s.leaked.Reveal(), nil)
+		},
+		act:    decided(tenant.FoundKeyUnknown, tenant.Adopt),
+		settle: decided(tenant.FoundKeyUnknown, tenant.Adopt),
+	},
+	"decide: adopt a key that is hidden": {
+		points: []string{"adoptKey EndFinding 2"},
+		prepare: func(s *scene) {
+			reported(unknownKey)(s)
+			s.w.Settings(map[string]any{"masked_keys": true})
+		},
+		act:     decided(tenant.FoundKeyUnknown, tenant.Adopt),
+		recover: func(s *scene) { s.w.Settings(map[string]any{"masked_keys": false}) },
+		settle:  endsUnknownKey,
+	},
+	"decide: adopt a key that works no longer": {
+		points: []string{"adoptKey EndFinding 3"},
+		prepare: func(s *scene) {
+			reported(unknownKey)(s)
+			s.w.Faults(map[string]any{"call": "MyScopes", "status": 11009})
+		},
+		act:    decided(tenant.FoundKeyUnknown, tenant.Adopt),
+		settle: endsUnknownKey,
+	},
+	"decide: end a key": {
+		points:  []string{"repair EndFoundKey", "deleteKey KeyEnded"},
+		prepare: reported(unknownKey),
+		act:     decided(tenant.FoundKeyUnknown, tenant.EndUnknownKey),
+		settle:  decided(tenant.FoundKeyUnknown, tenant.EndUnknownKey),
+	},
+	"decide: resume": {
+		points:  []string{"adoptKey KeysOfApp", "adoptKey AdoptFoundKey"},
+		prepare: reported(suspendedWithKey),
+		act:     decided(tenant.FoundKeyContested, tenant.ResumeTenant),
+		settle: func(s *scene) {
+			decided(tenant.FoundKeyContested, tenant.ResumeTenant)(s)
+			is, err := s.r.Tenant(s.t.Context(), "user_1", 0)
+			stateOf(s.t, is, err, tenant.Active)
+		},
+	},
+	"decide: end a key of a suspended tenant": {
+		points:  []string{"repair EndFoundKey"},
+		prepare: reported(suspendedWithKey),
+		act:     decided(tenant.FoundKeyContested, tenant.EndUnknownKey),
+		settle: func(s *scene) {
+			decided(tenant.FoundKeyContested, tenant.EndUnknownKey)(s)
+			rest(s.t, s.w) // the tenant is suspended all the time
+			suspendedThenResumed(s)
+		},
+	},
+	"decide: suspend": {
+		points:  []string{"repair SuspendDecided", "tend KeysListed", "deleteKey KeyEnded"},
+		prepare: reported(func(s *scene) { earlier(s); removeKey(s) }),
+		act:     decided(tenant.FoundKeyGone, tenant.SuspendTenant),
+		settle: func(s *scene) {
+			decided(tenant.FoundKeyGone, tenant.SuspendTenant)(s)
+			is, err := s.r.Tenant(s.t.Context(), "user_1", wait)
+			stateOf(s.t, is, err, tenant.Suspended)
+			resumed(s)
+		},
+	},
+	"decide: new key": {
+		points:  []string{"repair RemakeKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey"},
+		prepare: reported(func(s *scene) { earlier(s); removeKey(s) }),
+		act:     decided(tenant.FoundKeyGone, tenant.MakeKey),
+		settle:  decided(tenant.FoundKeyGone, tenant.MakeKey),
+	},
+	"decide: new app": {
+		points: []string{"repair ForgetApp", "build FinishBuild"},
+		prepare: reported(func(s *scene) {
+			earlier(s)
+			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil)
+		}),
+		act:    decided(tenant.FoundAppGone, tenant.MakeApp),
+		settle: decided(tenant.FoundAppGone, tenant.MakeApp), moves: true,
+	},
+	"decide: restore": {
+		points:  []string{"repair RestoreDecided", "tend KeysListed", "tag MarkApp", "deleteKey KeyEnded"},
+		prepare: purgeContested,
+		act:     decided(tenant.FoundPurge, tenant.RestoreTenant),
+		settle: func(s *scene) {
+			decided(tenant.FoundPurge, tenant.RestoreTenant)(s)
+			is, err := s.r.Tenant(s.t.Context(), "user_1", wait)
+			stateOf(s.t, is, err, tenant.Suspended)
+			suspendedThenResumed(s)
+		},
+	},
+	"decide: remove": {
+		points:  []string{"repair RemovalDecided", "beginPurge BeginPurge", "purge DeleteApp"},
+		prepare: purgeContested,
+		act:     decided(tenant.FoundPurge, tenant.RemoveContested),
+		settle: func(s *scene) {
+			decided(tenant.FoundPurge, tenant.RemoveContested)(s)
+			is, err := s.r.Tenant(s.t.Context(), "user_1", wait)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+		moves: true,
+	},
+	"decide: overwrite": {
+		points:  []string{"overwriteTag Tenant", "overwriteTag MarkApp", "overwriteTag OwnerDecided"},
+		prepare: reported(tagAnother),
+		act:     decided(tenant.FoundAppDiffers, tenant.OverwriteTag),
+		settle:  decided(tenant.FoundAppDiffers, tenant.OverwriteTag),
+	},
+	"decide: overwrite the tag of an app that is lost": {
+		points: []string{"overwriteTag EndFinding"},
+		prepare: func(s *scene) {
+			reported(tagAnother)(s)
+			s.r.Stop()
+			s.r = s.w.Start(provisiontest.Options{Idle: true})
+			decideOpen(s, tenant.FoundAppDiffers, tenant.OverwriteTag)
+			// As if another repair had found it gone.
+			app := s.holds["user_1"]
+			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(app), nil)
+			exec(s.t, s.w, fmt.Sprintf(`
+				UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL WHERE app_id = '%[1]s';
+				UPDATE tenants SET state = 'provisioning', app_id = NULL WHERE app_id = '%[1]s';
+				UPDATE apps SET state = 'deleted', pending = false WHERE id = '%[1]s'`, app))
+		},
+		settle: decided(tenant.FoundAppDiffers, tenant.OverwriteTag), moves: true,
+	},
+
+	"repair in recovery mode": {
+		points: []string{"repairNext EndFinding"},
+		prepare: func(s *scene) {
+			reported(rescopeKey)(s)
+			s.r.Stop()
+			s.r = s.w.Start(provisiontest.Options{Idle: true})
+			startRepair(s)
+			exec(s.t, s.w, provisiontest.SetRecovery(tenant.Watching))
+		},
+		recover: func(s *scene) { exec(s.t, s.w, provisiontest.SetRecovery(tenant.NotRecovering)) },
+		differs: true,
 	},
 	"repair: remove": {
-		points: []string{"repairNext Fence", "repairNext RemovalsInLastHour", "repair RemoveApp", "purge DeleteApp"},
+		points: []string{"StartRepair StartRepair", "repairNext NextFinding", "repairNext TurnTo", "repairNext Recovery",
+			"repairNext RemovalsInLastHour", "repair RemoveApp", "purge DeleteApp"},
 		prepare: reported(func(s *scene) {
 			makeMarkedApp(s, "")
 			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, state, updated_at)
@@ -839,7 +1210,7 @@ var crashScenarios = map[string]crashScenario{
 		act: startRepair,
 	},
 	"repair: revoke": {
-		points:  []string{"findKey AppKeys", "repair RevokeKey", "deleteKey DeleteKey"},
+		points:  []string{"eachKey AppKeys", "repair RevokeKey", "deleteKey DeleteKey"},
 		prepare: reported(func(s *scene) { makeRevokedKey(s) }),
 		act:     startRepair,
 	},
@@ -891,7 +1262,7 @@ var crashScenarios = map[string]crashScenario{
 				}
 			}
 		}),
-		act: startRepair,
+		act: startRepair, retired: 1,
 	},
 	"repair: remake": {
 		points:  []string{"repair RemakeKey", "makeHeldKey BeginLeasedKey", "createKey CreateKey", "makeHeldKey FinishLeasedKey"},
@@ -920,7 +1291,7 @@ var crashScenarios = map[string]crashScenario{
 		act: startRepair, differs: true,
 	},
 	"repair: mark": {
-		points:  []string{"repair MarkAgain", "tend MarkApp"},
+		points:  []string{"repair MarkAgain", "tag MarkApp"},
 		prepare: reported(func(s *scene) { unmark(s, s.holds["user_1"]) }),
 		act:     startRepair,
 	},
@@ -959,6 +1330,25 @@ func first(s *scene) {
 	s.holds["user_1"] = signUp(s.t, s.r, "user_1").AppID
 	marked(s.t, s.w)
 }
+
+// deleted is first, and deletes the tenant.
+func deleted(s *scene) {
+	first(s)
+	is, err := s.r.Delete(s.t.Context(), "user_1", false, wait, caller)
+	stateOf(s.t, is, err, tenant.Deleting)
+	rest(s.t, s.w)
+}
+
+// purged deletes a tenant, and waits until its app is gone.
+func purged(s *scene, id tenant.ID) {
+	is, err := s.r.Delete(s.t.Context(), id, true, wait, admin)
+	if err != nil || is.State != tenant.Deleted {
+		s.t.Fatalf("%s is %s, %v; want it deleted; its app: %v", id, is.State, err,
+			column(s.t, s.w, `SELECT concat_ws(' ', id, state, purge_after, tagged_purge_after, problem) FROM apps WHERE tenant_id = $1`, string(id)))
+	}
+}
+
+func purgedFirst(s *scene) { purged(s, "user_1") }
 
 // faulty has faults for the replica that dies.
 func faulty(rules ...map[string]any) func(*scene) {
@@ -1033,6 +1423,18 @@ func handMadeWithKey(s *scene, id tenant.AppID) tenant.AdoptRequest {
 		}
 	}
 	return what
+}
+
+// lostApp asks for the app that the rows do not know of user_1, with its key.
+func lostApp(s *scene) tenant.AdoptRequest {
+	known := signUp(s.t, s.r, "user_1").AppID
+	for _, k := range s.w.AppKeys() {
+		if k.AppID != string(known) {
+			return tenant.AdoptRequest{AppID: tenant.AppID(k.AppID), Key: tenant.NewSecret(k.ID)}
+		}
+	}
+	s.t.Fatal("Clarifai does not have the app, or no key of it")
+	return tenant.AdoptRequest{}
 }
 
 func adoptSecond(s *scene) { _, _ = adopt(s.t, s.r, "user_2", handMadeWithKey(s, handMade)) }
@@ -1157,6 +1559,170 @@ func conformed(s *scene) {
 			got[0] != "{All,Predict}"+c.Revision {
 			s.t.Errorf("the key and its app are %q", got)
 		}
+	}
+}
+
+// firstRecorded is first, and waits until the control record is written.
+func firstRecorded(s *scene) {
+	first(s)
+	controlRecorded(s.t, s.r)
+}
+
+// anotherDatabase has the next incarnation start, as after a restart of the server.
+func anotherDatabase(s *scene) {
+	exec(s.t, s.w, `UPDATE current_incarnation SET apps_file = 'another'`)
+}
+
+// watched waits until the next incarnation has started and found that nothing is lost.
+func watched(s *scene) {
+	conn := pgtest.Conn(s.t, s.w.URL)
+	provisiontest.Eventually(s.t, "the next incarnation has begun", func() bool { return countOf(s.t, conn, `incarnations`) == 2 })
+	inState(s.t, s.r, tenant.NotRecovering)
+}
+
+// earlier makes the apps of tenants those of an earlier incarnation.
+func earlier(s *scene) {
+	exec(s.t, s.w, `UPDATE apps SET incarnation = gen_random_uuid(); UPDATE keys SET incarnation = gen_random_uuid()`)
+}
+
+// retired has an app of the pool that is of an earlier incarnation.
+func retired(s *scene) {
+	first(s)
+	fillPool(s)
+	exec(s.t, s.w, `UPDATE apps SET state = 'retired', incarnation = gen_random_uuid() WHERE state = 'ready'`)
+}
+
+// aYearOn is later than all apps were begun.
+var aYearOn = time.Now().AddDate(1, 0, 0)
+
+func removeRetired(f tenant.RetiredFilter, confirm string) func(*scene) {
+	return func(s *scene) {
+		err := s.r.RemoveRetired(s.t.Context(), f, confirm, admin)
+		if err != nil && !errors.Is(err, tenant.NotFound) && !errors.Is(err, tenant.Conflict) { // it is done
+			s.t.Fatal(err)
+		}
+	}
+}
+
+func retiredRemoved(f tenant.RetiredFilter, confirm string) func(*scene) {
+	return func(s *scene) {
+		removeRetired(f, confirm)(s)
+		provisiontest.Eventually(s.t, "the app is removed", func() bool { return appsIn(s.t, s.w, tenant.AppDeleted) == 1 })
+	}
+}
+
+func takeOver(s *scene) {
+	if _, err := s.r.TakeOver(s.t.Context(), s.r.Deployment.ID, admin); err != nil && !errors.Is(err, tenant.Conflict) {
+		s.t.Fatal(err)
+	}
+}
+
+// unknownKey makes a key of the app of user_1 that has our ownership tag and no row.
+func unknownKey(s *scene) {
+	makeKeyByHand(s.t, s.w, s.holds["user_1"], tenant.KeyMarker{Deployment: s.r.Deployment.ID, KeyID: strayKey}.String())
+	s.leaked = leakedKey(s)
+}
+
+// leakedKey is the key of unknownKey.
+func leakedKey(s *scene) tenant.Secret {
+	for _, k := range s.w.AppKeys() {
+		if marker, ok := tenant.ParseKeyMarker(k.Description); ok && marker.KeyID == strayKey {
+			return tenant.NewSecret(k.ID)
+		}
+	}
+	s.t.Fatal("Clarifai does not have the key")
+	return tenant.Secret{}
+}
+
+func suspendedWithKey(s *scene) {
+	suspended(s.t, s.r, "user_1")
+	unknownKey(s)
+}
+
+func quarantined(s *scene) {
+	q, err := s.r.Quarantine(s.t.Context(), s.leaked, wait, admin)
+	if err != nil || q.Key.State != tenant.KeyRevoked || q.TenantID != "user_1" || len(s.w.AppKeys()) != 1 {
+		s.t.Errorf("the quarantine is %+v, %v, and Clarifai has %d keys", q, err, len(s.w.AppKeys()))
+	}
+}
+
+// endsUnknownKey makes a report, and has the key of unknownKey ended.
+func endsUnknownKey(s *scene) {
+	decided(tenant.FoundKeyUnknown, tenant.Adopt)(s)
+	rest(s.t, s.w)
+	report(s.t, s.r)
+	decided(tenant.FoundKeyUnknown, tenant.EndUnknownKey)(s)
+}
+
+// contestedPurge waits until the removal of the app of user_1 waits for a decision.
+func contestedPurge(s *scene) {
+	conn := pgtest.Conn(s.t, s.w.URL)
+	provisiontest.Eventually(s.t, "the removal is contested", func() bool {
+		return countOf(s.t, conn, `apps WHERE state = 'retained' AND problem ->> 'code' = 'purge_contested'`) == 1
+	})
+}
+
+// purgeContested has an app whose removal waits for a decision, as a report shows.
+func purgeContested(s *scene) {
+	first(s)
+	report(s.t, s.r)
+	unknownKey(s)
+	if _, err := s.r.Delete(s.t.Context(), "user_1", true, 0, admin); err != nil {
+		s.t.Fatal(err)
+	}
+	contestedPurge(s)
+}
+
+// ownedBy is a tenant as the ownership tag of the stray app names it.
+func ownedBy(s *scene, id tenant.ID) string {
+	sealed, err := s.w.Keys.SealOwner("t-stray", tenant.AppOwner{Tenant: id, Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return sealed
+}
+
+// retag changes fields of an ownership tag by hand.
+func retag(s *scene, app tenant.AppID, fields map[string]any) {
+	askClarifai(s.t, s.w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite",
+		"app": map[string]any{"metadata": map[string]any{"tenantry": fields}}, "metadata_action": map[string]any{"op": "merge"}})
+}
+
+// tagAnother has the app of user_1 name another tenant.
+func tagAnother(s *scene) {
+	app := s.holds["user_1"]
+	sealed, err := s.w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	retag(s, app, map[string]any{"tenant": sealed})
+}
+
+// decideOpen decides the findings of a kind that wait for it. It reports whether there were
+// any, or a decision is not carried out yet.
+func decideOpen(s *scene, kind tenant.FindingKind, choice tenant.RepairAction) bool {
+	found, err := s.r.DB.Undecided(s.t.Context(), kind, tenant.Finding{}, 100)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	waits := false
+	for _, f := range found {
+		if f.State == tenant.FindingOpen {
+			_, err := s.r.Decide(s.t.Context(), f.Number, "", choice, cmp.Or(string(f.TenantID), string(f.AppID)), admin)
+			if err != nil && !errors.Is(err, tenant.Conflict) {
+				s.t.Fatalf("decide %s of %+v: %v", choice, f, err)
+			}
+		}
+		waits = waits || f.State == tenant.FindingOpen || f.State == tenant.FindingDecided
+	}
+	return waits
+}
+
+// decided decides the findings of a kind, unless they are decided, and waits until that is
+// carried out.
+func decided(kind tenant.FindingKind, choice tenant.RepairAction) func(*scene) {
+	return func(s *scene) {
+		provisiontest.Eventually(s.t, fmt.Sprintf("it is decided: %s of %s", choice, kind), func() bool { return !decideOpen(s, kind, choice) })
 	}
 }
 

@@ -173,6 +173,8 @@ type scene struct {
 	r *provisiontest.Replica
 	// holds are the apps of the tenants that were told so before the crash.
 	holds map[tenant.ID]tenant.AppID
+	// leaked is a key that was made by hand before the crash.
+	leaked tenant.Secret
 }
 
 // TestDyingReplica is the process that TestCrash starts to see it die.
@@ -265,7 +267,7 @@ func crash(t *testing.T, scenario, point string) {
 	sc := crashScenarios[scenario]
 	s := &scene{t: t, w: provisiontest.New(t), holds: map[tenant.ID]tenant.AppID{}}
 	if sc.prepare != nil {
-		s.r = s.w.Start(provisiontest.Options{})
+		s.r = s.w.Start(provisiontest.Options{Control: sc.control})
 		sc.prepare(s)
 		s.r.Stop()
 	}
@@ -343,6 +345,7 @@ func timePasses(t *testing.T, w *provisiontest.World) {
 			d AS (UPDATE adoptions SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			r AS (UPDATE reconciliations SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			c AS (UPDATE campaigns SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
+			q AS (UPDATE quarantines SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
 			p AS (UPDATE refused_pats SET next_check_at = now())
 		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch', next_slot_at = 'epoch'`)
 }
@@ -357,7 +360,9 @@ func rest(t *testing.T, w *provisiontest.World) {
 			SELECT (SELECT count(*) FROM apps WHERE state IN ('building', 'purging') OR state IN ('held', 'retained') AND pending)
 				+ (SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking'))
 				+ (SELECT count(*) FROM adoptions WHERE state = 'checking')
+				+ (SELECT count(*) FROM quarantines WHERE state = 'checking')
 				+ (SELECT count(*) FROM reconciliations WHERE state = 'running')
+				+ (SELECT count(*) FROM reconciliation_items WHERE state = 'decided')
 				+ (SELECT count(*) FROM campaigns WHERE ended_at IS NULL AND state <> 'paused')`).Scan(&open)
 		return err == nil && open == 0
 	})
@@ -416,10 +421,15 @@ func sound(s *scene, sc crashScenario) {
 	rest(t, w)
 	mend(s, false)
 	rest(t, w)
+	if is, err := s.r.DB.Recovery(t.Context()); err != nil || is.Active() {
+		t.Errorf("recovery mode is %+v, %v", is, err)
+	}
+	control := string(tenant.ControlID("t", s.r.Deployment.ID))
 	before := w.Sim.Calls()
 	mend(s, false)
 	for _, c := range w.Sim.Calls()[len(before):] {
-		if !strings.HasPrefix(c.Call, "List") && !strings.HasPrefix(c.Call, "Get") {
+		renews := sc.control && c.Call == "PatchApp" && c.AppID == control
+		if !strings.HasPrefix(c.Call, "List") && !strings.HasPrefix(c.Call, "Get") && !renews {
 			t.Errorf("a report of what is sound called %s", c.Call)
 		}
 	}
@@ -468,18 +478,31 @@ func sound(s *scene, sc crashScenario) {
 			t.Errorf("the key of %s does not open its app, %v", id, err)
 		}
 	}
-	foreign := 0
+	retired := column(t, w, `SELECT id FROM apps WHERE state = 'retired'`)
+	outOfUse, foreign, recorded := 0, 0, false
 	for _, a := range w.Sim.Apps() {
 		of, ok := known[tenant.AppID(a.ID)]
-		if !ok {
+		if a.ID == control {
+			recorded = true
+		} else if slices.Contains(retired, a.ID) {
+			outOfUse++
+		} else if !ok {
 			foreign++
 		} else if got := ownerAt(w, a); got != of && !sc.unmarked {
 			t.Errorf("the marker of %s names %q; want %q", a.ID, got, of)
+		} else if when := purgeAt(a); when != "" {
+			t.Errorf("the marker of %s, which is held, says that it is removed at %s", a.ID, when)
 		}
 		delete(known, tenant.AppID(a.ID))
 	}
 	if foreign != sc.foreign || len(known) > 0 {
 		t.Errorf("Clarifai has %d apps that no row claims, want %d, and lacks %v", foreign, sc.foreign, known)
+	}
+	if outOfUse != sc.retired || len(retired) != sc.retired {
+		t.Errorf("%d apps are retired, and Clarifai has %d of them; want %d", len(retired), outOfUse, sc.retired)
+	}
+	if recorded != sc.control {
+		t.Errorf("Clarifai has the control record: %v; want %v", recorded, sc.control)
 	}
 	keysClaimed(t, w, sc.lost)
 }
@@ -496,6 +519,13 @@ func ownerAt(w *provisiontest.World, a clarifaisim.AppInfo) tenant.ID {
 		return tenant.ID(err.Error())
 	}
 	return owner.Tenant
+}
+
+// purgeAt returns when an app is removed by its marker.
+func purgeAt(a clarifaisim.AppInfo) string {
+	marker, _ := a.Metadata["tenantry"].(map[string]any)
+	at, _ := marker["purge_after"].(string)
+	return at
 }
 
 // keysClaimed checks that each key at Clarifai is one that a row knows, or one of
