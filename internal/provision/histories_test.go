@@ -213,17 +213,12 @@ func (h *history) disconnect(name string) {
 func (h *history) alone(name, sql string) {
 	h.t.Helper()
 	h.disconnect(name)
-	for _, s := range []string{
-		`ALTER DATABASE ` + name + ` ALLOW_CONNECTIONS false`,
-		`SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '` + name + `'`,
-	} {
-		if _, err := h.admin.Exec(h.t.Context(), s); err != nil {
-			h.t.Fatalf("%s: %v", s, err)
-		}
+	if _, err := h.admin.Exec(h.t.Context(), `ALTER DATABASE `+name+` ALLOW_CONNECTIONS false`); err != nil {
+		h.t.Fatal(err)
 	}
 	provisiontest.Eventually(h.t, "nobody is connected to "+name, func() bool {
-		var n int
-		err := h.admin.QueryRow(h.t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = $1`, name).Scan(&n)
+		var n int // with who was about to connect before
+		err := h.admin.QueryRow(h.t.Context(), `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1`, name).Scan(&n)
 		return err == nil && n == 0
 	})
 	if _, err := h.admin.Exec(h.t.Context(), sql); err != nil {
