@@ -713,3 +713,161 @@ func TestCopy(t *testing.T) {
 	d.neverRecovering(d.Primary)
 	d.check(d.Primary, c)
 }
+
+// Production is silent for longer than the watch. Its copy goes to work, and stops, or stops
+// production, when production is back.
+func TestSilentProduction(t *testing.T) {
+	for _, silence := range []struct{ watch, time time.Duration }{{watch, 2 * watch}, {150 * time.Second, 180 * time.Second}} {
+		t.Run(silence.time.String(), func(t *testing.T) {
+			t.Parallel()
+			cluster.SkipUnlessFull(t)
+			d := deploy(t, cluster.Options{Replicas: 1, Env: map[string]string{"TENANTRY_RECOVERY_WATCH": silence.watch.String()}})
+			production := d.Replicas[0]
+			d.signUp(production, "undone", "kept", "late")
+			d.tagged("undone", "kept", "late")
+			d.ends(production, http.MethodDelete, "/v1/tenants/undone", "undone", nil)
+			d.Eventually("the deletion is done", func() bool {
+				return d.Primary.Text(`SELECT count(*) FROM apps WHERE state = 'retained' AND NOT pending AND tagged_purge_after IS NOT NULL`) == "1"
+			})
+			d.poolFull(d.Primary)
+			c := d.StartCopy(d.Primary.Snapshot())
+			// What the copy does not know: a deletion is undone, and a tenant signs up.
+			d.command(production, http.MethodPost, "/v1/tenants/undone/restore", nil)
+			d.inState(production, "undone", "active")
+			d.signUp(production, "unknown_to_the_copy")
+			d.tell("undone", d.accounts["undone"].app, production.RunCLI("", "tenant", "key", "undone").Stdout)
+			production.Freeze()
+			began := time.Now()
+			c.Exec(`UPDATE apps SET purge_after = now(), tagged_purge_after = now(), next_attempt_at = now() WHERE state = 'retained'`)
+			staging := d.StartReplica(cluster.ReplicaOptions{Proxy: d.NewProxy(c)})
+			took := d.within(silence.time+time.Minute, "the watch of the copy ends", func() bool { return slices.Contains([]string{"none", "recovering"}, recovery(staging)) })
+			t.Logf("the copy goes to work after %s: %s", took.Round(time.Second), recovery(staging))
+			d.signUp(staging, names("staging", 5)...)
+			d.within(silence.time+time.Minute, "the silence ends", func() bool { return time.Since(began) > silence.time })
+			production.Thaw()
+			stop := d.load("back", 200*time.Millisecond, production)
+			took = d.within(2*silence.watch+time.Minute, "one of the two databases stops", func() bool {
+				return recovery(staging) == "stopped" || recovery(production) == "stopped"
+			})
+			stop()
+			t.Logf("one side stops after %s: the copy is %s, production is %s", took.Round(time.Second), recovery(staging), recovery(production))
+			d.check(d.Primary, c)
+			if recovery(production) == "stopped" {
+				staging.Stop()
+				d.command(production, http.MethodPost, "/v1/recovery/take-over",
+					map[string]any{"confirm": production.Call(http.MethodGet, "/v1/recovery", nil, tenant.Admin).Text("deployment")})
+			}
+			d.signUp(production, names("back", 5)...)
+			d.check(d.Primary, c)
+		})
+	}
+}
+
+// A promoted standby whose clock differs from that of the old primary goes on at once.
+func TestClocks(t *testing.T) {
+	cluster.SkipUnlessFull(t)
+	libraries, _ := filepath.Glob("/usr/lib/*/faketime/libfaketime.so.1")
+	servers, _ := filepath.Glob("/usr/lib/postgresql/*/bin")
+	if len(libraries) == 0 || len(servers) == 0 {
+		t.Skip("needs libfaketime and the Postgres of Debian: apt-get install libfaketime postgresql")
+	}
+	for _, offset := range []string{"-60s", "+60s"} {
+		t.Run(offset, func(t *testing.T) {
+			d := deploy(t, cluster.Options{Replicas: 2})
+			d.signUp(d.Replicas[0], "before")
+			d.poolFull(d.Primary)
+			t.Setenv("PG_BINDIR", otherClock(t, servers[len(servers)-1], libraries[0], offset))
+			standby := d.AddStandby(d.Primary)
+			standby.WaitCaughtUp()
+			t.Logf("the clock of the standby is %s s off", standby.Text(`SELECT round(extract(epoch FROM clock_timestamp()) - $1)`, time.Now().Unix()))
+			stop := d.load("during", 200*time.Millisecond, d.Replicas...)
+			d.Primary.Stop()
+			standby.Promote()
+			promoted := time.Now()
+			d.Proxy.Switch(standby)
+			d.Eventually("the next incarnation begins", func() bool { return standby.Text(`SELECT count(*) FROM incarnations`) == "2" })
+			d.waitRecovery(d.Replicas[1], "none")
+			ended := time.Since(promoted)
+			d.signUp(d.Replicas[0], names("after", 5)...)
+			d.poolFull(standby)
+			t.Logf("first sign-up %s after the promotion, recovery mode ends after %s, the pool is full after %s",
+				after(promoted, stop()), ended.Round(10*time.Millisecond), time.Since(promoted).Round(10*time.Millisecond))
+			d.ends(d.Replicas[1], http.MethodPost, "/v1/tenants/before/suspend", "before", nil)
+			d.inState(d.Replicas[0], "before", "suspended")
+			d.check(standby)
+		})
+	}
+}
+
+// otherClock makes a directory of the programs of Postgres, of which the server has another
+// clock.
+func otherClock(t *testing.T, programs, library, offset string) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "tenantry-clock-") // unlike that of t.TempDir, Postgres's user may enter it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	script := fmt.Sprintf("#!/bin/sh\nLD_PRELOAD=%s FAKETIME=%s DONT_FAKE_MONOTONIC=1 exec %s/postgres \"$@\"\n", library, offset, programs)
+	for _, err := range []error{os.Chmod(dir, 0o755), os.Symlink(filepath.Join(programs, "initdb"), filepath.Join(dir, "initdb")),
+		os.WriteFile(filepath.Join(dir, "postgres"), []byte(script), 0o755)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return dir
+}
+
+// Ten failovers in an hour retire ten pools: the pools stay small, and the account's quota
+// of apps holds.
+func TestTenFailovers(t *testing.T) {
+	t.Parallel()
+	cluster.SkipUnlessFull(t)
+	d := deploy(t, cluster.Options{Standbys: 1, Replicas: 2, Env: map[string]string{"TENANTRY_POOL_MIN": "2", "TENANTRY_POOL_MAX": "20"}})
+	quota := 20 + 10*2 + 40 + 10 // the first pool, ten small ones, the tenants, and apps being built
+	d.Settings(func(s *clarifaisim.Settings) { s.AppQuota = quota })
+	d.signUp(d.Replicas[0], names("first", 10)...) // demand for a larger pool
+	primary, standby := d.Primary, d.Standbys[0]
+	for n := range 10 {
+		d.signUp(d.Replicas[n%2], names(fmt.Sprint("before_", n), 2)...)
+		standby.WaitCaughtUp()
+		primary.Kill()
+		standby.Promote()
+		d.Proxy.Switch(standby)
+		d.signUp(d.Replicas[n%2], fmt.Sprint("after_", n))
+		d.waitRecovery(d.Replicas[0], "none")
+		primary.StartAsStandbyOf(standby)
+		primary, standby = standby, primary
+		d.Eventually("the pool has its minimum", func() bool {
+			return primary.Text(`SELECT count(*) >= 2 FROM apps WHERE state = 'ready' AND incarnation = stored_incarnation()`) == "t"
+		})
+		t.Logf("failover %d: %s apps by state, %d of %d at Clarifai", n+1,
+			primary.Text(`SELECT string_agg(state || ' ' || n, ', ') FROM (SELECT state, count(*) AS n FROM apps GROUP BY state) s`), len(d.Sim.Apps()), quota)
+	}
+	if n := len(d.Sim.Apps()); n > quota {
+		t.Errorf("%d apps are more than the quota of %d", n, quota)
+	}
+	d.signUp(d.Replicas[0], names("last", 3)...)
+	d.check(primary)
+}
+
+// A person begins recovery mode while apps of the pool are handed out: no app of an earlier
+// incarnation is handed out afterwards.
+func TestBeginDuringHandOuts(t *testing.T) {
+	t.Parallel()
+	cluster.SkipUnlessFull(t)
+	d := deploy(t, cluster.Options{Replicas: 2, Env: map[string]string{"TENANTRY_POOL_MIN": "20", "TENANTRY_POOL_MAX": "20"}})
+	r := d.Replicas[0]
+	stop := d.load("during", 5*time.Millisecond, r, d.Replicas[1], r, d.Replicas[1])
+	for n := range 5 {
+		d.Eventually("the pool is in use", func() bool {
+			return d.Primary.Text(`SELECT count(*) > 3 FROM apps WHERE state = 'ready' AND incarnation = stored_incarnation()`) == "t"
+		})
+		d.command(r, http.MethodPost, "/v1/recovery/begin", map[string]any{"reason": fmt.Sprint("test ", n)})
+	}
+	times := stop()
+	d.waitRecovery(r, "none")
+	t.Logf("%d sign-ups, %s incarnations, %s retired apps", len(times), d.Primary.Text(`SELECT count(*) FROM incarnations`),
+		d.Primary.Text(`SELECT count(*) FROM apps WHERE state = 'retired'`))
+	d.check(d.Primary)
+}
