@@ -871,3 +871,166 @@ func TestBeginDuringHandOuts(t *testing.T) {
 		d.Primary.Text(`SELECT count(*) FROM apps WHERE state = 'retired'`))
 	d.check(d.Primary)
 }
+
+// Commands that a restore lost are repeated, or other commands and decisions follow. No key
+// works that a caller has ended since, and none of a tenant works again without a command.
+func TestLostCommands(t *testing.T) {
+	t.Parallel()
+	cluster.SkipUnlessFull(t)
+	d := deploy(t, cluster.Options{Replicas: 1})
+	r := d.Replicas[0]
+	post := func(id, change string) {
+		t.Helper()
+		d.command(r, http.MethodPost, "/v1/tenants/"+id+"/"+change, nil)
+	}
+	remove := func(id string) { t.Helper(); d.command(r, http.MethodDelete, "/v1/tenants/"+id, nil) }
+	settled := func(id, state string) {
+		t.Helper()
+		d.within(3*time.Minute, id+" is "+state, func() bool {
+			return r.Call(http.MethodGet, "/v1/tenants/"+id, nil, tenant.Viewer).Text("state") == state
+		})
+	}
+	keysOf := func(id string) (keys []string) {
+		for key, app := range d.keys() {
+			if app == d.accounts[id].app {
+				keys = append(keys, key)
+			}
+		}
+		return keys
+	}
+	nothing := func(string) {}
+	suspend := func(id string) { post(id, "suspend"); settled(id, "suspended") }
+	resume := func(id string) { post(id, "resume"); settled(id, "active") }
+	rotate := func(id string) {
+		d.within(time.Minute, id+" is rotated", func() bool {
+			resp := r.Call(http.MethodPut, "/v1/tenants/"+id+"/keys/default/rotations/1", map[string]any{"overlap": "0s"}, tenant.Provisioner)
+			keys := keysOf(id)
+			return resp.Status < 300 && len(keys) == 1 && keys[0] != d.accounts[id].key
+		})
+	}
+	decide := func(choice string) func(string) {
+		return func(id string) {
+			t.Helper()
+			d.Eventually(choice+" is decided about "+id, func() bool { // each report numbers findings anew
+				list, _ := r.Call(http.MethodGet, "/v1/recovery/findings?limit=100", nil, tenant.Admin).JSON["findings"].([]any)
+				for _, f := range list {
+					if f := f.(map[string]any); f["tenant_id"] == id {
+						return r.Call(http.MethodPost, "/v1/recovery/decisions", map[string]any{"finding": f["number"], "choice": choice}, tenant.Admin).Status < 300
+					}
+				}
+				return false
+			})
+		}
+	}
+	cases := []struct {
+		id                  string
+		before, after, then func(id string)
+		state               string // at the end
+		keys                int    // that work at the end
+	}{
+		{"kept", nothing, nothing, nothing, "active", 1},
+		{"suspended_campaign", nothing, suspend, nothing, "active", 0},
+		{"suspended_resumed", nothing, suspend, func(id string) { resume(id); suspend(id); resume(id) }, "active", 1},
+		{"suspended_suspended", nothing, suspend, suspend, "suspended", 0},
+		{"suspended_decided", nothing, suspend, func(id string) { decide("suspend")(id); settled(id, "suspended") }, "suspended", 0},
+		{"suspended_adopted", nil, suspend, func(id string) { decide("adopt")(id); settled(id, "suspended") }, "suspended", 0},
+		{"undone", remove, func(id string) { post(id, "restore"); settled(id, "active") }, nothing, "deleting", 1},
+		{"undone_suspended", remove, func(id string) { post(id, "restore"); settled(id, "active") }, func(id string) { post(id, "suspend") }, "deleting", 0},
+		{"deleted_suspended", nothing, remove, suspend, "suspended", 0},
+		{"rotated_suspended", nothing, rotate, suspend, "suspended", 0},
+		{"rotated_quarantined", nothing, rotate, func(id string) {
+			d.command(r, http.MethodPost, "/v1/keys/quarantine", map[string]any{"key": keysOf(id)[0]})
+		}, "active", -1},
+		{"rotated_deleted", nothing, rotate, remove, "deleting", 0},
+	}
+	signUp := func(id string) {
+		resp := cluster.Response{}
+		d.Eventually("sign-up of "+id, func() bool {
+			resp = r.Call(http.MethodPut, "/v1/tenants/"+id, map[string]any{"labels": map[string]string{"test": id}}, tenant.Provisioner)
+			return resp.Text("credentials", "key") != ""
+		})
+		d.tell(id, resp.Text("app", "id"), resp.Text("credentials", "key"))
+	}
+	for _, c := range cases {
+		if c.before != nil {
+			signUp(c.id)
+			c.before(c.id)
+		}
+	}
+	d.Eventually("all tags are written", func() bool {
+		return d.Primary.Text(`SELECT count(*) FROM apps WHERE state IN ('held', 'retained') AND (pending OR marked_at IS NULL)`) == "0"
+	})
+	d.poolFull(d.Primary)
+	files := d.Primary.Snapshot()
+	leaked := map[string]string{}
+	for _, c := range cases {
+		if c.before == nil {
+			signUp(c.id)
+			d.tagged(c.id)
+		}
+		c.after(c.id)
+		if strings.HasPrefix(c.id, "rotated") {
+			leaked[c.id] = keysOf(c.id)[0]
+		}
+	}
+	d.recorded(d.Primary)
+	working := map[string][]string{}
+	for _, c := range cases {
+		working[c.id] = keysOf(c.id)
+	}
+	r.Kill()
+	d.Primary.Kill()
+	d.Primary.Restore(files)
+	d.Primary.Start()
+	r.Start()
+	t.Logf("findings %v", d.findings(r))
+	campaign := d.command(r, http.MethodPost, "/v1/rotations", map[string]any{"labels": map[string]string{"test": "suspended_campaign"}}).Text("id")
+	for _, c := range cases {
+		if !strings.HasSuffix(c.id, "resumed") { // that waits for the end of recovery mode
+			c.then(c.id)
+		}
+	}
+	for _, c := range cases {
+		if c.keys == 0 {
+			d.within(3*time.Minute, "no key of "+c.id+" works", func() bool { return len(keysOf(c.id)) == 0 })
+		}
+	}
+	d.command(r, http.MethodPost, "/v1/recovery/end", nil)
+	d.Primary.Exec(`UPDATE apps SET purge_after = now(), next_attempt_at = now() WHERE state = 'retained' AND tenant_id LIKE 'undone%'`)
+	for _, c := range cases {
+		if strings.HasSuffix(c.id, "resumed") {
+			c.then(c.id)
+		}
+	}
+	d.within(time.Minute, "the campaign ends", func() bool {
+		c := r.Call(http.MethodGet, "/v1/campaigns/"+campaign, nil, tenant.Admin)
+		return c.Text("ended_at") != "" || c.Text("counts", "failed") == "1" || c.Text("problem") != ""
+	})
+	t.Logf("the campaign is %s", r.Call(http.MethodGet, "/v1/campaigns/"+campaign, nil, tenant.Admin).Raw)
+	d.Eventually("removals of undone deletions are contested", func() bool {
+		return d.Primary.Text(`SELECT count(*) FROM apps WHERE tenant_id LIKE 'undone%' AND problem->>'code' = 'purge_contested'`) == "2"
+	})
+	for _, c := range cases {
+		got := r.Call(http.MethodGet, "/v1/tenants/"+c.id, nil, tenant.Viewer)
+		keys := keysOf(c.id)
+		if got.Text("state") != c.state || c.keys >= 0 && len(keys) != c.keys {
+			t.Errorf("%s is %s with %d keys that work, want %s with %d: %s", c.id, got.Text("state"), len(keys), c.state, c.keys, got.Raw)
+		}
+		if leaked := leaked[c.id]; leaked != "" && slices.Contains(keys, leaked) {
+			t.Errorf("the key of %s, which the restore lost, works", c.id)
+		}
+		if c.keys == 0 || c.state == "suspended" || strings.HasPrefix(c.id, "rotated") || strings.HasPrefix(c.id, "undone") || strings.HasSuffix(c.id, "resumed") {
+			d.dead[d.accounts[c.id].key] = true
+		}
+	}
+	for id, keys := range working {
+		for _, key := range keys {
+			if id == "kept" || id == "undone" {
+				if d.keys()[key] == "" {
+					t.Errorf("the key of %s, which no command ended, is dead", id)
+				}
+			}
+		}
+	}
+	d.check(d.Primary)
+}
