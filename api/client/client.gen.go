@@ -1654,7 +1654,7 @@ type Removal struct {
 	Count  int        `json:"count"`
 	Newest *time.Time `json:"newest,omitempty"`
 
-	// Oldest When the oldest of them was begun. Missing if there are none.
+	// Oldest When the oldest of them was begun, or found by a report. Missing if there are none.
 	Oldest *time.Time `json:"oldest,omitempty"`
 
 	// Removing false: nothing was changed; this is what would be removed.
@@ -1666,7 +1666,7 @@ type RemovalRequest struct {
 	// AppId A retired app.
 	AppId *string `json:"app_id,omitempty"`
 
-	// Before All retired apps that were begun before this time.
+	// Before All retired apps that were begun, or found by a report, before this time.
 	Before *time.Time `json:"before,omitempty"`
 
 	// Confirm The id of the app, or with `before` the number of apps. A person must type it.
@@ -1675,13 +1675,14 @@ type RemovalRequest struct {
 
 // RetiredApp defines model for RetiredApp.
 type RetiredApp struct {
+	// CreatedAt When it was begun, or found by a report if the rows did not have it.
 	CreatedAt time.Time `json:"created_at"`
 
 	// HasKey A key of it is known.
 	HasKey bool   `json:"has_key"`
 	Id     string `json:"id"`
 
-	// Incarnation That began it.
+	// Incarnation That began or found it.
 	Incarnation openapi_types.UUID `json:"incarnation"`
 
 	// Inputs In it, as the last report saw. Missing where Clarifai did not say.
@@ -1702,7 +1703,7 @@ type RetiredCount struct {
 	Count  int        `json:"count"`
 	Newest *time.Time `json:"newest,omitempty"`
 
-	// Oldest When the oldest of them was begun. Missing if there are none.
+	// Oldest When the oldest of them was begun, or found by a report. Missing if there are none.
 	Oldest *time.Time `json:"oldest,omitempty"`
 }
 
@@ -2758,7 +2759,7 @@ type ClientInterface interface {
 
 	// RemoveRetiredAppsWithBody Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 	// and without `confirm`, this counts them and changes nothing. Role: admin.
 	//
@@ -2773,7 +2774,7 @@ type ClientInterface interface {
 
 	// RemoveRetiredApps Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 	// and without `confirm`, this counts them and changes nothing. Role: admin.
 	//
@@ -3805,7 +3806,7 @@ func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEdito
 
 // RemoveRetiredAppsWithBody Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 // an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 // and without `confirm`, this counts them and changes nothing. Role: admin.
 //
@@ -3830,7 +3831,7 @@ func (c *Client) RemoveRetiredAppsWithBody(ctx context.Context, contentType stri
 
 // RemoveRetiredApps Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 // an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 // and without `confirm`, this counts them and changes nothing. Role: admin.
 //
@@ -7641,7 +7642,7 @@ type ClientWithResponsesInterface interface {
 
 	// RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 	// and without `confirm`, this counts them and changes nothing. Role: admin.
 	//
@@ -7656,7 +7657,7 @@ type ClientWithResponsesInterface interface {
 
 	// RemoveRetiredAppsWithResponse Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 	// and without `confirm`, this counts them and changes nothing. Role: admin.
 	//
@@ -17422,7 +17423,7 @@ func (c *ClientWithResponses) GetRecoveryFindingWithResponse(ctx context.Context
 
 // RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 // an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 // and without `confirm`, this counts them and changes nothing. Role: admin.
 //
@@ -17443,7 +17444,7 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithBodyWithResponse(ctx context.
 
 // RemoveRetiredAppsWithResponse Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun before a time. Of the latter an app stays that has inputs,
+// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
 // an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
 // and without `confirm`, this counts them and changes nothing. Role: admin.
 //

@@ -45,7 +45,7 @@ type cli struct {
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
 	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Role: admin."`
 	Profile     profileCmd     `cmd:"" help:"Check a profiles file; list and apply the profiles of a running service."`
-	Adopt       adoptCmd       `cmd:"" help:"Take over apps that were made by hand, as a file says, through a running service. A dry run without --yes. Role: provisioner."`
+	Adopt       adoptCmd       `cmd:"" help:"Take over apps that were made by hand, as a file says, through a running service. A dry run without --yes. Roles: provisioner, admin."`
 	Import      importCmd      `cmd:"" help:"Sign up the users that a product has already, as a file says, through a running service; run again, it goes on where it was. Role: provisioner."`
 	Rotation    rotationCmd    `cmd:"" help:"Rotate the keys of many tenants, through a running service, and follow, pause and stop such campaigns."`
 	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs. Role: admin."`

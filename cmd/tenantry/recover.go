@@ -54,6 +54,11 @@ func printRecovery(e env, r client.Recovery) error {
 	w.row("control record", r.ControlApp+", "+seen)
 	w.row("retired apps", shownRetired(r.RetiredApps, now))
 	w.row("deployment", r.Deployment)
+	if r.State == client.RecoveryStateStopped {
+		defer func() {
+			_, _ = fmt.Fprintln(e.stderr, "if this database is a copy, stop this service, or run it with TENANTRY_READ_ONLY=true; see docs/recovery.md")
+		}()
+	}
 	return w.flush()
 }
 
@@ -61,7 +66,7 @@ func shownRetired(r client.RetiredCount, now time.Time) string {
 	if r.Count == 0 {
 		return "0"
 	}
-	return fmt.Sprintf("%d, the oldest begun %s", r.Count, ago(r.Oldest, now))
+	return fmt.Sprintf("%d, the oldest begun or found %s", r.Count, ago(r.Oldest, now))
 }
 
 type recoverShowCmd struct {
@@ -149,7 +154,7 @@ func listed[T any](limit int, ask func(size int, cursor *string) ([]T, *string, 
 
 func (c recoverShowCmd) printApps(e env, apps []client.RetiredApp, more bool) error {
 	now := time.Now()
-	w := newTable(e.stdout, "APP", "PROFILE", "BEGUN", "KEY", "INPUTS")
+	w := newTable(e.stdout, "APP", "PROFILE", "BEGUN OR FOUND", "KEY", "INPUTS")
 	for _, a := range apps {
 		w.row(a.Id, a.Profile, exactly(&a.CreatedAt, now), yesNo(a.HasKey), shownInputs(a.Inputs))
 	}
@@ -198,15 +203,18 @@ func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, mor
 			w.row(f.Kind, choice.Choice, asks, choice.Effect)
 		}
 	}
+	if err := w.flush(); err != nil {
+		return err
+	}
 	switch {
-	case len(shown) > 0:
-		_, _ = fmt.Fprintln(e.stderr, "tenantry recover decide takes the number of a finding and a choice; see its --help")
 	case running != "":
-		_, _ = fmt.Fprintf(e.stderr, "a report is running, and its findings follow (%s)\n", running)
+		_, _ = fmt.Fprintf(e.stderr, "a report is running, and more findings may follow (%s)\n", running)
 	case len(found) == 0:
 		_, _ = fmt.Fprintln(e.stderr, "no finding waits for a decision")
+	case len(shown) > 0:
+		_, _ = fmt.Fprintln(e.stderr, "tenantry recover decide takes the number of a finding and a choice; see its --help")
 	}
-	return w.flush()
+	return nil
 }
 
 func printFound(e env, found []client.RecoveryFinding) error {
@@ -299,7 +307,7 @@ func (c recoverTakeOverCmd) Run(ctx context.Context, e env) error {
 type recoverRemoveCmd struct {
 	apiFlags
 	App    string `arg:"" optional:"" help:"The id of a retired app."`
-	Before string `placeholder:"DATE" help:"All retired apps that were begun before then, such as 2026-01-31 (midnight UTC) or 2026-01-31T12:00:00Z."`
+	Before string `placeholder:"DATE" help:"All retired apps that were begun, or found by a report, before then, such as 2026-01-31 (midnight UTC) or 2026-01-31T12:00:00Z."`
 }
 
 func (recoverRemoveCmd) Help() string {
@@ -360,7 +368,7 @@ func (c recoverRemoveCmd) preview(ctx context.Context, e env, api *client.Client
 		return 0, err
 	}
 	if would.value.Count == 0 {
-		_, err := fmt.Fprintf(e.stderr, "no retired app was begun before %s\n", shownTime(*body.Before, ""))
+		_, err := fmt.Fprintf(e.stderr, "no retired app was begun or found before %s\n", shownTime(*body.Before, ""))
 		return 0, err
 	}
 	apps, _, err := listed(0, func(size int, cursor *string) ([]client.RetiredApp, *string, error) {
@@ -385,8 +393,8 @@ func (c recoverRemoveCmd) preview(ctx context.Context, e env, api *client.Client
 	now := time.Now()
 	w := newTable(e.stdout)
 	w.row("retired apps", would.value.Count)
-	w.row("oldest begun", exactly(would.value.Oldest, now))
-	w.row("newest begun", exactly(would.value.Newest, now))
+	w.row("oldest begun or found", exactly(would.value.Oldest, now))
+	w.row("newest begun or found", exactly(would.value.Newest, now))
 	w.row("without inputs", empty)
 	w.row("with inputs", fmt.Sprintf("%d, which stay", full))
 	w.row("inputs unknown", unknown)

@@ -537,6 +537,9 @@ func (s *service) checks() map[string]httpapi.Check {
 			if err != nil || !recovery.Active() {
 				return nil // what cannot be read shows as the database
 			}
+			if recovery.State == tenant.Stopped {
+				return httpapi.Notice("stopped: another database of this deployment is in use; run a copy with TENANTRY_READ_ONLY=true")
+			}
 			return httpapi.Notice(string(recovery.State) + ": " + recovery.Reason)
 		},
 		"serving": func(context.Context) error {
