@@ -76,6 +76,9 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
+	// River inserts jobs with the time of this process. If the clock of the database is behind,
+	// they would wait for as long.
+	batch.Queue(`UPDATE river_job SET scheduled_at = now() WHERE state = 'available' AND scheduled_at > now() + interval '1 second'`)
 	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
 		WHERE id = ANY (ARRAY(
