@@ -330,8 +330,11 @@ func TestAdminAdopts(t *testing.T) {
 	s := newSite(t)
 	s.world.AppByHand(provisiontest.PAT, "hand-made", nil)
 	a := s.call(tenant.Admin, "PUT", "/v1/tenants/user_1", adoptBody(`"app_id":"hand-made"`), "Prefer", "wait=30")
-	if a.status != http.StatusOK || a.at(t, "app", "id") != "hand-made" || a.at(t, "credentials") != nil || a.at(t, "adoption", "state") != "done" {
+	if a.status != http.StatusCreated || a.header.Get("Location") != "/v1/tenants/user_1" || a.at(t, "app", "id") != "hand-made" || a.at(t, "credentials") != nil || a.at(t, "adoption", "state") != "done" {
 		t.Errorf("an adoption by an admin returns %d %s", a.status, a.body)
+	}
+	if a := s.call(tenant.Admin, "PUT", "/v1/tenants/user_1", adoptBody(`"app_id":"hand-made"`)); a.status != http.StatusOK || a.at(t, "credentials") != nil {
+		t.Errorf("the same again returns %d %s", a.status, a.body)
 	}
 	for _, body := range []string{"", `{"display_name":"Ada"}`} {
 		if a := s.call(tenant.Admin, "PUT", "/v1/tenants/user_2", body); a.status != http.StatusForbidden || a.at(t, "code") != "role_forbidden" {
