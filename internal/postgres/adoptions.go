@@ -187,8 +187,8 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 	err := db.pool.QueryRow(ctx, `
 		UPDATE adoptions a SET leased_until = now() + $2
 		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.attempts, a.leased_until`, id, lease).
-		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Attempts, &a.LeasedUntil)...)
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.reserved, a.attempts, a.leased_until`, id, lease).
+		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Reserved, &a.Attempts, &a.LeasedUntil)...)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("adoption")
 	}
@@ -288,9 +288,11 @@ func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.T
 	if err != nil {
 		return nil, err
 	}
-	if _, err := adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+	more, err := adoptKey(ctx, tx, a, key, scopes, actor)
+	if err != nil {
 		return nil, err
 	}
+	ended = append(ended, more...)
 	if t.State != tenant.Active {
 		if err := move(ctx, tx, t, tenant.Active, actor, nil); err != nil {
 			return nil, err
@@ -360,24 +362,42 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		}
 		return []keyInLane{{a.ID, tenant.Normal}}, audit(ctx, tx, actor, e)
 	}
+	e.key = key.ID
 	// Of a retired app the rows may know the key already, and others that may be dead.
 	if _, err := tx.Exec(ctx, `
 		UPDATE keys SET state = 'retiring', retires_at = now(), end_reason = 'rotated', updated_at = now()
 		WHERE app_id = $1 AND name = $2 AND state = 'active' AND fingerprint <> $3`, a.AppID, tenant.DefaultKey, key.Fingerprint); err != nil {
 		return nil, err
 	}
-	tag, err := tx.Exec(ctx, `
-		INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
-		VALUES ($1, $2, $3, $4, 'active', $5, $6, $7, now())
-		ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO UPDATE SET updated_at = now() WHERE k.app_id = excluded.app_id AND k.state = 'active'`,
-		a.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
+	ended, err := endKeys(ctx, tx, actor, tenant.EndRotated, nil, false, `k.app_id = $6 AND k.name = $7 AND k.state = 'creating' AND k.id <> $8`,
+		a.AppID, tenant.DefaultKey, key.ID)
 	if err != nil {
 		return nil, err
 	}
-	if tag.RowsAffected() == 0 {
-		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry holds this key already, for another app")
+	// What was being made when the rows were copied was made since.
+	tag, err := tx.Exec(ctx, `
+		UPDATE keys SET name = $3, scopes = $4, state = 'active', ciphertext = $5, fingerprint = $6, hint = $7, activated_at = now(), problem = NULL,
+			in_doubt_since = NULL, attempts = 0, leased_until = '-infinity', updated_at = now()
+		WHERE id = $1 AND app_id = $2 AND state IN ('creating', 'lost') AND fingerprint IS NULL`,
+		key.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
+	if err != nil {
+		return nil, err
 	}
-	return nil, audit(ctx, tx, actor, e)
+	if tag.RowsAffected() == 1 {
+		return ended, audit(ctx, tx, actor, e)
+	}
+	tag, err = tx.Exec(ctx, `
+		INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
+		VALUES ($1, $2, $3, $4, 'active', $5, $6, $7, now())
+		ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO UPDATE SET updated_at = now() WHERE k.app_id = excluded.app_id AND k.state = 'active'`,
+		key.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
+	if pg, ok := errors.AsType[*pgconn.PgError](err); err != nil && (!ok || pg.ConstraintName != "keys_pkey") {
+		return nil, err
+	}
+	if err != nil || tag.RowsAffected() == 0 {
+		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry holds this key already, for another app, or has ended it")
+	}
+	return ended, audit(ctx, tx, actor, e)
 }
 
 // EndAdoption ends a leased adoption without carrying it out. Of what was given it keeps

@@ -1,6 +1,7 @@
 package provision
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -212,7 +213,7 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 	}
 	key, scopes := tenant.SealedKey{}, profile.KeyScopes
 	if a.Ciphertext != nil {
-		if key, scopes, err = s.checkGivenKey(ctx, a); err != nil {
+		if key, scopes, err = s.checkGivenKey(ctx, a, marker != nil); err != nil {
 			return err
 		}
 	}
@@ -272,7 +273,7 @@ func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) (
 	switch owner := s.ownerOf(*app.Marker); {
 	case app.Marker.Tenant != "" && owner.Tenant != a.TenantID:
 		return nil, refuse(nil, "adopt_app_contested", "the ownership tag of the app names another tenant: see `tenantry recover show`")
-	case a.Ciphertext == nil && !a.ByAdmin:
+	case a.Ciphertext == nil && !a.ByAdmin && !a.Reserved: // or this adoption wrote the tag
 		return nil, refuse(nil, "adopt_proof_required",
 			"Tenantry made the app, and it may have been another tenant's: give the app's key as a proof, or let an admin adopt it")
 	}
@@ -308,7 +309,9 @@ func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) 
 
 // checkGivenKey asks Clarifai which app the key of an adoption opens, and seals it anew:
 // the keyset may have changed since.
-func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption) (key tenant.SealedKey, scopes []string, err error) {
+//
+// If the app is ours, the key may be too: it keeps the id that its description names.
+func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ours bool) (key tenant.SealedKey, scopes []string, err error) {
 	secret, err := s.Keyring.Open(a.ID, a.Ciphertext)
 	if err != nil {
 		return key, nil, err
@@ -343,7 +346,15 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption) (k
 			return key, nil, err
 		}
 	}
-	key, err = s.sealed(a.ID, secret)
+	if key, err = s.sealed(a.ID, secret); err != nil || !ours {
+		return key, opened.Scopes, err
+	}
+	found, err := s.foundKeys(ctx, normal, a.AppID)
+	for _, k := range found {
+		if bytes.Equal(k.Fingerprint, key.Fingerprint) {
+			key = k.SealedKey
+		}
+	}
 	return key, opened.Scopes, err
 }
 

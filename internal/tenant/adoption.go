@@ -118,6 +118,7 @@ type LeasedAdoption struct {
 	Ciphertext  []byte // of the key that was given, sealed for ID; nil for none
 	RequestedBy Actor
 	ByAdmin     bool // as AdoptRequest.ByAdmin
+	Reserved    bool // the app is reserved for it, and may have its ownership tag
 	Attempts    int
 	LeasedUntil time.Time // as App.LeasedUntil
 }
