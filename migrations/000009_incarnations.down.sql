@@ -24,6 +24,8 @@ UPDATE apps SET pending = false WHERE state = 'retained' AND pending;
 ALTER TABLE apps
     DROP COLUMN incarnation,
     DROP COLUMN tagged_purge_after,
+    DROP COLUMN tagging,
+    DROP COLUMN tagging_purge_after,
     DROP COLUMN end_unknown_keys,
     DROP COLUMN inputs,
     DROP COLUMN removal_confirmed,

@@ -87,6 +87,9 @@ ALTER TABLE apps
     ADD COLUMN incarnation uuid, -- that began the app
     -- purge_after as the app's ownership tag says it: a purge whose row and tag differ is contested.
     ADD COLUMN tagged_purge_after timestamptz,
+    -- The tag may say tagging_purge_after instead: the outcome of writing it is not known.
+    ADD COLUMN tagging boolean NOT NULL DEFAULT false,
+    ADD COLUMN tagging_purge_after timestamptz,
     -- A command ended the keys of an app of an earlier incarnation: keys at Clarifai that have our tag
     -- and no row are to be ended too.
     ADD COLUMN end_unknown_keys boolean NOT NULL DEFAULT false,

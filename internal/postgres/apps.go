@@ -30,7 +30,7 @@ const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	ELSE removal_confirmed OR NOT ` + inRecovery + ` END`
 
 // untagged says of a retained app that its ownership tag does not say yet when it is removed.
-const untagged = `(user_id IS NULL AND tagged_purge_after IS DISTINCT FROM purge_after)`
+const untagged = `(user_id IS NULL AND (tagging OR tagged_purge_after IS DISTINCT FROM purge_after))`
 
 // duePurge says of a retained app that its retention has ended, and that its ownership tag says
 // when: the removal begins with a look at both.
@@ -42,7 +42,7 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	var a tenant.App
 	var keyID *uuid.UUID
 	var keyInDoubt, current *bool // current is null if the database is another than before
-	var purge, tagged *time.Time
+	var purge, tagged, tagging *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
 			UPDATE apps SET leased_until = now() + $2
@@ -56,13 +56,13 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND NOT t.background),
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND t.background),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
-			l.incarnation = `+currentIncarnation+`, l.purge_after, l.tagged_purge_after, l.end_unknown_keys, l.removal_confirmed,
+			l.incarnation = `+currentIncarnation+`, l.purge_after, l.tagged_purge_after, l.tagging, l.tagging_purge_after, l.end_unknown_keys, l.removal_confirmed,
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
-		&current, &purge, &tagged, &a.EndUnknownKeys, &a.RemovalConfirmed,
+		&current, &purge, &tagged, &a.Tagging, &tagging, &a.EndUnknownKeys, &a.RemovalConfirmed,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -72,7 +72,7 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 		a.Creating = tenant.CreatingKey{ID: *keyID, InDoubt: *keyInDoubt}
 	}
 	a.Current = current != nil && *current
-	a.PurgeAfter, a.TaggedPurgeAfter = orZero(purge), orZero(tagged)
+	a.PurgeAfter, a.TaggedPurgeAfter, a.TaggingPurgeAfter = orZero(purge), orZero(tagged), orZero(tagging)
 	return a, translate("lease app", err)
 }
 
@@ -170,6 +170,16 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
+// BeginTag records the intent to write when a leased app is removed into its marker: until
+// AppMarked the marker may say so, or what it said before.
+func (db *DB) BeginTag(ctx context.Context, a tenant.App) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE apps SET tagged_purge_after = $3, tagging = true, tagging_purge_after = $4, updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state IN ('held', 'retained')`,
+		a.ID, a.LeasedUntil, nullTime(a.TaggedPurgeAfter), nullTime(a.TaggingPurgeAfter))
+	return oneRow("begin to tag app", tag, err)
+}
+
 // AppMarked records that the marker of a leased app names its tenant and when it is
 // removed, or that it need not.
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
@@ -180,7 +190,7 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 		UPDATE apps
 		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
 			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
-			tagged_purge_after = $5, pending = purge_after IS DISTINCT FROM $5 OR end_unknown_keys
+			tagged_purge_after = $5, tagging = false, tagging_purge_after = NULL, pending = purge_after IS DISTINCT FROM $5 OR end_unknown_keys
 		WHERE id = $1 AND leased_until = $2 AND state IN ('held', 'retained')
 		RETURNING id
 		), keys AS (

@@ -168,7 +168,7 @@ func adoptApp(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp, to tenant.Sta
 		ON CONFLICT (id) DO UPDATE
 		SET state = excluded.state, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation,
 			made_at = coalesce(a.made_at, now()), ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL,
-			purge_after = excluded.purge_after, tagged_purge_after = excluded.tagged_purge_after, pending = true,
+			purge_after = excluded.purge_after, tagged_purge_after = excluded.tagged_purge_after, tagging = false, tagging_purge_after = NULL, pending = true,
 			attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
 		WHERE a.tenant_id IS NULL AND a.state IN ('building', 'ready', 'retired', 'purging') AND a.incarnation <> stored_incarnation()`,
 		a.ID, a.Profile, state, a.Owner.Tenant, a.Owner.Generation, onlyIf(to == tenant.Deleting, nullTime(a.PurgeAfter)), nullTime(a.PurgeAfter))
@@ -286,9 +286,12 @@ func (db *DB) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tena
 
 // EndFoundKey gives an unknown key to the workers that revoke keys.
 func (db *DB) EndFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error {
-	return db.repair(ctx, r, f, "key.revoking", func(tx pgx.Tx, _ tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "key.revoking", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
 		keys, err := endFound(ctx, tx, f.AppID, []tenant.AdoptedKey{k}, tenant.EndRevoked)
-		return len(keys) > 0 || err == nil, keys, err
+		if err == nil && len(keys) > 0 && t.State == tenant.Suspended { // it is not, as long as a key may work
+			err = move(ctx, tx, t, tenant.Suspending, tenant.Actor{Name: r.RequestedBy}, nil)
+		}
+		return err == nil, keys, err
 	})
 }
 
@@ -405,7 +408,10 @@ func (db *DB) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenan
 		if t.ID == "" {
 			return false, nil, nil
 		}
-		if _, err := tx.Exec(ctx, `UPDATE apps SET marked_at = now(), problem = NULL, pending = false, updated_at = now() WHERE id = $1`, f.AppID); err != nil {
+		if _, err := tx.Exec(ctx, `
+			UPDATE apps SET marked_at = now(), problem = NULL, tagged_purge_after = NULL, tagging = false, tagging_purge_after = NULL,
+				pending = purge_after IS NOT NULL OR end_unknown_keys, updated_at = now()
+			WHERE id = $1`, f.AppID); err != nil {
 			return false, nil, err
 		}
 		_, err := tx.Exec(ctx, `UPDATE tenants SET problem = NULL, version = version + 1, updated_at = now() WHERE id = $1`, t.ID)

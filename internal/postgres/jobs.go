@@ -90,7 +90,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 		UPDATE apps SET enqueued_at = now()
 		WHERE id = ANY (ARRAY(
 			SELECT id FROM apps WHERE state IN ('held', 'retained') AND pending AND NOT background
-				AND (end_unknown_keys OR state = 'held' AND tagged_purge_after IS NOT NULL) AND `+dueApp+` AND `+notQueued+`
+				AND (end_unknown_keys OR state = 'held' AND (tagging OR tagged_purge_after IS NOT NULL)) AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id`, requeueAfter, most)
 	batch.Queue(`

@@ -130,7 +130,7 @@ const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
 	k.state = 'revoking' AND (NOT ` + watching + ` OR k.incarnation <> (SELECT id FROM current_incarnation) OR k.end_reason IS NULL
 		OR k.end_reason NOT IN ('suspended', 'deleted', 'revoked')
 		OR (SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id))
-	OR k.state = 'creating' AND (SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND (a.incarnation = ` + currentIncarnation + `
+	OR k.state = 'creating' AND (SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND NOT a.tagging AND (a.incarnation = ` + currentIncarnation + `
 			OR NOT ` + inRecovery + ` OR k.incarnation = (SELECT id FROM current_incarnation) AND NOT ` + watching + `)
 		FROM apps a WHERE a.id = k.app_id))`
 

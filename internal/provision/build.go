@@ -48,7 +48,7 @@ func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
 	case tenant.AppPurging:
 		err = s.purge(ctx, a)
 	case tenant.AppRetained:
-		if a.EndUnknownKeys || !a.RemovalConfirmed && a.UserID == "" && !a.TaggedPurgeAfter.Equal(a.PurgeAfter) {
+		if a.EndUnknownKeys || !a.RemovalConfirmed && a.UserID == "" && (a.Tagging || !a.TaggedPurgeAfter.Equal(a.PurgeAfter)) {
 			err = s.tend(ctx, &a)
 		} else {
 			err = s.purge(ctx, a)

@@ -240,7 +240,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"restore": {
-		points:  []string{"Restore Restore", "tag MarkApp", "tag AppMarked", "makeHeldKey BeginLeasedKey"},
+		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked", "makeHeldKey BeginLeasedKey"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
 		settle: func(s *scene) {
@@ -249,7 +249,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"purge": {
-		points: []string{"tag MarkApp", "tag AppMarked", "purge PurgeWait", "inUse UnknownKeys", "beginPurge BeginPurge", "purge DeleteApp",
+		points: []string{"tag BeginTag", "tag MarkApp", "tag AppMarked", "purge PurgeWait", "inUse UnknownKeys", "beginPurge BeginPurge", "purge DeleteApp",
 			"purge AppDeleted"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
@@ -881,7 +881,7 @@ var crashScenarios = map[string]crashScenario{
 		moves:   true,
 	},
 	"purge of a deleted tenant": {
-		points:  []string{"Delete Delete", "tag MarkApp", "tag AppMarked", "beginPurge BeginPurge"},
+		points:  []string{"Delete Delete", "tag BeginTag", "tag MarkApp", "tag AppMarked", "beginPurge BeginPurge"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
 		settle:  purgedFirst,
@@ -904,7 +904,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"restore that is taken back": {
-		points:  []string{"Restore Restore", "tag MarkApp", "tag AppMarked"},
+		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
 		settle:  purgedFirst,

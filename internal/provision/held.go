@@ -49,7 +49,7 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if adopted { // it has the one that its maker gave it, and no marker yet
 		description = ""
 	}
-	if a.TaggedPurgeAfter.IsZero() && (a.Marked || s.SkipMarks && description == "" && !adopted) {
+	if a.TaggedPurgeAfter.IsZero() && !a.Tagging && (a.Marked || s.SkipMarks && description == "" && !adopted) {
 		return s.Store.AppMarked(ctx, *a)
 	}
 	return s.tag(ctx, a, description)
@@ -59,7 +59,7 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 // is the only evidence that the rows are wrong, and is never overwritten.
 func (s *Service) tag(ctx context.Context, a *tenant.App, description string) error {
 	l := background
-	if a.State == tenant.AppHeld && !a.TaggedPurgeAfter.IsZero() {
+	if a.State == tenant.AppHeld && (a.Tagging || !a.TaggedPurgeAfter.IsZero()) {
 		l = normal // keys that a caller waits for are made once it says that the app is not to be removed
 	}
 	app, err := s.lookAt(ctx, l, a.ID)
@@ -73,8 +73,11 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 	marker := s.markerOf(*a)
 	if app.Marker != nil {
 		marker.Tenant = app.Marker.Tenant
-		if tagged := app.Marker.PurgeAfter; a.State == tenant.AppRetained && !a.TaggedPurgeAfter.IsZero() && !a.RemovalConfirmed &&
-			tagged != tenant.PurgeTag(a.TaggedPurgeAfter) && tagged != tenant.PurgeTag(a.PurgeAfter) {
+		switch tagged := app.Marker.PurgeAfter; {
+		case a.Tagging && tagged == tenant.PurgeTag(a.TaggingPurgeAfter):
+			a.TaggedPurgeAfter = a.TaggingPurgeAfter
+		case a.State == tenant.AppRetained && !a.TaggedPurgeAfter.IsZero() && !a.RemovalConfirmed &&
+			tagged != tenant.PurgeTag(a.TaggedPurgeAfter) && tagged != tenant.PurgeTag(a.PurgeAfter):
 			return s.contestedPurge(ctx, *a, "its ownership tag was changed since these rows wrote it: the tenant may have been restored")
 		}
 	}
@@ -86,6 +89,12 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 		marker.Tenant, a.MarkerKey = sealed, keyring.SealedOwnerBy(sealed)
 	}
 	marker.PurgeAfter = tenant.PurgeTag(a.PurgeAfter)
+	if a.Tagging || !a.TaggedPurgeAfter.Equal(a.PurgeAfter) {
+		a.TaggingPurgeAfter = a.PurgeAfter
+		if err := s.Store.BeginTag(ctx, *a); err != nil {
+			return err
+		}
+	}
 	if err := s.call(ctx, l, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
 		return err
 	}

@@ -67,6 +67,7 @@ type Store interface {
 	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
 
 	AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error
+	BeginTag(ctx context.Context, a tenant.App) error
 	AppMarked(ctx context.Context, a tenant.App) error
 
 	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error)

@@ -123,6 +123,11 @@ func (s watchedStore) AppDeleted(ctx context.Context, a tenant.App, actor tenant
 	return s.Store.AppDeleted(ctx, a, actor)
 }
 
+func (s watchedStore) BeginTag(ctx context.Context, a tenant.App) error {
+	defer s.returned()
+	return s.Store.BeginTag(ctx, a)
+}
+
 func (s watchedStore) AppMarked(ctx context.Context, a tenant.App) error {
 	defer s.returned()
 	return s.Store.AppMarked(ctx, a)

@@ -156,8 +156,10 @@ type App struct {
 	// Current says that this incarnation of the database began the app.
 	Current bool
 	// PurgeAfter is when the app of a deleted tenant is removed, TaggedPurgeAfter what its
-	// marker was last written with; zero for none.
-	PurgeAfter, TaggedPurgeAfter time.Time
+	// marker was last written with; zero for none. With Tagging the marker may say
+	// TaggingPurgeAfter instead: the outcome of writing it is not known.
+	PurgeAfter, TaggedPurgeAfter, TaggingPurgeAfter time.Time
+	Tagging                                         bool
 	// EndUnknownKeys says that a command ended the tenant's keys, and that keys at Clarifai
 	// that have our marker and no row are to be ended too.
 	EndUnknownKeys bool
