@@ -335,7 +335,7 @@ func (c recoverRemoveCmd) Run(ctx context.Context, e env) error {
 		if err != nil || count == 0 {
 			return err
 		}
-		question, word = fmt.Sprintf("%d apps are removed for good, but for those that turn out to be in use", count), strconv.Itoa(count)
+		question, word = "these apps are removed for good, except those that turn out to be in use", strconv.Itoa(count)
 	}
 	typed, err := e.typed(question, word)
 	if err != nil {
@@ -396,7 +396,7 @@ func (c recoverRemoveCmd) preview(ctx context.Context, e env, api *client.Client
 	w.row("oldest begun or found", exactly(would.value.Oldest, now))
 	w.row("newest begun or found", exactly(would.value.Newest, now))
 	w.row("without inputs", empty)
-	w.row("with inputs", fmt.Sprintf("%d, which stay", full))
+	w.row("with inputs", fmt.Sprintf("%d (not removed)", full))
 	w.row("inputs unknown", unknown)
 	return would.value.Count, w.flush()
 }
