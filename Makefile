@@ -4,6 +4,7 @@
 GO ?= go
 TOOL := $(GO) tool -modfile=tools.mod
 FUZZTIME ?= 20s
+HISTORIES ?= 300
 BASE ?= HEAD~1
 BENCH ?= LookUp|SignUpPooled|Layers
 BENCHTIME ?= 1000x
@@ -25,6 +26,11 @@ run: build ## run the whole thing here: private Postgres, simulated Clarifai, Te
 test: ## run all tests, with the race detector but for the replicas that are killed at each of their calls
 	$(GO) test -race -timeout 18m -skip '^TestCrash$$' ./...
 	$(GO) test -timeout 10m -run '^TestCrash$$' ./internal/provision
+
+.PHONY: check-full
+check-full: ## run what takes too long for test: failovers and restores of real servers, and HISTORIES (300) random histories
+	CHECK_FULL=1 $(GO) test -timeout 60m -count 1 ./test/cluster
+	HISTORIES=$(HISTORIES) $(GO) test -timeout 120m -count 1 -run '^TestHistories$$' ./internal/provision
 
 .PHONY: check
 check: ## format, vet, staticcheck, the contract, generated code, modules
