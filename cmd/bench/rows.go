@@ -267,12 +267,12 @@ func (r *replica) deepList(ctx context.Context, n int) (string, error) {
 // signUps are of tenants that are new, each of which finds a ready app. The pool is filled
 // for what the fastest measurement so far would take with some to spare.
 func (b *bench) signUps(r *replica, name string) row {
-	turn, fastest := 0, 2500.0
+	fastest := 2500.0
 	var prefix string
 	return row{name: name, against: pgWrite, replica: r,
 		before: func(ctx context.Context, during time.Duration) error {
-			turn++
-			prefix = fmt.Sprintf("new_%d_%d_", os.Getpid(), turn)
+			r.turns++
+			prefix = fmt.Sprintf("new_%d_%d_", os.Getpid(), r.turns)
 			return r.fillPool(ctx, int(during.Seconds()*4*fastest))
 		},
 		load: func(ctx context.Context, n int, during time.Duration) (sample, error) {

@@ -55,6 +55,7 @@ type replica struct {
 	clarifai *program
 	number   int // among all
 	made     int // ready apps so far
+	turns    int // of rows of sign-ups
 }
 
 // A program is one of the others.
