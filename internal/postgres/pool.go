@@ -42,7 +42,8 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 	}
 	const due = `
 		SELECT m.name FROM unnest($1::text[], $2::text[]) AS m (name, revision) LEFT JOIN pools p ON p.profile = m.name
-		WHERE p.profile IS NULL OR p.planned_at < now() - CASE WHEN p.revision = m.revision THEN 1 ELSE $4 END * $3::interval
+		WHERE p.profile IS NULL OR p.revision = m.revision AND p.planned_at < ` + incarnationBegan + `
+			OR p.planned_at < now() - CASE WHEN p.revision = m.revision THEN 1 ELSE $4 END * $3::interval
 		UNION ALL
 		SELECT profile FROM pools WHERE planned_at < now() - $5::interval AND profile <> ALL ($1)`
 	dueNow := func(q interface {
@@ -105,6 +106,10 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 		return nil
 	}))
 }
+
+// incarnationBegan is compared with the time of a plan: a pool is planned once more when an
+// incarnation begins, or each would begin with a pool of the size that the last one had.
+const incarnationBegan = `(SELECT began_at FROM current_incarnation)`
 
 // restartsOften says that the database started a second time within a day, less than an hour
 // ago. Each start retires the pools, and retired apps count against the account's quota.
@@ -234,7 +239,7 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 				SELECT count(*) AS n FROM (
 					SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $2 LIMIT $5) t
 			), pool AS (
-				SELECT target FROM pools WHERE profile = $2 AND revision = $3 AND $6
+				SELECT target FROM pools WHERE profile = $2 AND revision = $3 AND $6 AND planned_at >= `+incarnationBegan+`
 				UNION ALL SELECT 0 FROM importing WHERE n > 0 AND NOT $6
 			), lacking AS (
 				SELECT target + n
