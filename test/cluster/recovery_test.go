@@ -511,31 +511,35 @@ func otherClock(t *testing.T, programs, library, offset string) string {
 	return dir
 }
 
-// Ten failovers in an hour retire ten pools: the pools stay small, and the account's quota
-// of apps holds.
+// Ten failovers in an hour retire ten pools: after the first one the pools have their minimum
+// size, and the account's quota of apps holds.
 func TestTenFailovers(t *testing.T) {
 	t.Parallel()
 	cluster.SkipUnlessFull(t)
 	d := deploy(t, cluster.Options{Standbys: 1, Replicas: 2, Env: map[string]string{"TENANTRY_POOL_MIN": "2", "TENANTRY_POOL_MAX": "20"}})
-	quota := 20 + 10*2 + 40 + 10 // the first pool, ten small ones, the tenants, and apps being built
+	quota := 2*20 + 9*2 + 48 + 10 + 1 // two large pools, nine small ones, the tenants, apps being built, the control record
 	d.Settings(func(s *clarifaisim.Settings) { s.AppQuota = quota })
-	d.signUp(d.Replicas[0], names("first", 10)...) // demand for a larger pool
 	primary, standby := d.Primary, d.Standbys[0]
+	ready := func(n int) {
+		t.Helper()
+		d.Eventually(fmt.Sprint("the pool has ", n, " apps"), func() bool {
+			return primary.Text(`SELECT count(*) >= $1 FROM apps WHERE state = 'ready' AND incarnation = stored_incarnation()`, n) == "t"
+		})
+	}
+	d.signUp(d.Replicas[0], names("first", 15)...)
+	ready(5) // demand has made the pool larger
 	for n := range 10 {
-		d.signUp(d.Replicas[n%2], names(fmt.Sprint("before_", n), 2)...)
 		standby.WaitCaughtUp()
 		primary.Kill()
 		standby.Promote()
 		d.Proxy.Switch(standby)
-		d.signUp(d.Replicas[n%2], fmt.Sprint("after_", n))
+		d.signUp(d.Replicas[n%2], names(fmt.Sprint("after_", n), 3)...)
 		d.waitRecovery(d.Replicas[0], "none")
 		primary.StartAsStandbyOf(standby)
 		primary, standby = standby, primary
-		d.Eventually("the pool has its minimum", func() bool {
-			return primary.Text(`SELECT count(*) >= 2 FROM apps WHERE state = 'ready' AND incarnation = stored_incarnation()`) == "t"
-		})
-		t.Logf("failover %d: %s apps by state, %d of %d at Clarifai", n+1,
-			primary.Text(`SELECT string_agg(state || ' ' || n, ', ') FROM (SELECT state, count(*) AS n FROM apps GROUP BY state) s`), len(d.Sim.Apps()), quota)
+		ready(2)
+		t.Logf("failover %d: %s; %d of %d apps at Clarifai", n+1,
+			primary.Text(`SELECT string_agg(n || ' ' || state, ', ') FROM (SELECT state, count(*) AS n FROM apps GROUP BY state) s`), len(d.Sim.Apps()), quota)
 	}
 	if n := len(d.Sim.Apps()); n > quota {
 		t.Errorf("%d apps are more than the quota of %d", n, quota)
