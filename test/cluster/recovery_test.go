@@ -608,7 +608,7 @@ func TestLostCommands(t *testing.T) {
 	decide := func(choice string) func(string) {
 		return func(id string) {
 			t.Helper()
-			d.Eventually(choice+" is decided about "+id, func() bool { // each report numbers findings anew
+			d.Eventually(choice+" is decided about "+id, func() bool { // each report has new numbers
 				list, _ := r.Call(http.MethodGet, "/v1/recovery/findings?limit=100", nil, tenant.Admin).JSON["findings"].([]any)
 				for _, f := range list {
 					if f := f.(map[string]any); f["tenant_id"] == id {
