@@ -60,10 +60,13 @@ func start(t *testing.T, vars map[string]string, args ...string) *process {
 		args = append([]string{"serve", "--pool-max", "0"}, args[1:]...)
 	}
 	p := &process{t: t, stop: cancel, exit: make(chan int, 1)}
+	ended := make(chan struct{})
 	go func() {
+		defer close(ended)
 		p.exit <- run(ctx, env{args: args, get: func(k string) string { return vars[k] }, stdout: &p.stdout, stderr: &p.stderr})
 	}()
-	t.Cleanup(cancel)
+	// Its last writes would meet those of the next test on the same database.
+	t.Cleanup(func() { cancel(); <-ended })
 	return p
 }
 

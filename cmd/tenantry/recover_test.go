@@ -47,7 +47,8 @@ func (o operatorAt) sees(what string, ok func(shownRecovery) bool) (is shownReco
 func (o operatorAt) reported(n int) shownRecovery {
 	o.t.Helper()
 	return o.sees(fmt.Sprintf("the report of the recovery found %d", n), func(is shownRecovery) bool {
-		return is.Recovery.State == "recovering" && is.Recovery.Undecided == n && len(is.Findings) == n
+		_, _, log := o.run("recover", "show", "--limit", "1")
+		return is.Recovery.State == "recovering" && is.Recovery.Undecided == n && len(is.Findings) == n && !strings.Contains(log, "a report is running")
 	})
 }
 
