@@ -456,11 +456,11 @@ func TestTokenNames(t *testing.T) {
 func TestFaultsOfSettings(t *testing.T) {
 	t.Parallel()
 	fails(t, nil, []string{"serve", "--addr", "nowhere", "--internal-addr", ":65536", "--shutdown-delay", "-1s", "--shutdown-timeout", "0s", "--app-prefix", "TOO-LONG", "--upstream-rate", "0", "--clarifai-api-base", "ftp:x",
-		"--workers", "0", "--items-per-call", "101", "--cache-entries", "-1", "--max-stale", "-1s", "--pool-min", "-1", "--key-scopes", "Everything", "--base-workflow", "a b", "--upstream-timeout", "1m"},
+		"--workers", "0", "--items-per-call", "101", "--cache-entries", "-1", "--max-stale", "-1s", "--recovery-watch", "10ms", "--pool-min", "-1", "--key-scopes", "Everything", "--base-workflow", "a b", "--upstream-timeout", "1m"},
 		"\n  - the database is not named: set DATABASE_URL", "\n  - TENANTRY_ADDR: ", "\n  - TENANTRY_INTERNAL_ADDR: the port of \":65536\"", "tenantry keyset create", "CLARIFAI_PAT",
 		"\n  - TENANTRY_APP_PREFIX: app prefix", "\n  - TENANTRY_UPSTREAM_RATE: upstream rate", "\n  - CLARIFAI_API_BASE: ",
 		"\n  - TENANTRY_WORKERS: ", "\n  - TENANTRY_ITEMS_PER_CALL: 101 must be", "\n  - TENANTRY_POOL_MIN: ", "\n  - TENANTRY_KEY_SCOPES: ", "\n  - TENANTRY_BASE_WORKFLOW: ", "\n  - TENANTRY_UPSTREAM_TIMEOUT: upstream timeout",
-		"\n  - TENANTRY_CACHE_ENTRIES: ", "\n  - TENANTRY_MAX_STALE: ", "\n  - TENANTRY_SHUTDOWN_DELAY: ", "\n  - TENANTRY_SHUTDOWN_TIMEOUT: ")
+		"\n  - TENANTRY_CACHE_ENTRIES: ", "\n  - TENANTRY_MAX_STALE: ", "\n  - TENANTRY_RECOVERY_WATCH: 10ms must be at least 1s", "\n  - TENANTRY_SHUTDOWN_DELAY: ", "\n  - TENANTRY_SHUTDOWN_TIMEOUT: ")
 	for _, addr := range []string{":http", ":-1", "127.0.0.1:99999", "[::1]:"} {
 		fails(t, nil, []string{"serve", "--addr", addr}, "TENANTRY_ADDR: ")
 	}
