@@ -89,7 +89,7 @@ func Open(ctx context.Context, cfg Config) (*Cluster, error) {
 	c.settings = []string{"listen_addresses=127.0.0.1", "unix_socket_directories=", "max_connections=100", "shared_buffers=64MB",
 		"logging_collector=off", "log_destination=stderr", "timezone=UTC", "log_timezone=UTC"}
 	if cfg.Throwaway {
-		c.settings = append(c.settings, "fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200")
+		c.settings = append(c.settings, "fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=500")
 	}
 	c.settings = append(c.settings, cfg.Settings...)
 	if err := c.takeOver(ctx); err != nil {
