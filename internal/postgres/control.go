@@ -271,7 +271,7 @@ func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	var undecided, removals, campaigns, keys int
 	r, err := scanRecovery(db.pool.QueryRow(ctx, `
 		WITH report AS (
-			SELECT r.id FROM reconciliations r WHERE r.kind = 'report' ORDER BY r.created_at DESC LIMIT 1
+			SELECT r.id FROM reconciliations r WHERE r.kind = 'report' AND r.state = 'done' ORDER BY r.created_at DESC LIMIT 1
 		)
 		SELECT `+recoveryColumns+`, (SELECT report.id FROM report),
 			(SELECT count(*) FROM reconciliation_items i JOIN report ON report.id = i.reconciliation_id WHERE i.action = 'decide' AND i.state = 'open'),

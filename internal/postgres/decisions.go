@@ -25,12 +25,12 @@ func addFinding(ctx context.Context, tx pgx.Tx, f tenant.Finding) error {
 	return err
 }
 
-// Undecided lists up to limit findings of the newest report that wait for a decision, or were
+// Undecided lists up to limit findings of the newest report that is done, which wait for a decision, or were
 // decided, newest apps first, after the finding that after names.
 func (db *DB) Undecided(ctx context.Context, kind tenant.FindingKind, after tenant.Finding, limit int) ([]tenant.Finding, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT `+findingColumns+` FROM reconciliation_items
-		WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' ORDER BY created_at DESC LIMIT 1)
+		WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' AND state = 'done' ORDER BY created_at DESC LIMIT 1)
 			AND (action = 'decide' AND state = 'open' OR decided_by IS NOT NULL) AND ($1 = '' OR kind = $1)
 			AND ($2 = 0 OR (coalesce(app_id, ''), number) < ($3, $2))
 		ORDER BY coalesce(app_id, '') DESC, number DESC LIMIT $4`, kind, after.Number, string(after.AppID), limit)
@@ -58,7 +58,7 @@ func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind,
 			UPDATE reconciliation_items
 			SET action = $4, decided_by = $5, state = CASE WHEN $4 = 'keep' THEN 'done' ELSE 'decided' END,
 				ended_at = CASE WHEN $4 = 'keep' THEN now() END, note = CASE WHEN $4 = 'keep' THEN 'kept' ELSE '' END
-			WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' ORDER BY created_at DESC LIMIT 1)
+			WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' AND state = 'done' ORDER BY created_at DESC LIMIT 1)
 				AND (action = 'decide' AND state = 'open' OR decided_by IS NOT NULL AND state IN ('failed', 'skipped'))
 				AND CASE WHEN $1 > 0 THEN number = $1 ELSE kind = $2 AND decided_by IS NULL END AND kind = $3`,
 			number, kind, kind, choice, actor.Name)

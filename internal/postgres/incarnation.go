@@ -201,8 +201,12 @@ func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) err
 		return err
 	}
 	_, err = db.pool.Exec(ctx, `
-		UPDATE current_incarnation SET `+written+`, lost = $1, recovery = coalesce(recovery, 'recovering'), recovery_since = coalesce(recovery_since, now())
-		WHERE lost = '' AND `+sameDatabase, lost)
+		WITH lost AS (
+			UPDATE current_incarnation SET `+written+`, lost = $1, recovery = coalesce(recovery, 'recovering'), recovery_since = coalesce(recovery_since, now())
+			WHERE lost = '' AND `+sameDatabase+` RETURNING id, recovery
+		)
+		INSERT INTO audit_events (actor, action, detail)
+		SELECT 'worker', 'recovery.' || recovery, jsonb_build_object('incarnation', id, 'reason', $1::text) FROM lost`, lost)
 	return translate("record lost transactions", err)
 }
 
