@@ -67,14 +67,14 @@ var calls = []testCall{
 		name: "PostApps", method: "POST", uri: "/v2/users/acme/apps", changes: true,
 		body: `{"apps":[{"id":"` + string(appID) + `","default_language":"en","description":"Managed by Tenantry",
 			"default_workflow":{"id":"Empty","user_id":"clarifai","app_id":"main"},
-			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `"}}}]}`,
+			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `","purge_after":""}}}]}`,
 		answer: `{` + okStatus + `,"apps":[{"id":"` + string(appID) + `","user_id":"acme"}]}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
 			return nil, c.CreateApp(ctx, tenant.NewApp{ID: appID, BaseWorkflow: "Empty", Language: "en", Description: "Managed by Tenantry", Marker: appMarker})
 		},
 	},
 	{
-		name: "GetApp", method: "GET", uri: "/v2/users/acme/apps/" + string(appID),
+		name: "GetApp", method: "GET", uri: "/v2/users/acme/apps/" + string(appID) + "?additional_fields=counts",
 		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `","user_id":"acme",
 			"metadata":{"other":1,"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `","profile":"default","tenant":"sealed"}}}}`,
 		run:  func(ctx context.Context, c *clarifai.Client) (any, error) { return c.App(ctx, appID) },
@@ -115,7 +115,7 @@ var calls = []testCall{
 		want: []string{keyText + " a [All]"},
 	},
 	{
-		name: "ListApps", method: "GET", uri: "/v2/users/acme/apps?page=2&per_page=1000&sort_ascending=true&sort_by_created_at=true",
+		name: "ListApps", method: "GET", uri: "/v2/users/acme/apps?page=2&per_page=1000&sort_ascending=false&sort_by_created_at=true",
 		answer: `{` + okStatus + `,"apps":[{"id":"other","user_id":"acme","metadata":{"a":1}},{"id":"` + string(appID) + `","user_id":"acme",
 			"metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `"}}}]}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
@@ -126,7 +126,7 @@ var calls = []testCall{
 	{
 		name: "PatchApp", method: "PATCH", uri: "/v2/users/acme/apps/" + string(appID), changes: true,
 		body: `{"app":{"id":"` + string(appID) + `","description":"Of user_1","metadata":{"tenantry":{"deployment":"6zbsym8t7ysrgw5y","app":"` + string(appID) + `",
-			"profile":"default","tenant":"sealed"}}},"action":"overwrite","metadata_action":{"op":"merge"}}`,
+			"profile":"default","tenant":"sealed","purge_after":""}}},"action":"overwrite","metadata_action":{"op":"merge"}}`,
 		answer: `{` + okStatus + `,"app":{"id":"` + string(appID) + `"}}`,
 		run: func(ctx context.Context, c *clarifai.Client) (any, error) {
 			return nil, c.MarkApp(ctx, appID, ownedMarker, "Of user_1")
