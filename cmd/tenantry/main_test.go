@@ -344,6 +344,24 @@ func TestStopAnswersThoseWhoWait(t *testing.T) {
 	}
 }
 
+// The first build waits for the control record. If it cannot be read at first, it is read again
+// soon, not at its next renewal a minute later.
+func TestFirstSignUpWhenControlFails(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Faults(map[string]any{"call": "GetApp", "http": 503})
+	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
+	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	p.ready()
+	provisiontest.Eventually(t, "the control record is asked for", func() bool { return w.State().Calls["GetApp"] > 0 })
+	w.Faults()
+	if status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token, "Prefer", "wait=30"); status != http.StatusCreated {
+		t.Errorf("sign-up answers %d %s", status, body)
+	}
+}
+
 // The database may be away at the start and in between: requests are told so, and
 // all goes on by itself.
 func TestDatabaseAway(t *testing.T) {

@@ -26,7 +26,8 @@ const controlDue = `(control_due_at <= now() OR coalesce(recovery, '') IN ('watc
 
 // LeaseControl acquires the turn to read and write the control record, and raises its
 // sequence number unless this database only watches. It reports tenant.NotFound if no turn
-// is due, unless it is forced. A turn that is not used is lost; the next one is due in time.
+// is due, unless it is forced. A turn that is neither used nor deferred is lost; the next one is
+// due in time.
 func (db *DB) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error) {
 	var t tenant.ControlTurn
 	var err error
@@ -189,6 +190,14 @@ func moveRecovery(ctx context.Context, tx pgx.Tx, was tenant.Recovery, to tenant
 		action = "recovery.ended"
 	}
 	return is, audit(ctx, tx, actor, event{action: action, detail: map[string]any{"incarnation": is.Incarnation, "from": was.State, "reason": why}})
+}
+
+// DeferControl makes the next turn due after delay, or earlier if it is, since this one failed.
+func (db *DB) DeferControl(ctx context.Context, t tenant.ControlTurn, delay time.Duration) error {
+	_, err := db.pool.Exec(ctx, `
+		UPDATE current_incarnation SET control_due_at = least(control_due_at, now() + $2::interval), `+written+`
+		WHERE id = $1 AND `+sameDatabase, t.Incarnation, delay)
+	return translate("defer control turn", err)
 }
 
 // ControlWritten records that the control record was written in a turn, or with a problem

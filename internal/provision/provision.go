@@ -96,6 +96,7 @@ type Store interface {
 	RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error
 	LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error)
 	ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error)
+	DeferControl(ctx context.Context, t tenant.ControlTurn, delay time.Duration) error
 	ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error
 	Leave(ctx context.Context) (last bool, err error)
 

@@ -116,6 +116,25 @@ func (s *Service) control(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	err = s.useControl(ctx, t)
+	if err == nil {
+		return nil
+	}
+	// The next turn in time may be a minute away, and the first build waits for it.
+	again := controlRetry
+	if d, ok := errors.AsType[*deferred](err); ok {
+		again = d.bounded()
+	}
+	recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	return errors.Join(err, s.Store.DeferControl(recording, t, again))
+}
+
+// controlRetry is when a turn that failed is followed by another.
+const controlRetry = 2 * time.Second
+
+// useControl reads the control record in a turn, and writes it.
+func (s *Service) useControl(ctx context.Context, t tenant.ControlTurn) error {
 	record, exists, err := s.readControl(ctx)
 	if err != nil {
 		return err

@@ -208,6 +208,11 @@ func (s watchedStore) ExamineControl(ctx context.Context, t tenant.ControlTurn, 
 	return s.Store.ExamineControl(ctx, t, record)
 }
 
+func (s watchedStore) DeferControl(ctx context.Context, t tenant.ControlTurn, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.DeferControl(ctx, t, delay)
+}
+
 func (s watchedStore) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error {
 	defer s.returned()
 	return s.Store.ControlWritten(ctx, t, problem)
