@@ -21,10 +21,15 @@ import (
 
 var admin = tenant.Actor{Name: "caller:admin", RequestID: "req-2"}
 
-// report compares, and returns what was found.
+// report compares, once nothing else is compared, and returns what was found.
 func report(t *testing.T, r *provisiontest.Replica) (tenant.Reconciliation, []tenant.Finding) {
 	t.Helper()
-	began, err := r.StartReport(t.Context(), admin)
+	var began tenant.Reconciliation
+	var err error
+	provisiontest.Eventually(t, "a report can begin", func() bool {
+		began, err = r.StartReport(t.Context(), admin)
+		return !errors.Is(err, tenant.Conflict)
+	})
 	if err != nil {
 		t.Fatalf("start report: %v", err)
 	}

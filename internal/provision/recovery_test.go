@@ -264,7 +264,7 @@ func TestUnknownKeyOfSuspended(t *testing.T) {
 			}
 			decide(t, r, tenant.FoundKeyContested, choice)
 			provisiontest.Eventually(t, "the keys are as decided", func() bool { return keysOpening(t, w, app) == wantKeys })
-			got, err := r.Tenant(t.Context(), "user_1", 0)
+			got, err := r.Tenant(t.Context(), "user_1", long)
 			if want := map[bool]tenant.State{true: tenant.Active, false: tenant.Suspended}[wantKeys == 1]; err != nil || got.State != want {
 				t.Errorf("the tenant is %s, %v; want %s", got.State, err, want)
 			}
