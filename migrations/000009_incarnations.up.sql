@@ -135,7 +135,6 @@ CREATE TABLE quarantines (
     requested_by    text NOT NULL,
     request_id      text,
     leased_until    timestamptz NOT NULL DEFAULT '-infinity',
-    enqueued_at     timestamptz NOT NULL DEFAULT '-infinity',
     next_attempt_at timestamptz NOT NULL DEFAULT now(),
     attempts        integer NOT NULL DEFAULT 0,
     problem         jsonb,

@@ -45,7 +45,7 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	var purge, tagged, tagging *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
-			UPDATE apps SET leased_until = now() + $2
+			UPDATE apps SET leased_until = now() + $2, enqueued_at = '-infinity'
 			WHERE id = (
 				SELECT id FROM apps
 				WHERE id = $1 AND `+dueApp+`
@@ -188,7 +188,7 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	rows, _ := db.pool.Query(ctx, `
 		WITH marked AS (
 		UPDATE apps
-		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
+		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity',
 			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
 			tagged_purge_after = $5, tagging = false, tagging_purge_after = NULL, pending = purge_after IS DISTINCT FROM $5 OR end_unknown_keys
 		WHERE id = $1 AND leased_until = $2 AND state IN ('held', 'retained')

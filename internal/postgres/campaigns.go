@@ -212,7 +212,7 @@ const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR
 // tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error) {
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE campaigns c SET leased_until = now() + $2
+		UPDATE campaigns c SET leased_until = now() + $2, enqueued_at = '-infinity'
 		WHERE id = (SELECT id FROM campaigns WHERE id = $1 AND `+dueCampaign+` FOR UPDATE SKIP LOCKED)
 		RETURNING `+campaignColumns, id, lease)
 	c, err := oneCampaign(rows)

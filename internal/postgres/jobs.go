@@ -12,7 +12,7 @@ import (
 )
 
 // requeueAfter is how long a job may wait in the queue before the sweep adds
-// another for the same row.
+// another for the same row. A job that has taken its row has left the queue.
 const requeueAfter = 10 * time.Second
 
 // Which jobs of the background queue go first. The apps of an import are tended last, and
