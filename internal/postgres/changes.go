@@ -297,7 +297,7 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 	for _, sql := range []string{
 		// To plan the poll anew costs more than the poll, and a month that was empty when it
 		// was planned may not be so for long: by the order of the ids it reads what is new only.
-		`SET plan_cache_mode = force_generic_plan`, `SET enable_seqscan = off`, `SET enable_bitmapscan = off`, `SET enable_sort = off`,
+		`SET plan_cache_mode = force_generic_plan`, `SET enable_seqscan = off`, `SET enable_bitmapscan = off`, `SET enable_sort = off`, `SET jit = off`,
 		`LISTEN ` + changeChannel,
 	} {
 		if _, err := conn.Exec(ctx, sql); err != nil {
