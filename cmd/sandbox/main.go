@@ -159,7 +159,8 @@ func (s *sandbox) startClarifai(ctx context.Context) error {
 	}
 	s.env.pat, s.env.apiBase = pat, base
 	s.vars["CLARIFAI_PAT"], s.vars["CLARIFAI_API_BASE"] = pat, base
-	// No other database of this deployment is in use. Against real Clarifai there may be one.
+	// The simulator serves this database only, so a short watch is enough. Real Clarifai may serve
+	// another database of this deployment.
 	s.vars["TENANTRY_RECOVERY_WATCH"] = cmp.Or(s.getenv("TENANTRY_RECOVERY_WATCH"), "2s")
 	s.say("clarifai    simulated, at %s", base)
 	return nil

@@ -332,7 +332,7 @@ func printIdentified(e env, k client.IdentifiedKey) error {
 // noTenant says why an app has no tenant.
 func noTenant(k client.IdentifiedKey) string {
 	if k.AppState == client.AppStateRetired {
-		return "not known: the app is from before a restart or restore of the database, and retired"
+		return "unknown: the app is retired, since it is from before a restart or restore of the database"
 	}
 	return "none: the app waits in the pool"
 }
@@ -371,9 +371,9 @@ func (c keyQuarantineCmd) Run(ctx context.Context, e env) error {
 		question, word := "the app "+is.value.AppId+" waits in the pool: its key is revoked at once, and it is removed", textOr(is.value.TenantId, is.value.AppId)
 		switch {
 		case unknown:
-			question, word = "the database does not know this key. It may have been lost: if it opens an app of Tenantry's, it is revoked at once", "quarantine"
+			question, word = "the database does not know this key, and may have lost its row. If the key opens one of Tenantry's apps, it is revoked at once", "quarantine"
 		case is.value.AppState == client.AppStateRetired:
-			question = "the app " + is.value.AppId + " is retired, and may be a lost tenant's: its key is revoked at once"
+			question = "the app " + is.value.AppId + " is retired, and may belong to a lost tenant: its key is revoked at once"
 		case owner != "" && is.value.Key != nil:
 			question = fmt.Sprintf("the key %s of tenant %s is revoked at once, and another is made", is.value.Key.Name, owner)
 		}
@@ -409,7 +409,8 @@ func (c keyQuarantineCmd) Run(ctx context.Context, e env) error {
 	return errors.Join(printKeys(e, keys...), err)
 }
 
-// quarantine asks for the quarantine, and again while an unknown key is being asked for its app.
+// quarantine requests the quarantine, and repeats the request while Tenantry asks Clarifai for the
+// app of an unknown key.
 func (c keyQuarantineCmd) quarantine(ctx context.Context, api *client.ClientWithResponses, key string) (answered[client.Quarantine], error) {
 	for deadline := time.Now().Add(c.limit()); ; {
 		q, err := answer[client.Quarantine](api.QuarantineKey(ctx, &client.QuarantineKeyParams{Prefer: c.prefer()}, client.QuarantineRequest{Key: key}))

@@ -41,7 +41,7 @@ type cli struct {
 	Key         keyCmd         `cmd:"" help:"List, show, add, rotate and revoke the keys of tenants; find out whose a key is."`
 	App         appCmd         `cmd:"" help:"Say which tenant an app was given to. Roles: all."`
 	Upstream    upstreamCmd    `cmd:"" help:"Show how Clarifai and the work for it stand. Roles: all."`
-	Pool        poolCmd        `cmd:"" help:"Show the apps that are ready ahead of demand, and why if they are too few. Roles: all."`
+	Pool        poolCmd        `cmd:"" help:"Show the pools of ready apps, and why a pool is below its target. Roles: all."`
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
 	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Role: admin."`
 	Profile     profileCmd     `cmd:"" help:"Check a profiles file; list and apply the profiles of a running service."`
@@ -49,7 +49,7 @@ type cli struct {
 	Import      importCmd      `cmd:"" help:"Sign up the users that a product has already, as a file says, through a running service; run again, it goes on where it was. Role: provisioner."`
 	Rotation    rotationCmd    `cmd:"" help:"Rotate the keys of many tenants, through a running service, and follow, pause and stop such campaigns."`
 	Reconcile   reconcileCmd   `cmd:"" help:"Compare Clarifai with the database, and repair what differs, through a running service. Exit code 3 if something differs. Role: admin."`
-	Recover     recoverCmd     `cmd:"" help:"After a restart, failover, restore or copy of the database: show what was lost, and decide about it. Role: admin."`
+	Recover     recoverCmd     `cmd:"" help:"After a restart, failover, restore or copy of the database: show what was lost, and decide what to do. Role: admin."`
 	Audit       auditCmd       `cmd:"" help:"List the events of the audit log, and check that none was altered, removed or inserted."`
 	Keyset      keysetCmd      `cmd:"" help:"Make the keyset that seals the keys of tenants, and replace its keys."`
 	Healthcheck healthcheckCmd `cmd:"" help:"Ask a running service whether it lives; for container health checks."`

@@ -65,7 +65,7 @@ func start(t *testing.T, vars map[string]string, args ...string) *process {
 		defer close(ended)
 		p.exit <- run(ctx, env{args: args, get: func(k string) string { return vars[k] }, stdout: &p.stdout, stderr: &p.stderr})
 	}()
-	// Its last writes would meet those of the next test on the same database.
+	// Otherwise its last writes could disturb the next test on the same database.
 	t.Cleanup(func() { cancel(); <-ended })
 	return p
 }
@@ -604,8 +604,7 @@ func TestMissingPAT(t *testing.T) {
 	fails(t, vars, serve, "tenantry: the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE\n")
 }
 
-// On a copy of the database a read-only service looks up, without PAT and keyset, and does
-// nothing else.
+// On a copy of the database a read-only service serves lookups only, without PAT and keyset.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -626,8 +625,8 @@ func TestReadOnly(t *testing.T) {
 	p.stop()
 	<-p.exit
 
-	fails(t, vars, reading, "TENANTRY_READ_ONLY: a PAT is given", "unset CLARIFAI_PAT and CLARIFAI_PAT_FILE")
-	fails(t, without, append(reading, "--clarifai-pat-file", serve[2]), "TENANTRY_READ_ONLY: a PAT is given")
+	fails(t, vars, reading, "TENANTRY_READ_ONLY: a PAT is set", "unset CLARIFAI_PAT and CLARIFAI_PAT_FILE")
+	fails(t, without, append(reading, "--clarifai-pat-file", serve[2]), "TENANTRY_READ_ONLY: a PAT is set")
 	copied := maps.Clone(without)
 	copied["DATABASE_URL"] = pgtest.Restore(t, pgtest.Dump(t, url)).Reveal()
 	calls, files := w.State().Calls, incarnations(t, copied["DATABASE_URL"])

@@ -15,7 +15,7 @@ import (
 type reconcileCmd struct {
 	apiFlags
 	outputFlags
-	Repair string `placeholder:"TOKEN" help:"Carry out the report of this token, each item after a fresh look. Items that wait for a decision are left alone, see recover show. Refused in recovery mode."`
+	Repair string `placeholder:"TOKEN" help:"Carry out the report with this token. Each item is checked again first. Items that wait for a decision are not touched (see recover show). Not allowed in recovery mode."`
 	JSON   bool   `name:"json" hidden:"" help:"The same as --output json."`
 }
 
@@ -74,7 +74,7 @@ func (r reconciler) run(ctx context.Context, req client.ReconciliationRequest) (
 	case rec != nil:
 		r.say("%s %s has begun", rec.Kind, rec.Id)
 	case req.Repair == nil && began.ApplicationproblemJSON409 != nil:
-		// One begins by itself daily, and in recovery mode.
+		// A report begins by itself daily, and in recovery mode.
 		if rec, err = r.running(ctx); err != nil {
 			return nil, err
 		}

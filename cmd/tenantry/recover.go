@@ -16,12 +16,12 @@ import (
 )
 
 type recoverCmd struct {
-	Show     recoverShowCmd     `cmd:"" help:"Show recovery mode, what waits for it, and the findings that wait for a decision, with the effect of each choice."`
-	Begin    recoverBeginCmd    `cmd:"" help:"Say that the database is behind: for what Tenantry cannot notice, such as a reverted machine or rows changed by hand. Retires the pools."`
-	Decide   recoverDecideCmd   `cmd:"" help:"Decide a finding, or all findings of a kind, and wait until that is carried out. Exit code 1 if it failed."`
-	Remove   recoverRemoveCmd   `cmd:"" help:"Remove retired apps: one by its id, or those begun before a date. The id, or the number of apps, must be typed."`
-	TakeOver recoverTakeOverCmd `cmd:"" help:"Make this database the one in use instead of another one. The id of the deployment must be typed."`
-	End      recoverEndCmd      `cmd:"" help:"End recovery mode: work that waited goes on."`
+	Show     recoverShowCmd     `cmd:"" help:"Show recovery mode, the work that waits for its end, and the findings that wait for a decision, with the effect of each choice."`
+	Begin    recoverBeginCmd    `cmd:"" help:"Begin recovery mode after a change that Tenantry cannot notice, such as a reverted machine or rows changed by hand. Retires the pools."`
+	Decide   recoverDecideCmd   `cmd:"" help:"Decide a finding, or all findings of a kind, and wait until the decision is carried out. Exit code 1 if it fails, 3 if it is skipped."`
+	Remove   recoverRemoveCmd   `cmd:"" help:"Remove retired apps: one by its id, or all that were begun before a date. Asks for the id, or for the number of apps."`
+	TakeOver recoverTakeOverCmd `cmd:"" help:"Make this database the one in use, instead of the other database. Asks for the id of the deployment."`
+	End      recoverEndCmd      `cmd:"" help:"End recovery mode. Waiting work continues."`
 }
 
 // recovery reads which incarnation of the database is in use, and its recovery mode.
@@ -36,12 +36,12 @@ func printRecovery(e env, r client.Recovery) error {
 	w.row("incarnation", fmt.Sprintf("%s, began %s", r.Incarnation, exactly(&r.BeganAt, now)))
 	w.row("reason", textOr(&r.Reason, "first start"))
 	if r.State != client.RecoveryStateNone {
-		w.row("lost", textOr(r.Lost, "nothing that is known"))
+		w.row("lost", textOr(r.Lost, "nothing known"))
 		w.row("ends when", textOr(r.EndsWhen, ""))
 		if r.WatchUntil != nil {
 			w.row("watches until", exactly(r.WatchUntil, now))
 		}
-		w.row("waits for its end", fmt.Sprintf("removals: %d, campaigns: %d, keys to be created: %d", r.Waiting.Removals, r.Waiting.Campaigns, r.Waiting.Keys))
+		w.row("waiting work", fmt.Sprintf("removals: %d, campaigns: %d, keys to be created: %d", r.Waiting.Removals, r.Waiting.Campaigns, r.Waiting.Keys))
 	}
 	w.row("undecided findings", r.UndecidedFindings)
 	seen := "not written yet"
@@ -162,7 +162,7 @@ func (c recoverShowCmd) printApps(e env, apps []client.RetiredApp, more bool) er
 		return err
 	}
 	if len(apps) > 0 {
-		_, _ = fmt.Fprintln(e.stderr, "each start of Postgres retires the pool, which is normal. An app here may be a lost tenant's: it is never handed out, and given back by adoption with its key")
+		_, _ = fmt.Fprintln(e.stderr, "each start of Postgres retires the pool; this is normal. A retired app may belong to a lost tenant: it is never handed out, and the tenant gets it back by adoption with the app's key")
 	}
 	sayMore(e, more)
 	return nil
@@ -181,8 +181,8 @@ func shownInputs(n *int64) string {
 	return fmt.Sprint(*n)
 }
 
-// printFindings prints findings, and once for each of their kinds what can be decided. Running is how
-// far the newest report is; empty if it is done.
+// printFindings prints findings, and the choices of each of their kinds. Running is the progress of
+// the newest report; empty if it is done.
 func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, more bool, running string) error {
 	if err := printFound(e, found); err != nil {
 		return err
@@ -212,7 +212,7 @@ func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, mor
 	case len(found) == 0:
 		_, _ = fmt.Fprintln(e.stderr, "no finding waits for a decision")
 	case len(shown) > 0:
-		_, _ = fmt.Fprintln(e.stderr, "tenantry recover decide takes the number of a finding and a choice; see its --help")
+		_, _ = fmt.Fprintln(e.stderr, "to decide: tenantry recover decide NUMBER CHOICE")
 	}
 	return nil
 }
@@ -251,7 +251,7 @@ func (c recoverBeginCmd) Run(ctx context.Context, e env) error {
 	return c.print(e)(answer[client.Recovery](api.BeginRecovery(ctx, client.RecoveryBegin{Reason: c.Reason})))
 }
 
-// print prints a recovery as a command has changed it.
+// print prints the recovery that a command returned.
 func (o outputFlags) print(e env) func(answered[client.Recovery], error) error {
 	return func(is answered[client.Recovery], err error) error {
 		switch {
@@ -285,7 +285,7 @@ type recoverTakeOverCmd struct {
 func (recoverTakeOverCmd) Help() string {
 	return `Asks for the id of the deployment, on a terminal or as a line of stdin.
 
-Be sure that the other database is the one to give up. If it is still in use, it stops within minutes, and what only it has acknowledged (sign-ups, suspensions, deletions) is missing here.`
+Check first that the other database is the one to give up. If it is still in use, it stops within minutes. Changes that only the other database has acknowledged (sign-ups, suspensions, deletions) are missing in this database.`
 }
 
 func (c recoverTakeOverCmd) Run(ctx context.Context, e env) error {
@@ -297,7 +297,7 @@ func (c recoverTakeOverCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	typed, err := e.typed("this database becomes the one in use, and the other one stops. What only the other one has acknowledged is missing here", is.value.Deployment)
+	typed, err := e.typed("this database becomes the one in use, and the other database stops. Changes that only the other database has acknowledged are missing here", is.value.Deployment)
 	if err != nil {
 		return err
 	}
@@ -307,20 +307,20 @@ func (c recoverTakeOverCmd) Run(ctx context.Context, e env) error {
 type recoverRemoveCmd struct {
 	apiFlags
 	App    string `arg:"" optional:"" help:"The id of a retired app."`
-	Before string `placeholder:"DATE" help:"All retired apps that were begun, or found by a report, before then, such as 2026-01-31 (midnight UTC) or 2026-01-31T12:00:00Z."`
+	Before string `placeholder:"DATE" help:"All retired apps that were begun, or found by a report, before this date, such as 2026-01-31 (midnight UTC) or 2026-01-31T12:00:00Z."`
 }
 
 func (recoverRemoveCmd) Help() string {
 	return `Asks for the id of the app, or with --before for the number of apps, on a terminal or as a line of stdin.
 
-An app that is named by its id is removed with whatever is in it. With --before, an app stays that has inputs, an ownership tag that names a tenant, or an unknown key: it becomes a finding.`
+An app that is named by its id is removed whatever it contains. With --before, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes a finding.`
 }
 
 func (c recoverRemoveCmd) Run(ctx context.Context, e env) error {
 	if (c.App == "") == (c.Before == "") {
 		return usagef("give the id of a retired app, or --before, and not both")
 	}
-	body, question, word := client.RemovalRequest{AppId: given(c.App)}, fmt.Sprintf("the app %s is removed for good, with its data and all its keys. It may be a lost tenant's", c.App), c.App
+	body, question, word := client.RemovalRequest{AppId: given(c.App)}, fmt.Sprintf("the app %s is removed for good, with its data and all its keys. It may belong to a lost tenant", c.App), c.App
 	api, err := c.client(e)
 	if err != nil {
 		return err
@@ -335,7 +335,7 @@ func (c recoverRemoveCmd) Run(ctx context.Context, e env) error {
 		if err != nil || count == 0 {
 			return err
 		}
-		question, word = "these apps are removed for good, except those that turn out to be in use", strconv.Itoa(count)
+		question, word = "these apps are removed for good, except apps that turn out to be in use", strconv.Itoa(count)
 	}
 	typed, err := e.typed(question, word)
 	if err != nil {
@@ -345,7 +345,7 @@ func (c recoverRemoveCmd) Run(ctx context.Context, e env) error {
 	if _, err := answer[client.Removal](api.RemoveRetiredApps(ctx, body)); err != nil {
 		return err
 	}
-	_, err = fmt.Fprintln(e.stderr, "the removal has begun, and goes on without this command")
+	_, err = fmt.Fprintln(e.stderr, "the removal has begun, and continues in the background")
 	return err
 }
 
@@ -411,7 +411,7 @@ type recoverDecideCmd struct {
 }
 
 func (recoverDecideCmd) Help() string {
-	return `Decisions are carried out after a fresh look at Clarifai. A choice that can do harm is made for one finding at a time, and asks for the id of its tenant or app, on a terminal or as a line of stdin.
+	return `A worker checks Clarifai again before it carries out a decision. A choice that can do harm is allowed for one finding at a time, and asks for the id of the tenant or app, on a terminal or as a line of stdin.
 
   tenantry recover decide 17 keep                     # one finding
   tenantry recover decide --kind app_unknown adopt    # all of a kind`
@@ -452,7 +452,7 @@ func (c recoverDecideCmd) decideOne(ctx context.Context, e env, api *client.Clie
 		for _, is := range found.value.Choices {
 			names = append(names, string(is.Choice))
 		}
-		return usagef("%q is not a choice for %s; there are: %s", choice, found.value.Kind, textOr(given(strings.Join(names, ", ")), "none"))
+		return usagef("%q is not a choice for %s; the choices are: %s", choice, found.value.Kind, textOr(given(strings.Join(names, ", ")), "none"))
 	}
 	body := client.DecisionRequest{Finding: &number, Choice: choice}
 	if word := found.value.Choices[i].Confirm; word != nil {
@@ -483,7 +483,7 @@ func (c recoverDecideCmd) decideOne(ctx context.Context, e env, api *client.Clie
 	return errors.Join(printFound(e, []client.RecoveryFinding{last.value}), err, outcomeOf(last.value.State))
 }
 
-// outcomeOf is how a command ends whose finding is in a state. The output has said why.
+// outcomeOf returns the error of a command whose finding ended in state. The output has said why.
 func outcomeOf(state client.FindingState) error {
 	switch state {
 	case client.FindingStateFailed:
@@ -540,8 +540,8 @@ func (c recoverDecideCmd) decideKind(ctx context.Context, e env, api *client.Cli
 	return nil
 }
 
-// carriedOut waits until no decision about a report is left to be carried out, and returns what
-// the report found. A newer report begins then: its list would not have these findings.
+// carriedOut waits until all decisions about a report are carried out, and returns the findings of
+// that report. A newer report begins then, and its list would not have these findings.
 func (c recoverDecideCmd) carriedOut(ctx context.Context, e env, api *client.ClientWithResponses, report uuid.UUID) ([]client.Finding, error) {
 	look := func(*int) (answered[client.Reconciliation], error) {
 		one := 1

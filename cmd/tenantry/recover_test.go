@@ -52,7 +52,7 @@ func (o operatorAt) reported(n int) shownRecovery {
 	})
 }
 
-// From a dump that is older than two tenants back to what they had, as an operator does it.
+// An operator restores a dump that is older than two tenants, and gives them their apps back.
 func TestRecoverCommands(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -139,7 +139,7 @@ func TestRecoverCommands(t *testing.T) {
 	forgotten, unknown = found["app_forgotten"], found["app_unknown"]
 	admin.exits(2, words("recover decide x keep"), "not the number of a finding")
 	admin.exits(2, words(fmt.Sprint("recover decide ", unknown.Number)), "the choice is missing")
-	admin.exits(2, words(fmt.Sprint("recover decide ", unknown.Number, " new-key")), "there are: adopt, keep")
+	admin.exits(2, words(fmt.Sprint("recover decide ", unknown.Number, " new-key")), "the choices are: adopt, keep")
 	admin.exits(2, words(fmt.Sprint("recover decide --kind app_unknown ", unknown.Number, " adopt")), "not both")
 	admin.exits(2, words("recover decide --kind in_doubt keep"), "--kind")
 	admin.exits(4, words("recover decide 1000000 keep"), "finding_not_found")
@@ -169,7 +169,7 @@ func testRetired(t *testing.T, admin, ops operatorAt, poolIsFull func()) {
 	poolIsFull()
 	is := admin.sees("the report leaves nothing to decide", func(is shownRecovery) bool { return is.Recovery.State == "none" && is.Recovery.Retired.Count > 1 })
 	retired := is.Recovery.Retired.Count
-	ops.exits(0, words("pool"), "RETIRED", "which is normal")
+	ops.exits(0, words("pool"), "RETIRED", "this is normal")
 	out, log := admin.exits(0, words("recover show --retired"), "KEY  INPUTS", "yes", "adoption with its key")
 	harmless(t, out+log)
 	admin.read(&is, words("recover show --retired --limit 1")...)
@@ -230,7 +230,7 @@ func harmless(t *testing.T, output string) {
 	t.Helper()
 	for _, bad := range []string{"--repair", "recover remove", "recover end", "take-over", "recover decide ", "purge", "--yes"} {
 		for line := range strings.Lines(output) {
-			if strings.Contains(line, bad) && !strings.Contains(line, "recover decide takes") {
+			if strings.Contains(line, bad) && !strings.Contains(line, "recover decide NUMBER CHOICE") {
 				t.Errorf("the output suggests %q: %s", bad, line)
 			}
 		}

@@ -116,9 +116,9 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	switch {
 	case c.ReadOnly:
 		if err != nil || pat.IsSet() {
-			note(errors.New("TENANTRY_READ_ONLY: a PAT is given, and a read-only service must not be able to use Clarifai: unset CLARIFAI_PAT and CLARIFAI_PAT_FILE"))
+			note(errors.New("TENANTRY_READ_ONLY: a PAT is set, but a read-only service must not be able to call Clarifai: unset CLARIFAI_PAT and CLARIFAI_PAT_FILE"))
 		}
-		p.database.CacheEntries = 0 // or the change log would have to be followed
+		p.database.CacheEntries = 0 // a cache needs a follower of the change log
 	case err == nil && !pat.IsSet():
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
 	}
@@ -475,7 +475,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	return err
 }
 
-// work starts what runs in the background beside the jobs.
+// work starts the background work, except for the jobs.
 func (s *service) work(ctx context.Context, group *errgroup.Group, engine *provision.Service) {
 	group.Go(func() error { return s.db.Listen(ctx, s.log) })
 	group.Go(func() error { return s.db.Follow(ctx, s.log) })
@@ -491,17 +491,16 @@ func (s *service) work(ctx context.Context, group *errgroup.Group, engine *provi
 	group.Go(func() error { return engine.Reseal(ctx) })
 }
 
-// leaveTimeout bounds the last call to Clarifai. Deployments must wait as much longer than
-// for requests and jobs.
+// leaveTimeout bounds the last call to Clarifai. The grace period of a deployment must include it.
 const leaveTimeout = 5 * time.Second
 
-// leave says in the control record that the last replica has stopped, if this is the last. Without
-// that the next start of the database is watched.
+// leave writes into the control record that the last replica has stopped, if this replica is the
+// last. Otherwise the next start of the database is watched.
 func (s *service) leave(engine *provision.Service) {
 	ctx, cancel := context.WithTimeout(context.Background(), leaveTimeout)
 	defer cancel()
 	if err := engine.LeaveControl(ctx); err != nil {
-		s.log.Warn("control record not updated at the end; the next start of the database is watched", zap.Error(err))
+		s.log.Warn("control record not updated at shutdown; the next start of the database is watched", zap.Error(err))
 	}
 }
 
@@ -535,7 +534,7 @@ func (s *service) checks() map[string]httpapi.Check {
 			}
 			recovery, err := s.db.Recovery(ctx)
 			if err != nil || !recovery.Active() {
-				return nil // what cannot be read shows as the database
+				return nil // the check "database" reports the error
 			}
 			if recovery.State == tenant.Stopped {
 				return httpapi.Notice("stopped: another database of this deployment is in use; run a copy with TENANTRY_READ_ONLY=true")
@@ -606,7 +605,7 @@ func (s *service) tryStart(ctx context.Context) (*provision.Service, error) {
 	return provision.New(cfg)
 }
 
-// readOnly returns an engine that only looks up.
+// readOnly returns an engine for lookups only.
 func (s *service) readOnly(ctx context.Context) (*provision.Service, error) {
 	deployment, err := s.db.Deployment(ctx)
 	if errors.Is(err, tenant.NotFound) {

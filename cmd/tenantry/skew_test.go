@@ -23,10 +23,9 @@ import (
 	"github.com/tenantry/tenantry/migrations"
 )
 
-// The code of before a migration serves while it is run, and goes on serving on
-// the new schema beside the new code: a rolling update needs both. A migration may bar older
-// code: that is stopped before, does not start on the new schema, and the new code has all its
-// tenants.
+// A rolling update needs older code to serve during a migration, and afterwards on the new schema
+// next to the new code. A migration may bar older code: then the older code is stopped before the
+// migration and does not start on the new schema, and the new code must keep all its tenants.
 func TestOldCodeOnNewSchema(t *testing.T) {
 	if testing.Short() {
 		t.Skip("it builds older versions")
@@ -130,7 +129,7 @@ func TestOldCodeOnNewSchema(t *testing.T) {
 	}
 }
 
-// oldestCode is how a migration bars older code. Migrations have one digit so far.
+// oldestCode matches the statement that bars older code. Migrations have one digit so far.
 var oldestCode = regexp.MustCompile(`(?s)REPLACE FUNCTION tenantry_oldest_code\(\).{0,80}?SELECT (\d)'`)
 
 func fileOf(t *testing.T, migration int) string {

@@ -500,7 +500,7 @@ func (c poolCmd) Run(ctx context.Context, e env) error {
 		w.row(p.Profile, p.Ready, p.Target, p.Min, p.Max, p.Building, p.Outdated, old, p.WaitingTenants, why)
 	})
 	if retired && err == nil {
-		_, _ = fmt.Fprintln(e.stderr, "retired: each start of Postgres retires the pool and another is built, which is normal. Retired apps are never handed out, "+
+		_, _ = fmt.Fprintln(e.stderr, "retired: each start of Postgres retires the pool, and another pool is built; this is normal. Retired apps are never handed out, "+
 			"and count against the account's quota: tenantry recover show --retired lists them")
 	}
 	return err

@@ -333,7 +333,7 @@ func TestKeyCommands(t *testing.T) {
 	admin.types("").exits(2, words("key quarantine --yes"), "stdin")
 	admin.atTerminal().types(leaked+"\nno\n").exits(1, words("key quarantine"), "the key default of tenant user_1", "nothing was changed")
 	admin.atTerminal().types(leaked+"\nuser_1\n").exits(0, words("key quarantine"), "quarantined", "active")
-	// A key that the database does not know may have been lost with it: it is asked for its app.
+	// The row of an unknown key may be lost, so Clarifai is asked for the app of the key.
 	unknown := strings.Repeat("ab", 16)
 	admin.atTerminal().types(unknown+"\nno\n").exits(1, words("key quarantine"), "the database does not know this key", "nothing was changed")
 	admin.atTerminal().types(unknown+"\nquarantine\n").exits(4, words("key quarantine"), "Clarifai does not accept the key")

@@ -83,11 +83,11 @@ func (e env) confirm(yes bool, question, word string) error {
 	return err
 }
 
-// typed asks for word to be typed, also where stdin is no terminal, and returns what was typed. No
-// flag stands for it.
+// typed asks for word to be typed, and returns what was typed. stdin need not be a terminal. No flag
+// replaces the typing.
 func (e env) typed(question, word string) (string, error) {
 	if e.stdin == nil {
-		return "", usagef("%s: %s is read from stdin, and there is none", question, word)
+		return "", usagef("%s: %s must be typed on stdin, and there is no stdin", question, word)
 	}
 	_, _ = fmt.Fprintf(e.stderr, "%s.\nType %s to go on: ", plain(question), plain(word))
 	line, err := readLine(e.stdin)
