@@ -119,7 +119,7 @@ func TestRecoverCommands(t *testing.T) {
 	ops.exits(0, words("upstream"), "recovering: ", "tenantry recover show")
 	ops.exits(5, words("recover show"), "role_forbidden", "recovering")
 	out, log = admin.exits(0, words("recover show"), "recovering, since ", "restored, copied or rewritten", "an admin ends it", "app_forgotten  adopt",
-		"The tenant that the ownership tag names holds the app again", "pooled", "built", ", the oldest begun or found ")
+		"The tenant that the ownership tag names gets the app back", "pooled", "built", ", the oldest begun or found ")
 	harmless(t, out+log)
 	if !strings.Contains(log, "tenantry recover decide") || strings.Count(out, "app_unknown") != 3 {
 		t.Errorf("recover show prints\n%s%s\nwant the finding and each of its choices once", out, log)

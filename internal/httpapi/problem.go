@@ -87,14 +87,14 @@ func (s *server) writeProblem(w http.ResponseWriter, r *http.Request, err error)
 	writeJSON(w, p.Status, "application/problem+json", p)
 }
 
-// unknownInRecovery turns a tenant or app that is not there into one that may have been lost,
-// while the database is in recovery mode. A stale response stays as it is.
+// unknownInRecovery replaces "not found" of a tenant or app by ErrRecoveryUnknown while the database
+// is in recovery mode, since its row may be lost. A stale response stays as it is.
 func (s *server) unknownInRecovery(w http.ResponseWriter, r *http.Request, err error) error {
 	e, ok := errors.AsType[*tenant.Error](err)
 	if !ok || e.Kind != tenant.NotFound || e.Code != "tenant_not_found" && e.Code != "app_not_found" || w.Header().Get(staleHeader) != "" {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(r.Context(), time.Second) // of a database that hangs
+	ctx, cancel := context.WithTimeout(r.Context(), time.Second) // the database may hang
 	defer cancel()
 	if recovery, failed := s.DB.Recovery(ctx); failed != nil || !recovery.Active() {
 		return err

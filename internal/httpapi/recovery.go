@@ -50,7 +50,7 @@ const notRecovering tenant.RecoveryState = "none"
 
 // endsWhen says how recovery mode ends.
 var endsWhen = map[tenant.RecoveryState]string{
-	tenant.Watching:   "the replica that last renewed the control record serves this database, or nobody has renewed the record until watch_until",
+	tenant.Watching:   "the replica that last renewed the control record serves this database, or the record is not renewed until watch_until",
 	tenant.Recovering: "a report leaves no finding that waits for a decision, or an admin ends it",
 	tenant.Stopped:    "the replica that renews the control record moves to this database, or an admin takes over",
 }
@@ -158,7 +158,7 @@ type recoveryFindingBody struct {
 type choiceBody struct {
 	Choice  tenant.RepairAction `json:"choice"`
 	Effect  string              `json:"effect"`
-	Confirm string              `json:"confirm,omitempty"` // what must be typed; empty for a choice that can do no harm
+	Confirm string              `json:"confirm,omitempty"` // the id that must be typed; empty for a choice that can do no harm
 }
 
 type recoveryFindingsBody struct {
@@ -257,7 +257,7 @@ func (s *server) postDecision(w http.ResponseWriter, r *http.Request) error {
 	}
 	switch {
 	case body.Finding < 0 || (body.Finding == 0) == (body.Kind == ""):
-		return invalid("finding", "give the number of a finding, or a kind for all findings of it, and not both")
+		return invalid("finding", "give the number of a finding, or a kind to decide all findings of that kind, and not both")
 	case body.Kind != "" && !slices.Contains(tenant.FindingKinds, body.Kind):
 		return invalid("kind", "is not a kind of finding")
 	}
@@ -332,8 +332,8 @@ type removedBody struct {
 	Removing bool `json:"removing"`
 }
 
-// removeRetired removes retired apps. With before and without confirm it counts those that
-// would be removed, and changes nothing.
+// removeRetired removes retired apps. With before and without confirm it only counts the apps that
+// would be removed.
 func (s *server) removeRetired(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
@@ -343,7 +343,7 @@ func (s *server) removeRetired(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	if (body.AppID == "") == (body.Before == "") {
-		return invalid("app_id", "give the id of a retired app, or a time in before for all that were begun before it, and not both")
+		return invalid("app_id", "give the id of a retired app, or in before a time to remove all apps that were begun before that time, and not both")
 	}
 	f, b := tenant.RetiredFilter{AppID: tenant.AppID(body.AppID)}, removedBody{retiredCountBody: retiredCountBody{Count: 1}}
 	if body.Before != "" {

@@ -25,7 +25,7 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A Config is what the API is made of.
+// A Config has the dependencies of the API.
 type Config struct {
 	Service *provision.Service
 	DB      *postgres.DB
@@ -258,7 +258,7 @@ var openToReaders = map[string]bool{
 }
 
 var errReadOnly = tenant.Errorf(tenant.Forbidden, "read_only",
-	"this service is read-only (TENANTRY_READ_ONLY): it looks up tenants, apps, keys, callers and the audit log, and does nothing else")
+	"this service is read-only (TENANTRY_READ_ONLY): it serves only lookups of tenants, apps, keys, callers and the audit log")
 
 func bearerToken(r *http.Request) (tenant.Token, error) {
 	headers := r.Header.Values("Authorization")

@@ -120,7 +120,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 		return s.adoptTenant(w, r, id, body.Adopt, up)
 	}
 	if infoOf(r).caller.Role != tenant.Provisioner {
-		return tenant.Errorf(tenant.Forbidden, "role_forbidden", "this takes the role provisioner; the token's role is %s, which may only adopt", infoOf(r).caller.Role)
+		return tenant.Errorf(tenant.Forbidden, "role_forbidden", "requires role provisioner; this token has role %s, which may only adopt", infoOf(r).caller.Role)
 	}
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
 	ctx, cancel := waiting(w, r, prefer.wait)
@@ -146,7 +146,7 @@ func credentialsOf(key tenant.Key, secret tenant.Secret) *credentialsBody {
 }
 
 // respondSignedUp answers a sign-up with b, the body of t, to which it adds the
-// credentials of a tenant that is active unless they are there, or the caller is an admin.
+// credentials of an active tenant, unless b has them already or the caller is an admin.
 func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenant.Tenant, b tenantBody, created bool) error {
 	status := http.StatusOK
 	switch {

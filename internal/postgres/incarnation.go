@@ -15,27 +15,27 @@ import (
 
 // An incarnation is one uninterrupted life of the database. After a restart, failover,
 // restore or copy, rows may say `ready` for apps that have a tenant by now. Nothing can
-// prove that such an app is still free, so each statement that hands out an app, or begins
-// one, uses only the current incarnation. No replica's memory takes part in that.
+// prove that such an app is still free, so each statement that hands out or begins an app
+// uses only the current incarnation. It does not depend on the memory of a replica.
 
 // sameDatabase compares the fingerprint of the row of current_incarnation with the live
 // values. xmin differs from written_by if the row was loaded by a data-only restore.
 const sameDatabase = `server_started_at = pg_postmaster_start_time() AND apps_file = pg_relation_filepath('apps') AND xmin = written_by`
 
-// currentIncarnation is the current incarnation; null if the database is another than the
-// one that began it, or was stopped because another database is in use.
+// currentIncarnation is the current incarnation; null if the fingerprint of the database has
+// changed since it began, or if the database was stopped because another one is in use.
 const currentIncarnation = `(SELECT id FROM current_incarnation WHERE ` + sameDatabase + ` AND recovery IS DISTINCT FROM 'stopped')`
 
 // handOut is the CTE `incarnation` of a statement that hands out apps. A crash of one backend
 // restarts the server and keeps its fingerprint, so a hand-out must be on disk when it is
-// acknowledged: the CTE raises synchronous_commit from off to local.
+// acknowledged. The CTE raises synchronous_commit from off to local.
 const handOut = `incarnation AS MATERIALIZED (
 		SELECT id, CASE WHEN current_setting('synchronous_commit') = 'off' THEN set_config('synchronous_commit', 'local', true) END AS durable
 		FROM current_incarnation WHERE ` + sameDatabase + ` AND recovery IS DISTINCT FROM 'stopped'
 	)`
 
-// inRecovery says that the database is in recovery mode, watching that it is not known yet
-// whether another database is in use.
+// inRecovery says that the database is in recovery mode; watching says that it is not known
+// yet whether another database is in use.
 const (
 	inRecovery = `EXISTS (SELECT FROM current_incarnation WHERE recovery IS NOT NULL)`
 	watching   = `EXISTS (SELECT FROM current_incarnation WHERE recovery = 'watching')`
@@ -44,16 +44,16 @@ const (
 // written stamps a row version of current_incarnation. Every update of the table must set it.
 const written = `written_by = pg_current_xact_id()::xid`
 
-// recoveryProblem is what holds up work that waits for the end of recovery mode; null while
-// there is none.
+// recoveryProblem is the problem of work that waits for the end of recovery mode; null
+// outside recovery mode.
 const recoveryProblem = `(SELECT jsonb_build_object('code', 'recovery', 'since', recovery_since, 'detail', CASE recovery
 		WHEN 'watching' THEN 'the database is another than before; until it is known whether the other one is still in use, this waits'
 		WHEN 'stopped' THEN 'another database of this deployment is in use, and this one does no work at Clarifai'
 		ELSE 'the database is in recovery mode: what was lost must be decided first; see tenantry recover show' END)
 	FROM current_incarnation WHERE recovery IS NOT NULL)`
 
-// eventJump is how far ids of audit events jump at the beginning of an incarnation, so that
-// whoever follows them by id notices.
+// eventJump is how far the ids of audit events jump at the beginning of an incarnation, so
+// that clients which follow the log by id notice.
 const eventJump = 1_000_000
 
 type querier interface {
@@ -81,9 +81,8 @@ func (db *DB) Recovery(ctx context.Context) (tenant.Recovery, error) {
 	return r, translate("read recovery mode", err)
 }
 
-// ensureIncarnation starts the next incarnation if the database is another than the one
-// that began the current one. It reports tenant.ErrAnotherDatabase if this database was
-// stopped.
+// ensureIncarnation starts the next incarnation if the fingerprint of the database has
+// changed. It reports tenant.ErrAnotherDatabase if this database was stopped.
 func (db *DB) ensureIncarnation(ctx context.Context) error {
 	var same, stopped bool
 	err := db.pool.QueryRow(ctx, `SELECT `+sameDatabase+`, recovery IS NOT DISTINCT FROM 'stopped' FROM current_incarnation`).Scan(&same, &stopped)
@@ -101,20 +100,19 @@ func (db *DB) ensureIncarnation(ctx context.Context) error {
 
 // A cause is why the next incarnation starts. The zero cause is a new fingerprint.
 type cause struct {
-	of     uuid.UUID // the incarnation that ends; without a new fingerprint nothing happens if it has ended
+	of     uuid.UUID // the incarnation that ends; if it has ended already, nothing happens without a new fingerprint
 	reason string
 	lost   string // what shows that transactions were lost; empty if nothing does
 	event  int64  // the highest id of an audit event that is known; 0 for none
 	actor  tenant.Actor
 }
 
-// lockTimeout bounds how long sign-ups queue behind the start of an incarnation that waits
-// for another transaction.
+// lockTimeout is the maximum time that sign-ups queue behind the start of an incarnation,
+// which waits for other transactions.
 const lockTimeout = `SET LOCAL lock_timeout = '2s'`
 
-// nextIncarnation starts the next incarnation, in recovery mode, and reports whether it did:
-// another replica may have been first. Without a new fingerprint it waits for the hand-outs
-// that are in flight.
+// nextIncarnation starts the next incarnation, in recovery mode. It reports false if another
+// replica was first. Without a new fingerprint it waits for hand-outs in flight.
 func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err error) {
 	start := func(tx pgx.Tx) error {
 		began = false
@@ -141,7 +139,7 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 		switch {
 		case same:
 		case server:
-			reason = "the database server was restarted, was replaced in a failover, or is another one"
+			reason = "the database server was restarted, failed over or replaced"
 		case file:
 			reason = "the database, or its table apps, was restored, copied or rewritten"
 		default:
@@ -153,7 +151,7 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 	for {
 		err = pgx.BeginFunc(ctx, db.pool, start)
 		pg, ok := errors.AsType[*pgconn.PgError](err)
-		if !ok || pg.Code != "55P03" || ctx.Err() != nil { // lock_not_available: let those who wait go on, and try again
+		if !ok || pg.Code != "55P03" || ctx.Err() != nil { // lock_not_available: let waiting transactions continue, and retry
 			break
 		}
 	}
@@ -182,7 +180,7 @@ func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, re
 		FROM next RETURNING c.id`, reason, c.lost, db.recoveryWatch).Scan(&next); err != nil {
 		return err
 	}
-	// The clock of another server may be behind: what was reserved there must not hold up calls here.
+	// The clock of the server before may have been ahead: its reservations must not delay calls.
 	if _, err := tx.Exec(ctx, `
 		UPDATE upstream_budget SET next_slot_at = least(next_slot_at, clock_timestamp() + interval '1 second'),
 			paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
@@ -192,8 +190,8 @@ func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, re
 	return audit(ctx, tx, c.actor, event{action: "incarnation.began", detail: map[string]any{"id": next, "after": was, "reason": reason, "lost": c.lost}})
 }
 
-// reportLoss records that transactions which a replica has seen are not in the database. In
-// the incarnation that they were seen in this starts the next one.
+// reportLoss records that transactions which a replica has seen are missing. If they were
+// seen in the current incarnation, it starts the next one.
 func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) error {
 	lost := fmt.Sprintf("audit event %d was read by a replica and is not in the database", event)
 	began, err := db.nextIncarnation(ctx, cause{of: seenIn, reason: "the database was rolled back", lost: lost, event: event})
@@ -213,8 +211,8 @@ func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) err
 // replicaTimeout is how long a replica counts as alive after it was last seen.
 const replicaTimeout = 15 * time.Second
 
-// Beat registers this replica, starts the next incarnation if the database is another than
-// before, and returns how things stand.
+// Beat registers this replica, starts the next incarnation if the fingerprint of the database
+// has changed, and returns the state of recovery.
 func (db *DB) Beat(ctx context.Context, version string) (tenant.Beat, error) {
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return tenant.Beat{}, err
@@ -241,8 +239,8 @@ func (db *DB) Leave(ctx context.Context) (last bool, err error) {
 }
 
 // RetireApps marks the unassigned apps of earlier incarnations as retired: they are never
-// handed out, and never removed unless somebody names them. An app that a worker is at ends
-// so by itself. It returns how many it marked.
+// handed out, and removed only if a person names them. It skips an app that a worker has
+// leased: that worker retires it. It returns the number of marked apps.
 func (db *DB) RetireApps(ctx context.Context) (int, error) {
 	var n int
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {

@@ -17,8 +17,8 @@ type AdoptRequest struct {
 	UserID UserID
 	Key    Secret // that opens the app; unset if one is to be made
 	DryRun bool   // look, and change nothing
-	// ByAdmin says that an admin asks: the key is no longer needed as a proof that an app which
-	// Tenantry made is the tenant's.
+	// ByAdmin says that an admin adopts. An admin needs no key as a proof that an app of Tenantry
+	// belongs to the tenant.
 	ByAdmin bool
 }
 
@@ -118,7 +118,7 @@ type LeasedAdoption struct {
 	Ciphertext  []byte // of the key that was given, sealed for ID; nil for none
 	RequestedBy Actor
 	ByAdmin     bool // as AdoptRequest.ByAdmin
-	Reserved    bool // the app is reserved for it, and may have its ownership tag
+	Reserved    bool // the app is reserved for this adoption, which may have written the ownership tag
 	Attempts    int
 	LeasedUntil time.Time // as App.LeasedUntil
 }

@@ -107,7 +107,7 @@ const (
 	EndSuspended   EndReason = "suspended"
 	EndDeleted     EndReason = "deleted" // its tenant was
 	EndQuarantined EndReason = "quarantined"
-	EndDead        EndReason = "dead"    // the key that it was to replace works no longer
+	EndDead        EndReason = "dead"    // the key that it was to replace is dead
 	EndUnclear     EndReason = "unclear" // the answer of the call that made it was lost
 )
 
@@ -335,7 +335,8 @@ type Suspect struct {
 	AppID       AppID
 }
 
-// An UnknownKey is a leaked key that no row knows: the key itself is asked for its app.
+// An UnknownKey is a leaked key that has no row. A worker asks Clarifai, with the key itself, which
+// app it opens.
 type UnknownKey struct {
 	ID          uuid.UUID
 	Ciphertext  []byte
@@ -343,11 +344,11 @@ type UnknownKey struct {
 	State       UnknownKeyState
 	RequestedBy Actor
 	Attempts    int
-	Problem     *Problem // why it was refused, or the last attempt failed
+	Problem     *Problem // why it was refused, or why the last attempt failed
 	LeasedUntil time.Time
 }
 
-// An UnknownKeyState is where the quarantine of an unknown key stands.
+// An UnknownKeyState is the state of the quarantine of an unknown key.
 type UnknownKeyState string
 
 // The states. Done means that the key has a row, and is being revoked.
@@ -357,8 +358,8 @@ const (
 	UnknownRefused  UnknownKeyState = "refused"
 )
 
-// UnknownKeyChannel is what wakes those who wait for the quarantine of an unknown key: no id
-// of a tenant has a slash.
+// UnknownKeyChannel is the id that notifies requests which wait for the quarantine of an unknown
+// key. It cannot be a tenant, since tenant ids have no slash.
 func UnknownKeyChannel(fingerprint []byte) ID {
 	return ID("/quarantine/" + hex.EncodeToString(fingerprint))
 }

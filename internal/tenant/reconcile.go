@@ -57,22 +57,22 @@ type FindingKind string
 
 // The kinds of finding.
 const (
-	FoundAppUnknown   FindingKind = "app_unknown"     // our marker, no row: the database is behind
-	FoundAppForgotten FindingKind = "app_forgotten"   // the marker names a tenant, the row none: the database is behind
-	FoundAppDiffers   FindingKind = "app_differs"     // marker and row name two tenants
+	FoundAppUnknown   FindingKind = "app_unknown"     // our ownership tag, no row: the database is behind
+	FoundAppForgotten FindingKind = "app_forgotten"   // the tag names a tenant, the row none: the database is behind
+	FoundAppDiffers   FindingKind = "app_differs"     // tag and row name two tenants
 	FoundAppAlive     FindingKind = "app_alive"       // the row says that it was removed
 	FoundAppGone      FindingKind = "app_gone"        // the row says that it is there
 	FoundAppRenamed   FindingKind = "app_renamed"     // it has another id than the one it was made with
-	FoundAppUnmarked  FindingKind = "app_unmarked"    // it has lost its marker
+	FoundAppUnmarked  FindingKind = "app_unmarked"    // it has lost its tag
 	FoundPurge        FindingKind = "purge_contested" // an app is to be removed, and its tag or an unknown key says that it may be in use
-	FoundKeyUnknown   FindingKind = "key_unknown"     // our marker, no row: the database is behind
-	FoundKeyContested FindingKind = "key_contested"   // the same, of a tenant that the rows call suspended or deleting
+	FoundKeyUnknown   FindingKind = "key_unknown"     // our ownership tag, no row: the database is behind
+	FoundKeyContested FindingKind = "key_contested"   // the same, and the rows say that the tenant is suspended or deleting
 	FoundKeyAlive     FindingKind = "key_alive"       // the row says that it was revoked or lost
 	FoundKeyGone      FindingKind = "key_gone"        // the row says that it works
 	FoundKeyLost      FindingKind = "key_lost"        // may work and cannot be addressed: an operator must remove it
 	FoundKeyDrifted   FindingKind = "key_drifted"     // other scopes than the row's
 	FoundKeyUnmanaged FindingKind = "key_unmanaged"   // on an app of ours, and not of our making
-	FoundInDoubt      FindingKind = "in_doubt"        // a call's outcome has been unknown for long; workers are at it
+	FoundInDoubt      FindingKind = "in_doubt"        // a call's outcome has been unknown for long; workers retry
 )
 
 // FindingKinds lists every kind of finding.
@@ -82,7 +82,7 @@ var FindingKinds = []FindingKind{FoundAppUnknown, FoundAppForgotten, FoundAppDif
 // A RepairAction is what a repair does about a finding.
 type RepairAction string
 
-// The actions of a repair that a report proposes. The empty action is for people to carry out.
+// The actions that a report proposes for a repair. Without an action, a person must fix the difference.
 const (
 	Remove  RepairAction = "remove"  // an app whose row says that it is gone
 	Revoke  RepairAction = "revoke"  // a key whose row says that it is revoked
@@ -98,23 +98,23 @@ const (
 // The choices of a decision. A decided finding has its choice as its action.
 const (
 	Keep            RepairAction = "keep"       // leave things as they are
-	Adopt           RepairAction = "adopt"      // write down what is there upstream
+	Adopt           RepairAction = "adopt"      // record what Clarifai has
 	EndUnknownKey   RepairAction = "end-key"    // an unknown key
-	MakeKey         RepairAction = "new-key"    // in place of one that is dead
-	SuspendTenant   RepairAction = "suspend"    // the tenant, as it may have been before
+	MakeKey         RepairAction = "new-key"    // in place of a dead key
+	SuspendTenant   RepairAction = "suspend"    // the tenant, which may have been suspended before the loss
 	ResumeTenant    RepairAction = "resume"     // the tenant, with the key that was found
-	MakeApp         RepairAction = "new-app"    // in place of one that is gone
+	MakeApp         RepairAction = "new-app"    // in place of an app that is gone
 	RestoreTenant   RepairAction = "restore"    // the tenant whose app was about to be removed
-	RemoveContested RepairAction = "remove-app" // although it may be in use
+	RemoveContested RepairAction = "remove-app" // although the app may be in use
 	OverwriteTag    RepairAction = "overwrite"  // the tenant in the app's ownership tag
 )
 
-// A Choice is what can be decided about a finding.
+// A Choice is one possible decision about a finding.
 type Choice struct {
 	Name   RepairAction
 	Effect string // a sentence
-	// Typed says that the choice can do harm: whoever makes it must type the id of the
-	// finding's tenant, or of its app if it names none.
+	// Typed says that the choice can do harm: the person who makes it must type the id of the
+	// finding's tenant, or of its app if the finding names no tenant.
 	Typed bool
 }
 
@@ -124,29 +124,29 @@ func (k FindingKind) Choices() []Choice {
 	switch k {
 	case FoundAppUnknown, FoundAppForgotten:
 		return []Choice{
-			{Name: Adopt, Effect: "The tenant that the ownership tag names holds the app again, with the live keys that are found; without one it is suspended."}, keep}
+			{Name: Adopt, Effect: "The tenant that the ownership tag names gets the app back, with the live keys that are found. If no live key is found, the tenant is suspended."}, keep}
 	case FoundAppDiffers:
 		return []Choice{
-			{Name: SuspendTenant, Effect: "Suspends the tenant that the rows name: its keys die, app and data stay."}, keep,
-			{Name: OverwriteTag, Typed: true, Effect: "The tenant that the rows name keeps the app, and its key is shown again. If the ownership tag was right, two tenants share it."}}
+			{Name: SuspendTenant, Effect: "Suspends the tenant that the rows name: its keys are revoked, app and data stay."}, keep,
+			{Name: OverwriteTag, Typed: true, Effect: "The tenant that the rows name keeps the app, and its key is shown again. If the ownership tag was right, two tenants share the app."}}
 	case FoundKeyUnknown:
 		return []Choice{
-			{Name: Adopt, Effect: "The key becomes a key of the tenant. A dead key of the rows is replaced by it."},
-			{Name: EndUnknownKey, Effect: "The key dies. The tenant's other keys stay."}, keep}
+			{Name: Adopt, Effect: "The key becomes a key of the tenant, and replaces a dead key in the rows."},
+			{Name: EndUnknownKey, Effect: "Revokes the key. The tenant's other keys stay."}, keep}
 	case FoundKeyContested:
 		return []Choice{
 			{Name: ResumeTenant, Effect: "The tenant is active again, with this key."},
-			{Name: EndUnknownKey, Effect: "The key dies. The tenant stays as the rows have it."}, keep}
+			{Name: EndUnknownKey, Effect: "Revokes the key. The tenant keeps the state that the rows have."}, keep}
 	case FoundKeyGone:
 		return []Choice{
-			{Name: SuspendTenant, Effect: "Suspends the tenant, as it may have been before the loss. `resume` makes new keys."}, keep,
-			{Name: MakeKey, Typed: true, Effect: "Makes a new key. If the tenant had been suspended, it has access again."}}
+			{Name: SuspendTenant, Effect: "Suspends the tenant, which may have been suspended before the loss. `resume` creates new keys."}, keep,
+			{Name: MakeKey, Typed: true, Effect: "Creates a new key. If the tenant had been suspended, it has access again."}}
 	case FoundAppGone:
 		return []Choice{keep,
-			{Name: MakeApp, Typed: true, Effect: "The tenant gets another, empty app. If it had been deleted, it exists again."}}
+			{Name: MakeApp, Typed: true, Effect: "The tenant gets a new, empty app. If the tenant had been deleted, it exists again."}}
 	case FoundPurge:
 		return []Choice{
-			{Name: RestoreTenant, Effect: "The tenant is suspended instead of removed: app and data stay, and `resume` makes keys."}, keep,
+			{Name: RestoreTenant, Effect: "Suspends the tenant instead of removing its app: app and data stay, and `resume` creates new keys."}, keep,
 			{Name: RemoveContested, Typed: true, Effect: "Removes the app with its data and all its keys, for good."}}
 	}
 	return nil
@@ -172,7 +172,7 @@ type FindingState string
 const (
 	FindingDoubted FindingState = "doubted" // not in the listing; to be looked for
 	FindingOpen    FindingState = "open"
-	FindingDecided FindingState = "decided" // somebody has decided; it is about to be carried out
+	FindingDecided FindingState = "decided" // the decision waits to be carried out
 	FindingDone    FindingState = "done"
 	FindingSkipped FindingState = "skipped" // it was so no longer when it was to be repaired
 	FindingFailed  FindingState = "failed"
@@ -204,7 +204,7 @@ type AdoptedApp struct {
 	Profile string
 	Owner   AppOwner // zero for an app that no tenant is known to have
 	Keys    []AdoptedKey
-	// PurgeAfter is when the app is removed, as its marker says; zero if it is not.
+	// PurgeAfter is when the app is removed, by its ownership tag; zero if it is not.
 	PurgeAfter time.Time
 	// NewKey is the row of the key that its tenant resumes with if none of Keys can be used.
 	NewKey NewKeyRow

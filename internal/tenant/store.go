@@ -108,8 +108,8 @@ type SlotRequest struct {
 	// ChecksPAT says that the call asks whether the PAT is still refused: others
 	// are not made with a PAT that is.
 	ChecksPAT bool
-	// Control says that the call reads or writes the control record: it is made by a stopped
-	// database too.
+	// Control says that the call reads or writes the control record. A stopped database makes
+	// such calls, too.
 	Control bool
 	// ProbeTimeout is when a probe that nobody has heard of again counts as failed.
 	ProbeTimeout time.Duration

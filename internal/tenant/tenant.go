@@ -155,15 +155,15 @@ type App struct {
 	Marked bool
 	// Current says that this incarnation of the database began the app.
 	Current bool
-	// PurgeAfter is when the app of a deleted tenant is removed, TaggedPurgeAfter what its
-	// marker was last written with; zero for none. With Tagging the marker may say
-	// TaggingPurgeAfter instead: the outcome of writing it is not known.
+	// PurgeAfter is when the app of a deleted tenant is removed. TaggedPurgeAfter is the time in
+	// its ownership tag, as last written. With Tagging the tag may have TaggingPurgeAfter instead,
+	// since the outcome of writing it is unknown. Zero is no removal.
 	PurgeAfter, TaggedPurgeAfter, TaggingPurgeAfter time.Time
 	Tagging                                         bool
-	// EndUnknownKeys says that a command ended the tenant's keys, and that keys at Clarifai
-	// that have our marker and no row are to be ended too.
+	// EndUnknownKeys says that a command ended the tenant's keys, and that keys at Clarifai with
+	// our ownership tag and without a row must be ended too.
 	EndUnknownKeys bool
-	// RemovalConfirmed says that a person named the app and had it removed.
+	// RemovalConfirmed says that a person named the app for removal.
 	RemovalConfirmed bool
 	// MarkerKey is which key of the keyset sealed the tenant in the marker that was
 	// just written; nil where none was.

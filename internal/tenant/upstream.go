@@ -16,16 +16,16 @@ type Marker struct {
 	// Tenant is the sealed id and generation of the tenant that the app was given
 	// to; empty until then.
 	Tenant string `json:"tenant,omitempty"`
-	// Incarnation is the incarnation of the database that last wrote the marker.
+	// Incarnation is the incarnation of the database that last wrote the tag.
 	Incarnation string `json:"incarnation,omitempty"`
-	// PurgeAfter is when the app of a deleted tenant is removed; empty otherwise. It is
-	// always written, since metadata is merged.
+	// PurgeAfter is when the app of a deleted tenant is removed; empty otherwise. It is always
+	// written, since Clarifai merges metadata.
 	PurgeAfter string `json:"purge_after"`
 	// Control is set in the one app whose metadata is the control record.
 	Control *ControlRecord `json:"control,omitempty"`
 }
 
-// PurgeTag is a time as a marker's PurgeAfter has it; the zero time is empty.
+// PurgeTag formats a time for Marker.PurgeAfter; the zero time is empty.
 func PurgeTag(t time.Time) string {
 	if t.IsZero() {
 		return ""
@@ -51,7 +51,7 @@ type UpstreamApp struct {
 	ID     AppID
 	UserID UserID
 	Marker *Marker // nil when the app has none: it is not ours
-	Inputs *int    // nil where Clarifai does not say
+	Inputs *int    // nil if Clarifai does not say
 }
 
 // A Page is a page of a listing, counted from 1. A page after the last is empty.
