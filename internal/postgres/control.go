@@ -178,7 +178,7 @@ func moveRecovery(ctx context.Context, tx pgx.Tx, was tenant.Recovery, to tenant
 	is, err := scanRecovery(tx.QueryRow(ctx, `
 		UPDATE current_incarnation
 		SET recovery = nullif($1, ''), recovery_since = CASE WHEN $1 <> '' THEN coalesce(recovery_since, now()) END, `+written+`,
-			lost = CASE WHEN $1 = '' THEN '' WHEN lost = '' THEN $2 ELSE lost END, record_renewals = 0,
+			lost = CASE WHEN $1 = '' THEN '' WHEN lost = '' AND $1 <> 'stopped' THEN $2 ELSE lost END, record_renewals = 0,
 			watch_until = NULL, claim_record = $1 <> 'stopped' AND (claim_record OR recovery IN ('watching', 'stopped')),
 			control_due_at = CASE WHEN $1 = 'stopped' THEN control_due_at ELSE '-infinity' END
 		RETURNING `+recoveryColumns, to, why))
@@ -240,9 +240,9 @@ func (db *DB) EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recov
 			return was, nil
 		case tenant.Watching:
 			return was, tenant.Errorf(tenant.Conflict, "recovery_watching",
-				"it is not known yet whether another database is in use; wait until %s, or use take-over if you are sure that none is", was.WatchUntil.UTC().Format(time.RFC3339))
+				"it is not known until %s whether another database is in use; see docs/recovery.md", was.WatchUntil.UTC().Format(time.RFC3339))
 		case tenant.Stopped:
-			return was, tenant.Errorf(tenant.Conflict, "another_database", "another database is in use: stop it, then use take-over")
+			return was, tenant.Errorf(tenant.Conflict, "another_database", "another database of this deployment is in use; see docs/recovery.md")
 		}
 		return moveRecovery(ctx, tx, was, tenant.NotRecovering, actor, "ended by hand")
 	})

@@ -122,7 +122,7 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 }
 
 // StartDueReport begins a report if the last is older than every, or if the database is
-// recovering and there is none since. It reports whether it did.
+// recovering and there is none since, or none of its findings waits for a decision. It reports whether it did.
 func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
 	var due bool
 	if err := db.pool.QueryRow(ctx, `
@@ -130,11 +130,13 @@ func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Durat
 			NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
 			AND CASE c.recovery
 				WHEN 'recovering' THEN last.created_at IS NULL OR last.created_at < c.recovery_since OR last.kind = 'repair'
+					OR last.state = 'done' AND NOT EXISTS (
+						SELECT FROM reconciliation_items WHERE reconciliation_id = last.id AND action = 'decide' AND state = 'open')
 				WHEN 'watching' THEN false
 				WHEN 'stopped' THEN false
 				ELSE greatest(d.created_at, last.created_at) < now() - $1::interval END, false)
 		FROM current_incarnation c, deployment d LEFT JOIN LATERAL (
-			SELECT created_at, kind FROM reconciliations ORDER BY created_at DESC LIMIT 1) last ON true`,
+			SELECT id, created_at, kind, state FROM reconciliations ORDER BY created_at DESC LIMIT 1) last ON true`,
 		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return false, translate("look for a due report", err)
 	}
@@ -259,9 +261,9 @@ func (db *DB) underLease(ctx context.Context, what string, r tenant.Reconciliati
 }
 
 // SawApps keeps a page of the list of apps, compares it with the rows and turns to the next
-// page. The newest apps come first, and their findings show before the report is done. An
-// empty page is the last.
-func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error {
+// page, or after the last to the keys. The newest apps come first, and their findings show
+// before the report is done.
+func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp, last bool) error {
 	return db.underLease(ctx, "keep list of apps", r, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
 		ids := make([]tenant.AppID, len(apps))
@@ -285,9 +287,9 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 			ON CONFLICT (id) DO NOTHING`, r.ID, ids, tenant.DefaultProfile)
 		batch.Queue(`
 			UPDATE reconciliations
-			SET apps_seen = apps_seen + $2, page = CASE WHEN $2 = 0 THEN 1 ELSE page + 1 END,
-				phase = CASE WHEN $2 = 0 THEN 'keys' ELSE phase END
-			WHERE id = $1`, r.ID, len(apps))
+			SET apps_seen = apps_seen + $2, page = CASE WHEN $3 THEN 1 ELSE page + 1 END,
+				phase = CASE WHEN $3 THEN 'keys' ELSE phase END
+			WHERE id = $1`, r.ID, len(apps), last)
 		return tx.SendBatch(ctx, batch).Close()
 	})
 }

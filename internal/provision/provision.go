@@ -128,7 +128,7 @@ type Store interface {
 	DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error
 	EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error)
 	SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error)
-	SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error
+	SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp, last bool) error
 	SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error
 	Compare(ctx context.Context, r tenant.Reconciliation) error
 	TurnTo(ctx context.Context, r tenant.Reconciliation, phase tenant.ReconciliationPhase) error

@@ -123,16 +123,18 @@ func (s *Service) listApps(ctx context.Context, r tenant.Reconciliation) error {
 	if err != nil {
 		return s.smallerPages(ctx, r, err)
 	}
-	listed := make([]tenant.ListedApp, len(apps))
-	for i, a := range apps {
-		listed[i].ID, listed[i].Inputs = a.ID, a.Inputs
-		if a.Marker == nil || a.Marker.Deployment != s.Deployment.ID || a.Marker.Control != nil {
-			continue
+	listed := make([]tenant.ListedApp, 0, len(apps))
+	for _, a := range apps {
+		l := tenant.ListedApp{ID: a.ID, Inputs: a.Inputs}
+		if a.Marker != nil && a.Marker.Deployment == s.Deployment.ID {
+			if a.Marker.Control != nil {
+				continue
+			}
+			l.Marker, l.Owner = a.Marker.App, s.ownerOf(*a.Marker)
 		}
-		listed[i].Marker = a.Marker.App
-		listed[i].Owner = s.ownerOf(*a.Marker)
+		listed = append(listed, l)
 	}
-	return s.Store.SawApps(ctx, r, listed)
+	return s.Store.SawApps(ctx, r, listed, len(apps) == 0)
 }
 
 // smallerPages has a list go on in smaller pages if Clarifai did not send one in time, or sent

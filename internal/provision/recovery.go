@@ -67,7 +67,7 @@ func (s *Service) logRecovery(is tenant.Recovery) {
 	case tenant.Recovering:
 		s.Log.Error("recovery mode: transactions were lost; run `tenantry recover show`", append(fields, zap.String("lost", is.Lost))...)
 	case tenant.Stopped:
-		s.Log.Error("another database is in use: no upstream work is done here; stop one of the two, see docs/recovery.md", fields...)
+		s.Log.Error("another database is in use: no work is done at Clarifai here; if this database is a copy, stop this service or set TENANTRY_READ_ONLY=true; see docs/recovery.md", fields...)
 	case tenant.NotRecovering:
 		s.Log.Info("recovery mode has ended", fields...)
 	}

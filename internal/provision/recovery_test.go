@@ -158,6 +158,29 @@ func TestRestoredDatabase(t *testing.T) {
 	}
 }
 
+// Recovery mode ends by itself after the last finding was kept, too.
+func TestKeepEndsRecovery(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{}))
+	controlRecorded(t, r)
+	dump := pgtest.Dump(t, w.URL)
+	app := signUp(t, r, "lost").AppID
+	marked(t, w)
+	r.Stop()
+
+	w = on(w, pgtest.Restore(t, dump))
+	r = w.Start(control(provisiontest.Options{}))
+	if got := kindsOf(undecided(t, r)); !slices.Equal(got, []string{"app_unknown"}) {
+		t.Fatalf("the report found %v", got)
+	}
+	decide(t, r, tenant.FoundAppUnknown, tenant.Keep)
+	inState(t, r, tenant.NotRecovering)
+	if keysOpening(t, w, app) != 1 {
+		t.Error("the key of the tenant that was lost works no longer")
+	}
+}
+
 // The last sign-up before a loss, whose app is not tagged yet, keeps its app and key for
 // itself, whatever is done about the recovery.
 func TestUntaggedHandOutIsLost(t *testing.T) {
@@ -221,6 +244,9 @@ func TestRebuiltFromNothing(t *testing.T) {
 			r = w.Start(control(provisiontest.Options{}))
 			if found := undecided(t, r); len(found) != 3 {
 				t.Errorf("the report found %v; want 3 unknown apps", kindsOf(found))
+			}
+			if last, err := r.DB.LastReport(t.Context()); err != nil || last.ForeignApps != 1 { // without that of the control record
+				t.Errorf("the report counts %d foreign apps, %v; want 1", last.ForeignApps, err)
 			}
 			decide(t, r, tenant.FoundAppUnknown, tenant.Adopt)
 			inState(t, r, tenant.NotRecovering)

@@ -363,9 +363,9 @@ func (s watchedStore) EndReconciliation(ctx context.Context, r tenant.Reconcilia
 	return s.Store.EndReconciliation(ctx, r)
 }
 
-func (s watchedStore) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp) error {
+func (s watchedStore) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp, last bool) error {
 	defer s.returned()
-	return s.Store.SawApps(ctx, r, apps)
+	return s.Store.SawApps(ctx, r, apps, last)
 }
 
 func (s watchedStore) SawKeys(ctx context.Context, r tenant.Reconciliation, keys []tenant.ListedKey) error {

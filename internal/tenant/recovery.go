@@ -114,8 +114,7 @@ type RetiredCount struct {
 // ErrAnotherDatabase is returned for requests that need upstream work while another
 // database renews the control record.
 var ErrAnotherDatabase = &Error{Kind: Unavailable, Code: "another_database", RetryAfter: time.Minute,
-	Detail: "another database of this deployment is in use, so this one does no work at Clarifai: stop the copy, " +
-		"or give this side the role with `tenantry recover take-over`"}
+	Detail: "another database of this deployment is in use, so this one does no work at Clarifai; see `tenantry recover show`"}
 
 // ErrRecoveryUnknown is returned instead of "not found" in recovery mode: what is not in the
 // rows may have been lost.
