@@ -132,7 +132,8 @@ func (k FindingKind) Choices() []Choice {
 	case FoundKeyUnknown:
 		return []Choice{
 			{Name: Adopt, Effect: "The key becomes a key of the tenant, and replaces a dead key in the rows."},
-			{Name: EndUnknownKey, Effect: "Revokes the key. The tenant's other keys stay."}, keep}
+			keep,
+			{Name: EndUnknownKey, Typed: true, Effect: "Revokes the key. If the tenant uses it, the tenant has no access until it gets another key."}}
 	case FoundKeyContested:
 		return []Choice{
 			{Name: ResumeTenant, Effect: "The tenant is active again, with this key."},
