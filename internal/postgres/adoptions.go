@@ -14,8 +14,8 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// dueAdoption selects the adoptions that there is work on. They wait until it is known that no
-// other database is in use.
+// dueAdoption selects the adoptions that there is work on. Adoptions wait until it is known that
+// no other database is in use.
 const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + watching
 
 const adoptionColumns = `a.id, a.tenant_id, a.app_id, coalesce(a.app_user_id, ''), a.dry_run, a.state, a.created_at,
@@ -141,8 +141,8 @@ func adoptionJob(id uuid.UUID) river.InsertManyParams {
 	return river.InsertManyParams{Args: tenant.AdoptionJob{AdoptionID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}}
 }
 
-// unclaimed reports tenant.Conflict for an app that the database knows, unless it is retired:
-// R1 never gives it to a second tenant.
+// unclaimed reports tenant.Conflict for an app that the database knows, unless it is retired: by R1
+// no app is given to a second tenant.
 func unclaimed(ctx context.Context, tx pgx.Tx, id tenant.AppID, by tenant.ID) error {
 	var state tenant.AppState
 	var owner tenant.ID
@@ -195,8 +195,8 @@ func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Durati
 	return a, translate("lease adoption", err)
 }
 
-// ReserveAdoption reserves the app of a leased adoption for it: until it ends no other may
-// write the app's ownership tag. It reports false if another has the reservation.
+// ReserveAdoption reserves the app of a leased adoption. Until that adoption ends, no other
+// adoption may write the app's ownership tag. It reports false if another one has the reservation.
 func (db *DB) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error) {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE adoptions SET reserved = true, updated_at = now() WHERE id = $1 AND leased_until = $2 AND state = 'checking'`, a.ID, a.LeasedUntil)
@@ -363,7 +363,7 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		return []keyInLane{{a.ID, tenant.Normal}}, audit(ctx, tx, actor, e)
 	}
 	e.key = key.ID
-	// Of a retired app the rows may know the key already, and others that may be dead.
+	// A retired app may have rows of this key already, and of other keys that may be dead.
 	if _, err := tx.Exec(ctx, `
 		UPDATE keys SET state = 'retiring', retires_at = now(), end_reason = 'rotated', updated_at = now()
 		WHERE app_id = $1 AND name = $2 AND state = 'active' AND fingerprint <> $3`, a.AppID, tenant.DefaultKey, key.Fingerprint); err != nil {
@@ -374,7 +374,7 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 	if err != nil {
 		return nil, err
 	}
-	// What was being made when the rows were copied was made since.
+	// A key that was being created when the rows were copied has been created since.
 	tag, err := tx.Exec(ctx, `
 		UPDATE keys SET name = $3, scopes = $4, state = 'active', ciphertext = $5, fingerprint = $6, hint = $7, activated_at = now(), problem = NULL,
 			in_doubt_since = NULL, attempts = 0, leased_until = '-infinity', updated_at = now()
@@ -395,7 +395,7 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		return nil, err
 	}
 	if err != nil || tag.RowsAffected() == 0 {
-		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry holds this key already, for another app, or has ended it")
+		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry has this key already, for another app, or has ended it")
 	}
 	return ended, audit(ctx, tx, actor, e)
 }

@@ -12,9 +12,9 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// dueApp selects the apps that there is work on. Of earlier incarnations only apps of tenants
-// are worked on, and none is removed in recovery mode unless a person named it. The first
-// build waits until the control record exists.
+// dueApp selects the apps that there is work on. Apps of earlier incarnations are worked on only
+// if they have a tenant, and in recovery mode no app is removed unless a person named it. The
+// first build waits until the control record exists.
 const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 	WHEN 'building' THEN incarnation = ` + currentIncarnation + ` AND EXISTS (SELECT FROM current_incarnation
 		WHERE control_seen_at IS NOT NULL OR control_problem IS NOT NULL OR recovery IS NOT NULL)
@@ -24,16 +24,16 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 	WHEN 'ready' THEN incarnation = ` + currentIncarnation + ` AND coalesce(proven_at, ready_at) < now() - ` + poolAge + `
 	ELSE false END`
 
-// mayRemove says of an app that is to be removed that it may be now.
+// mayRemove says of an app that is to be removed that the removal may start now.
 const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	WHEN tenant_id IS NULL THEN false
 	ELSE removal_confirmed OR NOT ` + inRecovery + ` END`
 
-// untagged says of a retained app that its ownership tag does not say yet when it is removed.
+// untagged says of a retained app that its ownership tag does not have the time of the removal yet.
 const untagged = `(user_id IS NULL AND (tagging OR tagged_purge_after IS DISTINCT FROM purge_after))`
 
-// duePurge says of a retained app that its retention has ended, and that its ownership tag says
-// when: the removal begins with a look at both.
+// duePurge says of a retained app that its retention has ended, and that its ownership tag has
+// the time of the removal: the removal begins with a check of both.
 const duePurge = `(purge_after <= now() AND (removal_confirmed OR NOT ` + untagged + `) AND ` + mayRemove + `)`
 
 // LeaseApp takes an app that there is work on, for at most lease. It reports
@@ -41,7 +41,7 @@ const duePurge = `(purge_after <= now() AND (removal_confirmed OR NOT ` + untagg
 func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
 	var a tenant.App
 	var keyID *uuid.UUID
-	var keyInDoubt, current *bool // current is null if the database is another than before
+	var keyInDoubt, current *bool // current is null if the fingerprint of the database has changed
 	var purge, tagged, tagging *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
@@ -170,8 +170,8 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
-// BeginTag records the intent to write when a leased app is removed into its marker: until
-// AppMarked the marker may say so, or what it said before.
+// BeginTag records the intent to write the time of the removal into the ownership tag of a
+// leased app. Until AppMarked the tag may have the new time or the previous one.
 func (db *DB) BeginTag(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps SET tagged_purge_after = $3, tagging = true, tagging_purge_after = $4, updated_at = now()
@@ -180,10 +180,10 @@ func (db *DB) BeginTag(ctx context.Context, a tenant.App) error {
 	return oneRow("begin to tag app", tag, err)
 }
 
-// AppMarked records that the marker of a leased app names its tenant and when it is
-// removed, or that it need not.
+// AppMarked records that the ownership tag of a leased app names its tenant and the time of
+// the removal, or that no tag is needed.
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
-	// Keys of a tenant that was restored wait for the marker.
+	// Keys of a restored tenant wait for the tag.
 	var keys []keyInLane
 	rows, _ := db.pool.Query(ctx, `
 		WITH marked AS (
@@ -266,7 +266,7 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 	return oneRow("abandon app", tag, err)
 }
 
-// RetireApp takes the app of a leased build out of use.
+// RetireApp marks the app of a leased build as retired.
 func (db *DB) RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error {
 	tag, err := db.pool.Exec(ctx, `
 		WITH retired AS (
@@ -280,7 +280,7 @@ func (db *DB) RetireApp(ctx context.Context, a tenant.App, reason string, actor 
 	return oneRow("retire app", tag, err)
 }
 
-// UnknownKeys returns those of the keys found at an app that no row knows.
+// UnknownKeys returns the keys, of those found at an app, that have no row.
 func (db *DB) UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT f.id FROM unnest($2::uuid[]) AS f (id) WHERE NOT EXISTS (SELECT FROM keys k WHERE k.id = f.id AND k.app_id = $1)`, app, found)

@@ -12,8 +12,8 @@ import (
 // ReserveSlot reserves the next upstream call, if it can begin within the
 // request's patience. Slots follow one another at the rate; unused ones are not
 // saved up, so that there is never a burst. After a pause one call at a time
-// tries whether Clarifai is back. No answer means no call. A database that was stopped, since
-// another is in use, makes no call but that for the control record.
+// tries whether Clarifai is back. No answer means no call. A database that was stopped,
+// since another one is in use, makes calls only for the control record.
 func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
 	// reserve in the past.

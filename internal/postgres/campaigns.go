@@ -204,7 +204,7 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 	return c, changed, db.enqueue(ctx, []river.InsertManyParams{campaignJob(id)})
 }
 
-// dueCampaign selects the campaigns that there is work on. In recovery mode they wait.
+// dueCampaign selects the campaigns that there is work on. In recovery mode campaigns wait.
 const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR state = 'stopped') AND next_attempt_at <= now() AND leased_until < now()
 	AND NOT ` + inRecovery
 

@@ -146,7 +146,7 @@ type follower struct {
 	begun bool
 	of    history
 	last  int64 // the highest id that was seen
-	// The events that were read last, and when. If one of them is gone, the database was
+	// The events that were read last, and when. If one of these is missing, the database was
 	// rolled back.
 	recent []readEvent
 	// The ids below last that were not seen, each with the xmax of the first snapshot
@@ -160,8 +160,8 @@ type readEvent struct {
 	at time.Time
 }
 
-// maxRecent bounds the events that a follower remembers as evidence, and recentFor for how
-// long: partitions of the log may be dropped, but not within an hour.
+// maxRecent is the maximum number of events that a follower remembers as evidence, and recentFor
+// the maximum time: partitions of the log may be dropped, but not within an hour.
 const (
 	maxRecent = 1000
 	recentFor = time.Hour
@@ -174,12 +174,12 @@ type history struct {
 	system   int64
 	timeline string
 	started  time.Time // the server
-	// incarnation is the one that events were read in.
+	// incarnation is the incarnation in which events were read.
 	incarnation uuid.UUID
 }
 
-// errNotFollowed means that the log cannot be followed from where it was, a lostEvent why: the
-// database does not have it any more.
+// errNotFollowed means that the log cannot be followed from the last position. A lostEvent is the
+// reason: the database does not have this event any more.
 var errNotFollowed = errors.New("the change log does not go on where it was followed to")
 
 type lostEvent int64
@@ -242,10 +242,10 @@ func (f *follower) rest(ctx context.Context, conn *pgx.Conn, looked time.Time) e
 	return ctx.Err()
 }
 
-// rolledBack has the database know that it lacks an event that was read. What is held in
-// memory is forgotten.
+// rolledBack records in the database that an event which was read is missing, and invalidates the
+// cache.
 func (f *follower) rolledBack(ctx context.Context, lost lostEvent) error {
-	f.log.Error("the database was rolled back: it lacks an audit event that this replica has read", zap.Int64("event", int64(lost)))
+	f.log.Error("database rolled back: an audit event that this replica has read is missing", zap.Int64("event", int64(lost)))
 	ctx, cancel := context.WithTimeout(ctx, 5*pollTimeout)
 	defer cancel()
 	if err := f.db.reportLoss(ctx, f.of.incarnation, int64(lost)); err != nil {
@@ -307,7 +307,7 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 	return nil
 }
 
-// missing returns one of the events that were read lately if the database does not have it.
+// missing returns a recently read event that the database does not have any more.
 func (f *follower) missing(ctx context.Context, conn *pgx.Conn) (lostEvent, error) {
 	var ids []int64
 	for _, e := range f.recent {

@@ -11,10 +11,10 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// Findings that wait for a decision, and what is done once it is made.
+// Findings that wait for a decision, and carrying decisions out.
 
-// addFinding writes a finding down that a worker met, for the newest report, unless it is
-// there. Without a report the next one finds it.
+// addFinding adds a finding of a worker to the newest report, unless the report has it. If there
+// is no report, the next report finds it.
 func addFinding(ctx context.Context, tx pgx.Tx, f tenant.Finding) error {
 	_, err := tx.Exec(ctx, `
 		INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, key_id, tenant_id, detail, state)
@@ -25,8 +25,8 @@ func addFinding(ctx context.Context, tx pgx.Tx, f tenant.Finding) error {
 	return err
 }
 
-// Undecided lists up to limit findings of the newest report that is done, which wait for a decision, or were
-// decided, newest apps first, after the finding that after names.
+// Undecided lists up to limit findings of the newest finished report that wait for a decision or
+// were decided, newest apps first, after the finding that after names.
 func (db *DB) Undecided(ctx context.Context, kind tenant.FindingKind, after tenant.Finding, limit int) ([]tenant.Finding, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT `+findingColumns+` FROM reconciliation_items
@@ -48,9 +48,9 @@ func (db *DB) Finding(ctx context.Context, number int64) (tenant.Finding, error)
 	return f, translate("read finding", err)
 }
 
-// Decide writes a decision down about findings of the newest report: the one of a number, or
-// all of a kind. A worker carries it out. It returns how many findings it was written for; a
-// finding that does not wait for a decision any more is not among them.
+// Decide records a decision about findings of the newest report: the finding with a number, or all
+// of a kind. A worker carries it out. It returns the number of decided findings; findings that do
+// not wait for a decision are left out.
 func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, actor tenant.Actor) (int, error) {
 	var n int
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
@@ -71,8 +71,8 @@ func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind,
 	return n, translate("decide", err)
 }
 
-// StartDueDecisions begins to carry decisions out, if there are any and nothing is being
-// reconciled. It reports whether it did.
+// StartDueDecisions starts a repair that carries out decisions, if there are any and no other
+// reconciliation runs. It reports whether it did.
 func (db *DB) StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error) {
 	var report uuid.UUID
 	err := db.pool.QueryRow(ctx, `
@@ -93,10 +93,10 @@ func (db *DB) StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error)
 	return err == nil, err
 }
 
-// AdoptApp takes in what is upstream and not in the database: an app, the tenant
-// that its marker names, and its keys. A tenant without a live key is suspended, or deleting
-// if the marker says when the app is removed. What the database knows already stays as it
-// is. It reports tenant.Conflict if rows contradict what is to be adopted.
+// AdoptApp records an app that Clarifai has and the database does not: the app, the tenant
+// that its ownership tag names, and its keys. A tenant without a live key is suspended, or
+// deleting if the tag has a time of removal. Existing rows stay as they are. It reports
+// tenant.Conflict if rows contradict the adoption.
 func (db *DB) AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error {
 	defer db.changed(a.Owner.Tenant, a.ID)
 	return db.underLease(ctx, "adopt app", r, func(tx pgx.Tx) error {
@@ -128,7 +128,7 @@ func (db *DB) AdoptApp(ctx context.Context, r tenant.Reconciliation, f tenant.Fi
 	})
 }
 
-// adoptTenant locks the tenant of an app that is adopted and returns the state that it gets.
+// adoptTenant locks the tenant of an adopted app and returns the new state of the tenant.
 func adoptTenant(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp) (tenant.State, error) {
 	to := tenant.Suspended
 	switch {
@@ -152,7 +152,7 @@ func adoptTenant(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp) (tenant.St
 	case state == tenant.Active && app == a.ID && generation == a.Owner.Generation: // only the table apps was restored
 		return to, nil
 	case app != "" && app != a.ID:
-		return to, contradicts("the tenant %s holds the app %s: find out which of the two it uses, and remove the other in Clarifai", a.Owner.Tenant, app)
+		return to, contradicts("the tenant %s holds the app %s: find out which of the two apps the tenant uses, and remove the other app in Clarifai", a.Owner.Tenant, app)
 	}
 	return to, contradicts("the tenant %s is %s in generation %d, and the app is of generation %d", a.Owner.Tenant, state, generation, a.Owner.Generation)
 }
@@ -185,10 +185,10 @@ func onlyIf[T any](ok bool, v *T) *T {
 	return nil
 }
 
-// adoptKeys writes the keys of an adopted app down. A tenant without a live key can resume
-// with a new one.
+// adoptKeys records the keys of an adopted app. A tenant without a live key can resume with a
+// new key.
 func adoptKeys(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenant.Finding, a tenant.AdoptedApp) error {
-	// What the rows took for a key of the app works only if it was found.
+	// A key in the rows works only if it was found at Clarifai.
 	if _, err := tx.Exec(ctx, `
 		UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, in_doubt_since = NULL, updated_at = now()
 		WHERE app_id = $1 AND state IN ('active', 'retiring') AND id <> ALL ($2)`, a.ID, liveKeys(a.Keys)); err != nil {
@@ -216,8 +216,8 @@ func liveKeys(keys []tenant.AdoptedKey) []uuid.UUID {
 	return ids
 }
 
-// adoptKeyFound writes a key down that was found at Clarifai: as active, under the default
-// name if no other key has it, or as lost if its secret is hidden.
+// adoptKeyFound records a key that was found at Clarifai: as active, under the default name if
+// no other key has that name, or as lost if its secret is hidden.
 func adoptKeyFound(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error {
 	var name string
 	if err := tx.QueryRow(ctx, `
@@ -248,8 +248,8 @@ func adoptKeyFound(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f te
 	return auditRepair(ctx, tx, r, f, "key.adopted")
 }
 
-// AdoptFoundKey makes an unknown key a key of its tenant. The keys in dead are known not to
-// work any more. A tenant that the rows call suspended, deleting or purging is active again.
+// AdoptFoundKey makes an unknown key a key of its tenant. The keys in dead are known to be dead.
+// A tenant that is suspended, deleting or purging in the rows becomes active again.
 func (db *DB) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey, dead []uuid.UUID) error {
 	return db.repair(ctx, r, f, "key.found", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
 		worker := tenant.Actor{Name: r.RequestedBy}
@@ -288,15 +288,15 @@ func (db *DB) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tena
 func (db *DB) EndFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error {
 	return db.repair(ctx, r, f, "key.revoking", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
 		keys, err := endFound(ctx, tx, f.AppID, []tenant.AdoptedKey{k}, tenant.EndRevoked)
-		if err == nil && len(keys) > 0 && t.State == tenant.Suspended { // it is not, as long as a key may work
+		if err == nil && len(keys) > 0 && t.State == tenant.Suspended { // not suspended while a key may work
 			err = move(ctx, tx, t, tenant.Suspending, tenant.Actor{Name: r.RequestedBy}, nil)
 		}
 		return err == nil, keys, err
 	})
 }
 
-// endFound writes keys down that were found at Clarifai, as to be revoked: those that no row
-// knows, and those whose rows say that they do not work. One without its secret is lost.
+// endFound records keys that were found at Clarifai as revoking: keys without a row, and keys
+// whose rows say that they are dead. A key without its secret is lost.
 func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.AdoptedKey, reason tenant.EndReason) ([]keyInLane, error) {
 	var keys []keyInLane
 	for _, k := range found {
@@ -325,8 +325,8 @@ func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.A
 	return keys, nil
 }
 
-// KeysListed records that the keys of a leased app were listed because a command ended
-// them, and gives those to the workers that revoke keys which no row knew.
+// KeysListed records that the keys of a leased app were listed because a command ended them.
+// Workers revoke the listed keys that have no row.
 func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.AdoptedKey, actor tenant.Actor) error {
 	var keys []keyInLane
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
@@ -356,7 +356,7 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 	return db.enqueue(ctx, keyJobs(keys))
 }
 
-// KeysOfApp lists the keys of an app that work by their rows, with their sealed secrets.
+// KeysOfApp lists the live keys of an app, by the rows, with their encrypted secrets.
 func (db *DB) KeysOfApp(ctx context.Context, app tenant.AppID) ([]tenant.SealedKey, error) {
 	rows, _ := db.pool.Query(ctx, `SELECT id, ciphertext, fingerprint, hint FROM keys WHERE app_id = $1 AND state IN ('active', 'retiring')`, app)
 	keys, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.SealedKey])
@@ -374,8 +374,8 @@ func (db *DB) SuspendDecided(ctx context.Context, r tenant.Reconciliation, f ten
 	})
 }
 
-// RestoreDecided takes the removal of an app back: its tenant is suspended, and so are keys
-// that no row knows.
+// RestoreDecided cancels the removal of an app: its tenant becomes suspended, and keys without a
+// row are ended.
 func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.repair(ctx, r, f, "tenant.restore_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
 		if t.State != tenant.Deleting && t.State != tenant.Purging {
@@ -395,14 +395,14 @@ func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f ten
 	})
 }
 
-// RemovalDecided has a contested app removed all the same.
+// RemovalDecided lets the removal of a contested app go on.
 func (db *DB) RemovalDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.removal_decided", `
 		UPDATE apps SET removal_confirmed = true, attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
 		WHERE id = $1 AND state IN ('retained', 'purging')`, f.AppID)
 }
 
-// OwnerDecided records that the tenant in an app's marker was overwritten by that of the row.
+// OwnerDecided records that the ownership tag of an app was overwritten with the tenant of the row.
 func (db *DB) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.repair(ctx, r, f, "app.owner_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
 		if t.ID == "" {
@@ -419,9 +419,9 @@ func (db *DB) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenan
 	})
 }
 
-// Contested records why a worker does not go on with a leased app: its ownership tag, or an
-// unknown key, says that rows may be older than the app. Somebody must decide. The key of a
-// held app is not shown until then.
+// Contested records why a worker stops work on a leased app: its ownership tag or an unknown key
+// shows that the rows may be out of date. A person must decide. Until then the key of a held app
+// is not shown.
 func (db *DB) Contested(ctx context.Context, a tenant.App, f tenant.Finding, problem tenant.Problem, retry tenant.Setback) error {
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
@@ -454,7 +454,7 @@ func (db *DB) Contested(ctx context.Context, a tenant.App, f tenant.Finding, pro
 	return translate("record contested app", err)
 }
 
-// Retired lists up to limit retired apps, newest first, after the one that after names.
+// Retired lists up to limit retired apps, newest first, after the app that after names.
 func (db *DB) Retired(ctx context.Context, after tenant.RetiredApp, limit int) ([]tenant.RetiredApp, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT a.id, a.profile, a.incarnation, a.created_at, EXISTS (SELECT FROM keys k WHERE k.app_id = a.id AND k.state = 'active'), a.inputs
@@ -475,9 +475,9 @@ func (db *DB) CountRetired(ctx context.Context, f tenant.RetiredFilter) (tenant.
 	return c, translate("count retired apps", err)
 }
 
-// RemoveRetired gives retired apps to the workers that remove apps: the one that the filter
-// names, or all that it selects if they are count. It reports tenant.Conflict, and changes
-// nothing, if they are not.
+// RemoveRetired gives retired apps to the workers that remove apps: the app that the filter names,
+// or all apps that the filter selects. If these are not count apps, it changes nothing and reports
+// tenant.Conflict.
 func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error {
 	return translate("remove retired apps", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `

@@ -85,7 +85,7 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 			SELECT id FROM apps WHERE state = 'building' AND NOT for_pool AND `+dueApp+` AND `+notQueued+`
 			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
 		RETURNING id`, requeueAfter, most)
-	// A caller waits for these: keys to be ended, and the ownership tag before keys are made.
+	// A caller waits for keys to be ended, and for the ownership tag, which precedes new keys.
 	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
 		WHERE id = ANY (ARRAY(

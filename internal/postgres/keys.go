@@ -121,11 +121,13 @@ func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Ac
 	return found, translate("identify", err)
 }
 
-// dueKey selects the keys k that there is work on. A key of an app that is building is made
-// by the build. Of an app of an earlier incarnation, what ends a key goes on, unless a command
-// asked for it during the watch; a key is made once the watch is over if a command asked for it
-// in this incarnation, and else once recovery mode is. No key is made before the app's
-// ownership tag says that the app is not to be removed.
+// dueKey selects the keys k that there is work on. A build creates the key of its own app. For an
+// app of an earlier incarnation:
+//   - Revocations continue, except those that a command requested during the watch.
+//   - A key that a command requested in this incarnation is created after the watch, any other key
+//     after recovery mode.
+//
+// No key is created before the app's ownership tag says that the app is not to be removed.
 const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
 	k.state = 'revoking' AND (NOT ` + watching + ` OR k.incarnation <> (SELECT id FROM current_incarnation) OR k.end_reason IS NULL
 		OR k.end_reason NOT IN ('suspended', 'deleted', 'revoked')
@@ -348,8 +350,8 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 	return translate("record end of key", err)
 }
 
-// KeyNotReplaced cancels the rotation of a leased key that is to be made, since the key that
-// it would replace is dead: somebody must decide.
+// KeyNotReplaced cancels the rotation that a leased key belongs to, since the key to be replaced is
+// dead: a person must decide.
 func (db *DB) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error {
 	var owner tenant.ID
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {

@@ -71,7 +71,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 	db.changed(id, "")
 	var apps []tenant.AppID
 	if t.AppID != "" && t.State != tenant.Active && !t.Settled() {
-		apps = append(apps, t.AppID) // its ownership tag may be to be written first, or unknown keys to be ended
+		apps = append(apps, t.AppID) // its ownership tag may have to be written first, or unknown keys ended
 	}
 	return t, errors.Join(db.enqueue(ctx, keyJobs(keys)), db.enqueueApps(ctx, tenant.QueueInteractive, apps))
 }
@@ -183,9 +183,9 @@ func urgently() *tenant.Lane {
 	return &l
 }
 
-// endUnknownKeys has the keys ended, too, that Clarifai lists for an app with our ownership
-// tag and that no row knows. It does so only for an app of an earlier incarnation: there are
-// no such keys of the others. It reports whether it did.
+// endUnknownKeys requests the end of keys that Clarifai lists for an app, with our ownership
+// tag and without a row. Only an app of an earlier incarnation can have such keys; for other
+// apps it does nothing and reports false.
 func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, error) {
 	tag, err := tx.Exec(ctx, `
 		UPDATE apps SET end_unknown_keys = true, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
@@ -194,9 +194,9 @@ func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, err
 }
 
 // Suspend begins to revoke every key of a tenant: SettleTenants and KeyEnded end it.
-// It reports tenant.Conflict for a tenant whose state does not allow it. The keys of a
-// tenant that the rows call suspended, or in recovery mode deleting, are ended once more if
-// its app is of an earlier incarnation: the rows may be older than the tenant.
+// It reports tenant.Conflict for a tenant whose state does not allow it. If the app is of an
+// earlier incarnation, the keys of a suspended tenant, or in recovery mode of a deleting tenant,
+// are ended again: the rows may be out of date.
 func (db *DB) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
 	return db.change(ctx, "suspend tenant", id, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
 		return suspend(ctx, tx, t, actor)
@@ -384,8 +384,8 @@ func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, cu
 	})
 }
 
-// PurgeWait is how long no app of a tenant may be removed, since perHour were in the last
-// hour; 0 if one may be now.
+// PurgeWait is the time until another app of a tenant may be removed, if perHour apps were removed
+// in the last hour; else 0.
 func (db *DB) PurgeWait(ctx context.Context, perHour int) (time.Duration, error) {
 	wait, err := purgeWait(ctx, db.pool, perHour)
 	return wait, translate("count removals", err)
@@ -398,9 +398,9 @@ func purgeWait(ctx context.Context, q querier, perHour int) (wait time.Duration,
 	return wait, err
 }
 
-// BeginPurge turns a leased app whose retention has ended over to its removal, and keeps the
-// lease: from here on there is no way back. At most perHour apps of tenants are removed in an
-// hour. It reports how long to wait if that many were, and then changes nothing.
+// BeginPurge starts the removal of a leased app whose retention has ended, and keeps the lease.
+// After that the tenant cannot be restored. Up to perHour apps of tenants are removed in an hour; at that limit
+// it changes nothing and returns how long to wait.
 func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
 	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		// Two at once would each count what the other is about to remove for nothing.
@@ -410,7 +410,7 @@ func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor t
 		if wait, err = purgeWait(ctx, tx, perHour); err != nil || wait > 0 {
 			return err
 		}
-		if _, err := lockOwner(ctx, tx, a.ID); err != nil { // a restore may be at it
+		if _, err := lockOwner(ctx, tx, a.ID); err != nil { // a restore may be in progress
 			return err
 		}
 		tag, err := tx.Exec(ctx, `

@@ -107,8 +107,8 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 	}))
 }
 
-// incarnationBegan is compared with the time of a plan: a pool is planned once more when an
-// incarnation begins, or each would begin with a pool of the size that the last one had.
+// incarnationBegan is compared with the time of a plan: each incarnation plans its pools again,
+// instead of starting with the pool sizes of the previous one.
 const incarnationBegan = `(SELECT began_at FROM current_incarnation)`
 
 // restartsOften says that the database started a second time within a day, less than an hour
@@ -191,7 +191,7 @@ func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n si
 }
 
 // takeOut gives up to most ready apps that where selects to the workers that remove
-// apps, the oldest first. It takes none of an earlier incarnation.
+// apps, the oldest first. It leaves out apps of earlier incarnations.
 func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor tenant.Actor, where string, args ...any) error {
 	if most <= 0 {
 		return nil
@@ -290,8 +290,8 @@ func (db *DB) KeyProven(ctx context.Context, a tenant.App) error {
 	return oneRow("record key as proven", tag, err)
 }
 
-// MemberDead retires a leased app of the pool whose key is gone: that it was not handed
-// out is no longer certain. It reports tenant.ErrLeaseLost if a tenant has it by now.
+// MemberDead retires a leased app of the pool whose key is gone, since it may have been handed
+// out. It reports tenant.ErrLeaseLost if a tenant has it by now.
 func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
 	return translate("take dead app out of the pool", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `

@@ -200,8 +200,8 @@ func (db *DB) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Att
 	return db.Tenant(ctx, id)
 }
 
-// unknownAttributes is the hash of a tenant whose sign-up is not known: the next one
-// is taken for it.
+// unknownAttributes is the hash of a tenant whose sign-up is unknown: the next PUT counts as its
+// sign-up.
 var unknownAttributes = make([]byte, tenant.AttributesHashSize)
 
 func contradicts(format string, args ...any) error {

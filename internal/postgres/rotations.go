@@ -294,7 +294,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			return err
 		}
 		if owner == "" {
-			// The app may be handed out meanwhile; once it is locked it is passed over.
+			// The app may have been handed out since; a locked app is not handed out.
 			var given bool
 			if err := tx.QueryRow(ctx, `SELECT state = 'held' FROM apps WHERE id = $1 FOR UPDATE`, k.AppID).Scan(&given); err != nil {
 				return err
@@ -325,7 +325,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			return err
 		}
 		if owner == "" {
-			// Of the pool: what is in the app is not to be trusted either. One of an earlier
+			// The content of a pool app is not trusted after a leak either. An app of an earlier
 			// incarnation may have a tenant.
 			_, err := tx.Exec(ctx, `
 				WITH discarded AS (
@@ -362,8 +362,8 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 	return q, db.enqueue(ctx, keyJobs(keys))
 }
 
-// BeginQuarantine writes a leaked key down that no row knows, unless it is there: a worker
-// asks the key for its app.
+// BeginQuarantine records a leaked key that has no row, unless it is recorded already. A worker
+// asks Clarifai, with the key itself, which app it opens.
 func (db *DB) BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor tenant.Actor) error {
 	_, err := db.pool.Exec(ctx, `
 		INSERT INTO quarantines AS q (id, ciphertext, fingerprint, requested_by, request_id) VALUES ($1, $2, $3, $4, nullif($5, ''))
@@ -374,8 +374,8 @@ func (db *DB) BeginQuarantine(ctx context.Context, key tenant.SealedKey, actor t
 	return translate("begin quarantine", err)
 }
 
-// QuarantineState reads how a quarantine of an unknown key stands. It reports
-// tenant.NotFound if there is none of that fingerprint.
+// QuarantineState reads the state of the quarantine of an unknown key. It reports
+// tenant.NotFound for an unknown fingerprint.
 func (db *DB) QuarantineState(ctx context.Context, fingerprint []byte) (tenant.UnknownKey, error) {
 	var k tenant.UnknownKey
 	err := db.pool.QueryRow(ctx, `SELECT state, problem FROM quarantines WHERE fingerprint = $1`, fingerprint).Scan(&k.State, &k.Problem)
@@ -386,7 +386,7 @@ func (db *DB) QuarantineState(ctx context.Context, fingerprint []byte) (tenant.U
 }
 
 // LeaseQuarantine acquires the unknown key that is due first. It reports tenant.NotFound if
-// none is.
+// none is due.
 func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.UnknownKey, error) {
 	var k tenant.UnknownKey
 	err := db.pool.QueryRow(ctx, `
@@ -402,7 +402,7 @@ func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.
 }
 
 // EndQuarantine ends a leased quarantine. If the key opens an app that the rows know, it
-// becomes a key of that app that is to be revoked.
+// becomes a revoking key of that app.
 func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
 	var keys []keyInLane
 	var owner tenant.ID

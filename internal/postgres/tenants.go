@@ -34,8 +34,8 @@ const problemSQL = `coalesce(t.problem, CASE
 		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND k.problem IS NOT NULL
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`
 
-// waitsForRecovery says of the tenant t, which changes, that the change waits for the end of
-// recovery mode or of its watch.
+// waitsForRecovery says of the tenant t that its change in progress waits for the end of
+// recovery mode, or of the watch.
 const waitsForRecovery = `(t.state IN ('purging', 'resuming') AND ` + inRecovery + ` OR t.state IN ('suspending', 'deleting') AND ` + watching + ` AND NOT ` + keysDead + `)
 	AND (SELECT a.incarnation <> (SELECT id FROM current_incarnation) FROM apps a WHERE a.id = t.app_id)`
 

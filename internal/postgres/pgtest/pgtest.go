@@ -182,8 +182,8 @@ func Open(t testing.TB) *postgres.DB {
 	return OpenURL(t, url)
 }
 
-// KnowControl has a database take the control record for known and not due, as long as its
-// incarnation lasts.
+// KnowControl makes a database regard the control record as known and not due, until the next
+// incarnation.
 func KnowControl(t testing.TB, url tenant.Secret) {
 	t.Helper()
 	if _, err := Conn(t, url).Exec(context.WithoutCancel(t.Context()), `
