@@ -12,22 +12,22 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// maxRenewEvery is how often the control record is renewed, and half of that how often it
-// is read while an incarnation watches it. A shorter watch shortens both.
+// maxRenewEvery is how often the control record is renewed. While an incarnation watches, it
+// reads the record twice as often. A shorter watch shortens both.
 const maxRenewEvery = time.Minute
 
 // renewEvery leaves two renewals in a watch, and a margin.
 func (db *DB) renewEvery() time.Duration { return min(maxRenewEvery, db.recoveryWatch*2/5) }
 
-// controlDue says that a turn is due: in time, or because the replica that wrote the control
+// controlDue says that a turn is due: its time has come, or the replica that wrote the control
 // record has registered here, which ends a watch.
 const controlDue = `(control_due_at <= now() OR coalesce(recovery, '') IN ('watching', 'stopped') AND EXISTS (
 	SELECT FROM replicas r WHERE r.id::text = record->>'replica' AND r.incarnation = current_incarnation.id))`
 
 // LeaseControl acquires the turn to read and write the control record, and raises its
-// sequence number unless this database only watches. It reports tenant.NotFound if no turn
-// is due, unless it is forced. A turn that is neither used nor deferred is lost; the next one is
-// due in time.
+// sequence number unless this database only watches. It reports tenant.NotFound if no turn is
+// due, unless force is set. After a turn that is neither used nor deferred, the next turn is due
+// at its normal time.
 func (db *DB) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error) {
 	var t tenant.ControlTurn
 	var err error
@@ -44,10 +44,10 @@ func (db *DB) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn,
 	return t, translate("acquire control turn", err)
 }
 
-// ExamineControl compares the control record as it was read in a turn with the rows, and
-// reports whether it is to be written in this turn. A nil record was not there. It changes
-// recovery mode as the record demands, and starts the next incarnation if these rows cannot
-// have written the record.
+// ExamineControl compares the control record, as read in a turn, with the rows, and reports
+// whether the record must be written in this turn. Record is nil if there is none. It changes
+// recovery mode accordingly, and starts the next incarnation if these rows cannot have written
+// the record.
 func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error) {
 	var behind string
 	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
@@ -58,7 +58,7 @@ func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *
 			&w.seq, &w.renewals, &w.claim, &w.over, &w.read); err != nil {
 			return err
 		}
-		if is = w.was; w.was.Incarnation != t.Incarnation { // the next one has begun
+		if is = w.was; w.was.Incarnation != t.Incarnation { // the next incarnation has begun
 			return nil
 		}
 		if record != nil {
@@ -87,7 +87,7 @@ func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *
 		return is, false, translate("compare control record", err)
 	}
 	if behind != "" {
-		if _, err := db.nextIncarnation(ctx, cause{of: t.Incarnation, reason: "the control record was written by another database, or after a rollback",
+		if _, err := db.nextIncarnation(ctx, cause{of: t.Incarnation, reason: "the control record was written by another database, or before a rollback of this database",
 			lost: behind, event: record.EventID()}); err != nil {
 			return is, false, err
 		}
@@ -97,22 +97,22 @@ func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *
 	return is, write, nil
 }
 
-// A watch is what an incarnation knows of the control record.
+// A watch has what an incarnation knows about the control record.
 type watch struct {
 	was      tenant.Recovery
 	record   *tenant.ControlRecord // as it is now; nil if there is none
 	seq      int64                 // of the rows
 	renewals int                   // by another database
 	claim    bool
-	over     bool // nobody has renewed the record for the time of the watch
+	over     bool // the record was not renewed during the whole watch
 	read     bool // before
 
-	unknown    string // why the rows cannot have written it; empty if they can
-	missing    bool   // the event that it names is not among the rows
-	registered bool   // the replica that wrote it serves this database in this incarnation
+	unknown    string // why these rows cannot have written the record; empty if they can
+	missing    bool   // the event that the record names is not in the database
+	registered bool   // the replica that wrote the record serves this database in this incarnation
 }
 
-// compare reads what the rows say of the record.
+// compare compares the record with the rows.
 func (w *watch) compare(ctx context.Context, tx pgx.Tx) error {
 	var known bool
 	err := tx.QueryRow(ctx, `
@@ -124,14 +124,14 @@ func (w *watch) compare(ctx context.Context, tx pgx.Tx) error {
 	case err != nil:
 		return err
 	case !known:
-		w.unknown = fmt.Sprintf("the control record names the incarnation %.36q, which is not among the rows", w.record.Incarnation)
+		w.unknown = fmt.Sprintf("the control record names the incarnation %.36q, which is not in the database", w.record.Incarnation)
 	case w.record.Incarnation == w.was.Incarnation.String() && w.record.SeqNumber() > w.seq:
-		w.unknown = fmt.Sprintf("the control record has the sequence number %d, and the rows have %d", w.record.SeqNumber(), w.seq)
+		w.unknown = fmt.Sprintf("the control record has the sequence number %d, but the database has %d", w.record.SeqNumber(), w.seq)
 	}
 	return nil
 }
 
-// watched takes one look of a watch.
+// watched decides about recovery mode after one read of the record during a watch.
 func (db *DB) watched(ctx context.Context, tx pgx.Tx, w watch) (tenant.Recovery, error) {
 	lost := w.was.Lost
 	switch {
@@ -139,7 +139,7 @@ func (db *DB) watched(ctx context.Context, tx pgx.Tx, w watch) (tenant.Recovery,
 	case w.unknown != "":
 		lost = w.unknown
 	case w.missing:
-		lost = fmt.Sprintf("the control record names the audit event %d, which is not among the rows", w.record.EventID())
+		lost = fmt.Sprintf("the control record names the audit event %d, which is not in the database", w.record.EventID())
 	}
 	renewed := w.read && w.record != nil && *w.record != w.was.Record
 	if renewed {
@@ -153,7 +153,7 @@ func (db *DB) watched(ctx context.Context, tx pgx.Tx, w watch) (tenant.Recovery,
 	if err != nil {
 		return row, err
 	}
-	if w.record != nil && w.record.EventID() > 0 { // or a follower of the other side would not notice
+	if w.record != nil && w.record.EventID() > 0 { // or a follower of the other database would not notice
 		if _, err := tx.Exec(ctx, `SELECT setval('audit_events_id_seq', $1::bigint + $2::bigint) FROM audit_events_id_seq WHERE last_value <= $1`,
 			w.record.EventID(), eventJump); err != nil {
 			return row, err
@@ -192,7 +192,7 @@ func moveRecovery(ctx context.Context, tx pgx.Tx, was tenant.Recovery, to tenant
 	return is, audit(ctx, tx, actor, event{action: action, detail: map[string]any{"incarnation": is.Incarnation, "from": was.State, "reason": why}})
 }
 
-// DeferControl makes the next turn due after delay, or earlier if it is, since this one failed.
+// DeferControl makes the next turn due after delay at the latest, since this turn failed.
 func (db *DB) DeferControl(ctx context.Context, t tenant.ControlTurn, delay time.Duration) error {
 	_, err := db.pool.Exec(ctx, `
 		UPDATE current_incarnation SET control_due_at = least(control_due_at, now() + $2::interval), `+written+`
@@ -200,8 +200,8 @@ func (db *DB) DeferControl(ctx context.Context, t tenant.ControlTurn, delay time
 	return translate("defer control turn", err)
 }
 
-// ControlWritten records that the control record was written in a turn, or with a problem
-// why it could not be.
+// ControlWritten records that the control record was written in a turn. If the write failed,
+// problem says why.
 func (db *DB) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error {
 	_, err := db.pool.Exec(ctx, `
 		UPDATE current_incarnation
@@ -212,7 +212,7 @@ func (db *DB) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem 
 }
 
 // BeginRecovery starts the next incarnation because a person says that the database was
-// rolled back. Hand-outs in flight are waited for.
+// rolled back. It waits for hand-outs in flight.
 func (db *DB) BeginRecovery(ctx context.Context, reason string, actor tenant.Actor) (tenant.Recovery, error) {
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return tenant.Recovery{}, err
@@ -226,7 +226,7 @@ func (db *DB) BeginRecovery(ctx context.Context, reason string, actor tenant.Act
 		return was, err
 	}
 	if !began {
-		return was, tenant.Errorf(tenant.Conflict, "incarnation_changed", "the next incarnation has just begun for another reason; look at the recovery again")
+		return was, tenant.Errorf(tenant.Conflict, "incarnation_changed", "the next incarnation has just begun for another reason; run `tenantry recover show` before another attempt")
 	}
 	return db.Recovery(ctx)
 }
@@ -248,7 +248,7 @@ func (db *DB) EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recov
 	})
 }
 
-// TakeOver makes this database the one that is in use, in recovery mode.
+// TakeOver makes this database the one in use, in recovery mode.
 func (db *DB) TakeOver(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error) {
 	return db.changeRecovery(ctx, "take over", func(tx pgx.Tx, was tenant.Recovery) (tenant.Recovery, error) {
 		if was.State != tenant.Stopped && was.State != tenant.Watching {
@@ -274,7 +274,7 @@ func (db *DB) changeRecovery(ctx context.Context, what string, change func(pgx.T
 	return is, translate(what, err)
 }
 
-// RecoveryStatus is Recovery with what waits for its end.
+// RecoveryStatus is Recovery, with counts of the work that waits for its end.
 func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	var report *uuid.UUID
 	var undecided, removals, campaigns, keys int

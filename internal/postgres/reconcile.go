@@ -67,7 +67,7 @@ func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, actor
 	}
 	if recovery.Active() {
 		return tenant.Reconciliation{}, tenant.Errorf(tenant.Conflict, "recovery",
-			"the database is in recovery mode, and nothing is repaired until it ends: `tenantry recover show` lists what waits for a decision")
+			"no repairs in recovery mode; `tenantry recover show` lists the findings that wait for a decision")
 	}
 	r, err := db.startReconciliation(ctx, actor, `
 		INSERT INTO reconciliations AS r (id, kind, phase, report_id, requested_by, enqueued_at)
@@ -121,8 +121,9 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 2}}})
 }
 
-// StartDueReport begins a report if the last is older than every, or if the database is
-// recovering and there is none since, or none of its findings waits for a decision. It reports whether it did.
+// StartDueReport begins a report if the last report is older than every. While the database is
+// recovering, it also begins one if there was none since the loss, or if no finding of the last one
+// waits for a decision. It reports whether it began one.
 func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error) {
 	var due bool
 	if err := db.pool.QueryRow(ctx, `
@@ -260,8 +261,8 @@ func (db *DB) underLease(ctx context.Context, what string, r tenant.Reconciliati
 	}))
 }
 
-// SawApps keeps a page of the list of apps, compares it with the rows and turns to the next
-// page, or after the last to the keys. The newest apps come first, and their findings show
+// SawApps saves a page of the list of apps, compares it with the rows and moves on to the next
+// page, or after the last page to the keys. The newest apps come first, and their findings show
 // before the report is done.
 func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp, last bool) error {
 	return db.underLease(ctx, "keep list of apps", r, func(tx pgx.Tx) error {
@@ -278,8 +279,8 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 			}
 		}
 		batch.Queue(listedAppsSQL, r.ID, r.CreatedAt, ids)
-		// By R4 an app of ours has a row: if it has none, the row was lost. Without a tenant in its
-		// tag it may be anybody's, and is kept.
+		// By R4 an app of ours has a row: if it has none, the row was lost. An app without a tenant in
+		// its tag may belong to any tenant, and is kept.
 		batch.Queue(`
 			INSERT INTO apps (id, profile, profile_revision, state, made_at)
 			SELECT s.app_id, $3, 'adopted', 'retired', now() FROM reconciliation_apps s
@@ -294,8 +295,8 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 	})
 }
 
-// listedAppsSQL finds the differences of the listed apps $3. $1 is the reconciliation, $2 when
-// it began.
+// listedAppsSQL finds the differences of the listed apps $3. $1 is the reconciliation, $2 its
+// start time.
 const listedAppsSQL = `
 	INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, tenant_id, detail, state)
 	SELECT $1,
@@ -579,9 +580,9 @@ func (db *DB) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, 
 	return oneRow("defer reconciliation", tag, err)
 }
 
-// SmallerPages has the rest of a list read in smaller pages, since the page that a leased
-// reconciliation is at was too slow or too large. Each size divides the one before it, so that
-// no entry is passed over. It reports false at the smallest.
+// SmallerPages sets a smaller page size for the rest of a list, since the current page of a leased
+// reconciliation was too slow or too large. Each size divides the size before it, so that no entry
+// is skipped. It reports false at the smallest size.
 func (db *DB) SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error) {
 	sizes := []int{1000, 500, 250, 125, 25, 5, 1}
 	i := slices.Index(sizes, r.PerPage)
@@ -594,9 +595,9 @@ func (db *DB) SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, 
 	return true, oneRow("read smaller pages", tag, err)
 }
 
-// EndReconciliation ends a leased reconciliation. A report gets its token. If it began in
-// recovery mode, and no finding waits for a decision, recovery mode ends. It returns the
-// recovery mode before and after.
+// EndReconciliation ends a leased reconciliation. A report gets its token. If a report began in
+// recovery mode and none of its findings waits for a decision, recovery mode ends. It returns
+// the recovery mode before and after.
 func (db *DB) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error) {
 	err = db.underLease(ctx, "end reconciliation", r, func(tx pgx.Tx) error {
 		if was, err = scanRecovery(tx.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation FOR UPDATE`)); err != nil {

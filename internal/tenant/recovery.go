@@ -7,14 +7,14 @@ import (
 	"github.com/google/uuid"
 )
 
-// A RecoveryState says how far it is known what happened to the database.
+// A RecoveryState is a state of recovery mode.
 type RecoveryState string
 
 // The states. NotRecovering is the normal one.
 const (
 	NotRecovering RecoveryState = ""
 	Watching      RecoveryState = "watching"   // it is not known yet whether another database is in use
-	Recovering    RecoveryState = "recovering" // no other is in use, and transactions were lost
+	Recovering    RecoveryState = "recovering" // no other database is in use, and transactions were lost
 	Stopped       RecoveryState = "stopped"    // another database is in use: no upstream work is done here
 )
 
@@ -27,10 +27,10 @@ type Recovery struct {
 	Reason      string    // why the incarnation began
 	Lost        string    // what shows that transactions were lost; empty if nothing does
 	WatchUntil  time.Time // when the watch ends if the control record is not renewed; zero unless Watching
-	// Record is the control record as the watch last read it; its zero value is none.
+	// Record is the control record as the watch last read it; the zero value means none.
 	Record         ControlRecord
 	ControlSeenAt  time.Time // when the control record was last known to exist; zero for never
-	ControlProblem *Problem  // why it cannot be written; nil if it can
+	ControlProblem *Problem  // why the record cannot be written; nil if it can
 	Report         uuid.UUID // the newest report of this recovery; zero before the first
 	Undecided      int       // findings of the newest report that wait for a decision
 	Waiting        RecoveryWaiting
@@ -39,11 +39,11 @@ type Recovery struct {
 // Active reports whether the database is in recovery mode.
 func (r Recovery) Active() bool { return r.State != NotRecovering }
 
-// A Beat is the state of the database as a replica sees it at each pass of the sweep.
+// A Beat is the state of recovery at a pass of a replica's sweep.
 type Beat struct {
 	Recovery
-	ControlDue bool // the control record is to be read
-	Retiring   bool // apps of earlier incarnations are to be marked as retired
+	ControlDue bool // the control record must be read
+	Retiring   bool // apps of earlier incarnations must still be marked as retired
 }
 
 // RecoveryWaiting counts the work that waits for the end of recovery mode.
@@ -76,14 +76,13 @@ func number(s string) int64 {
 	return n
 }
 
-// ControlID is the id of the app whose metadata is the control record: at most 23
-// characters.
+// ControlID is the id of the app whose metadata is the control record: up to 23 characters.
 func ControlID(prefix, deployment string) AppID { return AppID(prefix + "-c" + deployment) }
 
 // A ControlTurn is the permission to read and write the control record.
 type ControlTurn struct {
 	Recovery
-	Replica uuid.UUID // that has it
+	Replica uuid.UUID // that has the turn
 	Seq     int64     // of this turn, committed
 	Event   int64     // the newest audit event
 }
@@ -94,12 +93,12 @@ type RetiredApp struct {
 	Profile     string
 	Incarnation uuid.UUID
 	CreatedAt   time.Time
-	HasKey      bool   // a key of it is known
-	Inputs      *int64 // in it, as the last report saw; nil where Clarifai did not say
+	HasKey      bool   // a key of the app is known
+	Inputs      *int64 // number of inputs in the last report; nil if Clarifai did not say
 }
 
-// A RetiredFilter selects retired apps: the one of an id, or those begun before a time; the
-// zero filter selects all.
+// A RetiredFilter selects retired apps: one by its id, or all that were begun before a time. The zero
+// filter selects all.
 type RetiredFilter struct {
 	AppID  AppID
 	Before time.Time
@@ -116,7 +115,7 @@ type RetiredCount struct {
 var ErrAnotherDatabase = &Error{Kind: Unavailable, Code: "another_database", RetryAfter: time.Minute,
 	Detail: "another database of this deployment is in use, so this one does no work at Clarifai; see `tenantry recover show`"}
 
-// ErrRecoveryUnknown is returned instead of "not found" in recovery mode: what is not in the
-// rows may have been lost.
+// ErrRecoveryUnknown is returned instead of "not found" in recovery mode, since a row may have been
+// lost.
 var ErrRecoveryUnknown = &Error{Kind: Conflict, Code: "recovery_unknown",
-	Detail: "the database is in recovery mode and does not know this id: it may have been lost; `tenantry recover show` lists what was found"}
+	Detail: "the database is in recovery mode and does not know this id, which may have been lost; `tenantry recover show` lists the findings"}
