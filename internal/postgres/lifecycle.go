@@ -399,8 +399,8 @@ func purgeWait(ctx context.Context, q querier, perHour int) (wait time.Duration,
 }
 
 // BeginPurge starts the removal of a leased app whose retention has ended, and keeps the lease.
-// After that the tenant cannot be restored. Up to perHour apps of tenants are removed in an hour; at that limit
-// it changes nothing and returns how long to wait.
+// After that the tenant cannot be restored. Up to perHour apps of tenants are removed in an hour;
+// at that limit it changes nothing and returns how long to wait.
 func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
 	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		// Two at once would each count what the other is about to remove for nothing.

@@ -226,7 +226,7 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 		} else if !free {
 			return &deferred{wait: s.BackoffBase}
 		}
-		// Another adoption may have written its tag before.
+		// Another adoption may have written its own tag before the reservation.
 		if marker, err = s.checkAdoptable(ctx, a); err != nil {
 			return err
 		}
@@ -237,8 +237,8 @@ func (s *Service) carryOut(ctx context.Context, a tenant.LeasedAdoption) error {
 	return s.Store.HoldAdopted(ctx, a, key, scopes, requesterOf(ctx, a))
 }
 
-// tagAdopted writes the ownership tag of an app before it is held: if the rows are lost then,
-// the tag says whose it is.
+// tagAdopted writes the ownership tag of an app before the tenant gets the app: if the rows are lost
+// afterwards, the tag names the tenant.
 func (s *Service) tagAdopted(ctx context.Context, a tenant.LeasedAdoption, was *tenant.Marker) error {
 	generation := 1
 	t, err := s.Store.Tenant(ctx, a.TenantID)
@@ -262,9 +262,8 @@ func (s *Service) tagAdopted(ctx context.Context, a tenant.LeasedAdoption, was *
 	return s.call(ctx, normal, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.AppID, marker, "") })
 }
 
-// checkAdoptable looks whether the app is there and no other tenant's, and returns its
-// ownership tag. An app of this deployment is taken back with its key as a proof, or by an
-// admin.
+// checkAdoptable checks that the app exists and belongs to no other tenant, and returns its ownership
+// tag. An app of this deployment needs its key as a proof, or an admin.
 func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) (*tenant.Marker, error) {
 	app, err := s.lookAtAdoptable(ctx, a)
 	if err != nil || app.Marker == nil || a.AppUserID != "" {
@@ -275,7 +274,7 @@ func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) (
 		return nil, refuse(nil, "adopt_app_contested", "the ownership tag of the app names another tenant: see `tenantry recover show`")
 	case a.Ciphertext == nil && !a.ByAdmin && !a.Reserved: // or this adoption wrote the tag
 		return nil, refuse(nil, "adopt_proof_required",
-			"Tenantry made the app, and it may have been another tenant's: give the app's key as a proof, or let an admin adopt it")
+			"Tenantry created the app, and another tenant may have had it: send the app's key as a proof, or let an admin adopt the app")
 	}
 	return app.Marker, nil
 }

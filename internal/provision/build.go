@@ -241,7 +241,7 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 	return nil
 }
 
-// retire takes an app of a leased build out of use, since a tenant may have it.
+// retire marks the app of a leased build as retired, since a tenant may have it.
 func (s *Service) retire(ctx context.Context, a tenant.App, why string) error {
 	s.Log.Error("build retired: the app may be in use", zap.String("app", string(a.ID)), zap.String("reason", why))
 	if err := s.Store.RetireApp(ctx, a, why, workerOf(ctx)); err != nil {
@@ -395,11 +395,11 @@ func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason s
 	return errGivenUp
 }
 
-// purge removes an app upstream. Removal needs proof: a row that says so, which the caller
-// leased, our marker at a fresh look that agrees with the row, and no key of ours that the
-// rows do not know. What is shared with the operator was never marked, and is only released.
+// purge removes an app at Clarifai. A removal needs proof: a leased row that says so, our ownership
+// tag, read again and equal to the row, and no key of ours without a row. An app that is shared with
+// the operator was never tagged, and is only released.
 func (s *Service) purge(ctx context.Context, a tenant.App) error {
-	if a.State == tenant.AppRetained { // before any call is made for nothing
+	if a.State == tenant.AppRetained { // at the cap, make no call
 		if wait, err := s.Store.PurgeWait(ctx, s.RemovalCap); err != nil || wait > 0 {
 			return errors.Join(err, s.removalCap(ctx, a, wait))
 		}
@@ -443,7 +443,7 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	return &deferred{wait: s.BackoffBase}
 }
 
-// inUse says what speaks against the removal of an app; empty if nothing does.
+// inUse says why an app may be in use and must not be removed; empty if nothing shows that.
 func (s *Service) inUse(ctx context.Context, a tenant.App, app tenant.UpstreamApp) (string, error) {
 	if owner := s.otherOwner(a, app); owner != "" {
 		return "its ownership tag names " + owner, nil
@@ -454,7 +454,7 @@ func (s *Service) inUse(ctx context.Context, a tenant.App, app tenant.UpstreamAp
 	case a.Tenant == "" && app.Inputs != nil && *app.Inputs > 0:
 		return fmt.Sprintf("it has %d inputs", *app.Inputs), nil
 	case a.Tenant != "" && app.Marker.PurgeAfter != tenant.PurgeTag(a.PurgeAfter):
-		return "its ownership tag does not say that it is to be removed at " + tenant.PurgeTag(a.PurgeAfter), nil
+		return "its ownership tag does not have the time of this removal, " + tenant.PurgeTag(a.PurgeAfter), nil
 	}
 	found, err := s.foundKeys(ctx, background, a.ID)
 	if err != nil {
@@ -471,8 +471,8 @@ func (s *Service) inUse(ctx context.Context, a tenant.App, app tenant.UpstreamAp
 	return fmt.Sprintf("it has a key with our ownership tag that no row knows (%s)", unknown[0]), nil
 }
 
-// beginPurge turns a retained app over to its removal, unless as many apps of tenants were
-// removed within an hour as may be.
+// beginPurge starts the removal of a retained app, unless the maximum number of tenants' apps was
+// removed within the last hour.
 func (s *Service) beginPurge(ctx context.Context, a *tenant.App) error {
 	if a.State != tenant.AppRetained {
 		return nil
@@ -488,13 +488,13 @@ func (s *Service) beginPurge(ctx context.Context, a *tenant.App) error {
 	return nil
 }
 
-// removalCap has an app wait until another may be removed.
+// removalCap defers the removal of an app, since the maximum per hour is reached.
 func (s *Service) removalCap(ctx context.Context, a tenant.App, wait time.Duration) error {
 	if wait <= 0 {
 		return nil
 	}
 	set := tenant.Setback{Delay: min(wait, s.BackoffCap), Problem: tenant.Problem{Code: "removal_cap", Since: time.Now().UTC(),
-		Detail: fmt.Sprintf("up to %d apps of tenants are removed in an hour, and were: this one follows", s.RemovalCap)}}
+		Detail: fmt.Sprintf("up to %d apps of tenants are removed in an hour, and this number is reached: this app waits", s.RemovalCap)}}
 	if a.Problem != nil && a.Problem.Code == set.Problem.Code {
 		set.Problem.Since = a.Problem.Since
 	}

@@ -11,11 +11,11 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// tend does what a held app lacks: a key that works, if it was in the pool for long, the
-// further keys of its profile, and its tenant in its marker, from which the mapping can
-// be rebuilt if the database is lost. The marker of a retained app says when it is removed.
-// One that is shared with the operator gets none of that: its owner alone may make keys of
-// it, and change it.
+// tend adds what a held app lacks: a live key, if the app was in the pool for long, the further keys
+// of its profile, and its tenant in its ownership tag, from which the mapping can be rebuilt if the
+// database is lost. The ownership tag of a retained app says when the app is
+// removed. An app that is shared with the operator gets none of that: only its owner may create
+// its keys and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if a.EndUnknownKeys {
 		found, err := s.foundKeys(ctx, urgent, a.ID)
@@ -60,7 +60,7 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 func (s *Service) tag(ctx context.Context, a *tenant.App, description string) error {
 	l := background
 	if a.State == tenant.AppHeld && (a.Tagging || !a.TaggedPurgeAfter.IsZero()) {
-		l = normal // keys that a caller waits for are made once it says that the app is not to be removed
+		l = normal // a caller may wait for keys, which are created once the tag names no removal
 	}
 	app, err := s.lookAt(ctx, l, a.ID)
 	if err != nil {
@@ -78,7 +78,7 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 			a.TaggedPurgeAfter = a.TaggingPurgeAfter
 		case a.State == tenant.AppRetained && !a.TaggedPurgeAfter.IsZero() && !a.RemovalConfirmed &&
 			tagged != tenant.PurgeTag(a.TaggedPurgeAfter) && tagged != tenant.PurgeTag(a.PurgeAfter):
-			return s.contestedPurge(ctx, *a, "its ownership tag was changed since these rows wrote it: the tenant may have been restored")
+			return s.contestedPurge(ctx, *a, "its ownership tag has changed since this database wrote it: the tenant may have been restored")
 		}
 	}
 	if !s.SkipMarks && !a.Marked {
@@ -102,8 +102,8 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 	return s.Store.AppMarked(ctx, *a)
 }
 
-// otherOwner says whose an app is by its ownership tag, if that is not the tenant of the row;
-// empty if it is, or the tag names none.
+// otherOwner describes the owner in an app's ownership tag if it differs from the tenant of the row;
+// empty if it does not, or if the tag names no tenant.
 func (s *Service) otherOwner(a tenant.App, app tenant.UpstreamApp) string {
 	if app.Marker == nil || app.Marker.Deployment == s.Deployment.ID && app.Marker.Tenant == "" {
 		return ""
@@ -113,7 +113,7 @@ func (s *Service) otherOwner(a tenant.App, app tenant.UpstreamApp) string {
 	}
 	owner := s.ownerOf(*app.Marker)
 	switch {
-	case owner.Tenant == "": // it cannot be decrypted: with a keyset that has changed, the row knows better
+	case owner.Tenant == "": // it cannot be decrypted, since the keyset has changed: trust the row
 		return ""
 	case owner.Tenant != a.Tenant:
 		return "another tenant"
@@ -123,16 +123,17 @@ func (s *Service) otherOwner(a tenant.App, app tenant.UpstreamApp) string {
 	return ""
 }
 
-// contestedPurge has somebody decide about an app that is to be removed.
+// contestedPurge stops the removal of an app until a person decides.
 func (s *Service) contestedPurge(ctx context.Context, a tenant.App, why string) error {
 	return s.contested(ctx, a, tenant.Finding{Kind: tenant.FoundPurge, Detail: why}, "purge_contested",
 		"the app is not removed, since it may be in use: "+why+"; see `tenantry recover show`")
 }
 
-// contested has somebody decide about an app whose ownership tag or keys contradict the rows.
+// contested stops work on an app whose ownership tag or keys contradict the rows, until a person
+// decides.
 func (s *Service) contested(ctx context.Context, a tenant.App, f tenant.Finding, code, detail string) error {
 	if a.Problem == nil || a.Problem.Code != code {
-		s.Log.Error("app contested: rows and Clarifai disagree whose it is; run `tenantry recover show`",
+		s.Log.Error("app contested: database and Clarifai disagree; run `tenantry recover show`",
 			zap.String("app", string(a.ID)), zap.String("tenant", string(a.Tenant)), zap.String("problem", code), zap.String("detail", f.Detail))
 	}
 	problem := tenant.Problem{Code: code, Detail: detail, Since: time.Now().UTC()}
@@ -161,7 +162,7 @@ func (s *Service) markerOf(a tenant.App) tenant.Marker {
 	return tenant.Marker{Deployment: s.Deployment.ID, App: a.ID, Profile: a.Profile, Incarnation: s.incarnation()}
 }
 
-// startDueReports begins the report that is due, and has decisions carried out.
+// startDueReports starts a due report, or a repair for decisions that are not carried out yet.
 func (s *Service) startDueReports(ctx context.Context) error {
 	if _, err := s.Store.StartDueDecisions(ctx, newRowID()); err != nil {
 		return err

@@ -85,8 +85,7 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 		}
 	}
 	if k.Replaces != uuid.Nil && k.Lane == background && !k.Current {
-		// No caller asked for this very key, and the tenant may have been suspended in
-		// transactions that are lost.
+		// No caller asked for this key, and lost transactions may have suspended the tenant.
 		dead, err := s.keyDead(ctx, k.AppID, k.Replaces)
 		if err != nil {
 			return err
@@ -114,7 +113,7 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 	return s.Store.FinishLeasedKey(ctx, *k, sealed, workerOf(ctx))
 }
 
-// keyDead reports whether a key of an app works no longer, though its row says that it does.
+// keyDead reports whether a key that is live by its row is dead at Clarifai.
 func (s *Service) keyDead(ctx context.Context, app tenant.AppID, id uuid.UUID) (bool, error) {
 	known, err := s.Store.KeysOfApp(ctx, app)
 	if err != nil {

@@ -193,9 +193,9 @@ func (s *Service) ConfirmRotation(ctx context.Context, id tenant.ID, name, rotat
 }
 
 // Quarantine ends the key that leaked at once and makes its successor, and waits for
-// wait until the one works no longer and the other does. A key that no row knows is asked for
-// its app: after a restore it may be a tenant's. It reports tenant.NotFound for a key that is
-// not ours, and tenant.Unavailable while that is not known.
+// wait until the leaked key is dead and its successor works. For a key without a row, which a
+// tenant may have after a restore, Clarifai is asked which app it opens. It reports tenant.NotFound
+// for a key that is not ours, and tenant.Unavailable while that is not known.
 func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait time.Duration, actor tenant.Actor) (tenant.Quarantine, error) {
 	fingerprint := s.Keyring.Fingerprint(leaked)
 	end := time.Now().Add(wait)
@@ -229,8 +229,8 @@ func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait tim
 	return q, err
 }
 
-// quarantineUnknown has a worker ask a key for its app, and waits for the result. Afterwards
-// the key has a row, or the error is tenant.NotFound.
+// quarantineUnknown lets a worker ask Clarifai which app an unknown key opens, and waits for the
+// result. Afterwards the key has a row, or the error is tenant.NotFound.
 func (s *Service) quarantineUnknown(ctx context.Context, leaked tenant.Secret, fingerprint []byte, wait time.Duration, actor tenant.Actor) error {
 	sealed, err := s.sealed(newRowID(), leaked)
 	if err != nil {
@@ -253,10 +253,10 @@ func (s *Service) quarantineUnknown(ctx context.Context, leaked tenant.Secret, f
 	case tenant.UnknownDone:
 		return nil
 	case tenant.UnknownRefused:
-		return tenant.Errorf(tenant.NotFound, "key_not_found", "Tenantry holds no such key: %s", is.Problem.Detail)
+		return tenant.Errorf(tenant.NotFound, "key_not_found", "Tenantry has no such key: %s", is.Problem.Detail)
 	}
 	return &tenant.Error{Kind: tenant.Unavailable, Code: "quarantine_pending", RetryAfter: 5 * time.Second,
-		Detail: "no row knows this key, and it is not known yet which app it opens: it is being asked; repeat the request"}
+		Detail: "the database does not know this key, and Clarifai has not answered yet which app the key opens; repeat the request"}
 }
 
 // RevealNew opens the secret of a key that has just been made, and writes that it was

@@ -52,9 +52,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.recovery = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "tenantry_recovery_mode", Help: "1 for the state of recovery mode: watching, recovering, or stopped (another database is in use)."}, []string{"state"})
 	m.undecided = prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "tenantry_recovery_undecided_findings", Help: "Findings of the last report that wait for a decision."})
+		Name: "tenantry_recovery_undecided_findings", Help: "Findings of the newest report that wait for a decision."})
 	m.retired = prometheus.NewGaugeVec(prometheus.GaugeOpts{
-		Name: "tenantry_retired_apps", Help: "Apps of earlier incarnations of the database that no tenant is known to hold. Each start of Postgres retires the pools. Counted up to 1,000 for a profile. They count against the account's quota."}, []string{"profile"})
+		Name: "tenantry_retired_apps", Help: "Apps of earlier incarnations of the database that no tenant is known to hold, up to 1,000 per profile. Each start of Postgres retires the pools. Retired apps count against the account's quota."}, []string{"profile"})
 	m.controlFails = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_control_record_failing", Help: "1 while the control record cannot be written: a copy of the database would not be detected."})
 	reg.MustRegister(m.recovery, m.undecided, m.retired, m.controlFails)

@@ -359,7 +359,7 @@ type Service struct {
 	byRevision profileCount
 	lanes      [background + 1]chan struct{} // each held by the one call of its lane that waits for a slot; urgent has none
 	reread     rereading
-	controlDue chan struct{} // holds one while the control record or an unknown key is to be looked at
+	controlDue chan struct{} // holds one while the control record or an unknown key is due
 	apps       gatherer[tenant.NewApp, struct{}]
 	keys       gatherer[tenant.NewKey, tenant.Secret]
 

@@ -23,9 +23,9 @@ func (s *Service) StartReport(ctx context.Context, actor tenant.Actor) (tenant.R
 	return s.Store.StartReport(ctx, id, actor)
 }
 
-// StartRepair begins to carry out the report that a token names, without the findings that
-// wait for a decision. It reports tenant.Conflict for a token that is stale or unknown, while
-// a reconciliation runs, and in recovery mode.
+// StartRepair starts a repair of the report that a token names, without the findings that wait for
+// a decision. It reports tenant.Conflict for a stale or unknown token, while a reconciliation runs,
+// and in recovery mode.
 func (s *Service) StartRepair(ctx context.Context, token string, actor tenant.Actor) (tenant.Reconciliation, error) {
 	id, err := uuid.NewV7()
 	if err != nil {
@@ -137,8 +137,8 @@ func (s *Service) listApps(ctx context.Context, r tenant.Reconciliation) error {
 	return s.Store.SawApps(ctx, r, listed, len(apps) == 0)
 }
 
-// smallerPages has a list go on in smaller pages if Clarifai did not send one in time, or sent
-// too much. It returns the failure that is left.
+// smallerPages continues a list in smaller pages if a page came too late or was too large. It
+// returns any other failure.
 func (s *Service) smallerPages(ctx context.Context, r tenant.Reconciliation, failed error) error {
 	if tenant.ClassOf(failed) != tenant.UpstreamDown || ctx.Err() != nil {
 		return failed
@@ -282,8 +282,8 @@ func (s *Service) endReconciliation(ctx context.Context, r tenant.Reconciliation
 	return r, nil
 }
 
-// repairNext carries out the next finding of a report, or the next decision, after a fresh
-// look. In recovery mode nothing but decisions is carried out.
+// repairNext carries out the next finding of a report, or the next decision, after another check at
+// Clarifai. In recovery mode it carries out decisions only.
 func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error {
 	state := tenant.FindingOpen
 	if r.Decisions {
@@ -302,7 +302,7 @@ func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error
 			return err
 		}
 		if recovery.Active() {
-			return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the database is in recovery mode, and nothing is repaired until it ends")
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "no repairs in recovery mode")
 		}
 	}
 	switch f.Action {
@@ -427,8 +427,8 @@ func (s *Service) sealed(id uuid.UUID, secret tenant.Secret) (tenant.SealedKey, 
 	return tenant.SealedKey{ID: id, Ciphertext: ciphertext, Fingerprint: s.Keyring.Fingerprint(secret), Hint: s.Keyring.Hint(secret)}, err
 }
 
-// adopt takes in an app that the database does not know, or knows less of than
-// Clarifai: as its marker says, with the keys that are ours and work.
+// adopt records an app that the database does not know, or only in part: with the tenant in its
+// ownership tag, and with our live keys.
 func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	app, err := s.lookAt(ctx, background, f.AppID)
 	switch {
@@ -447,7 +447,7 @@ func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.F
 	a.Owner.Profile = a.Profile
 	if app.Marker.PurgeAfter != "" {
 		if a.PurgeAfter, err = time.Parse(time.RFC3339Nano, app.Marker.PurgeAfter); err != nil {
-			return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "its marker does not say when it is to be removed")
+			return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the ownership tag does not say when the app is to be removed")
 		}
 	}
 	found, err := s.foundKeys(ctx, background, f.AppID)
@@ -484,7 +484,7 @@ func (s *Service) keyOpens(ctx context.Context, key tenant.SealedKey, app tenant
 	switch tenant.ClassOf(err) {
 	case tenant.UpstreamNotFound:
 		return false, nil
-	case tenant.UpstreamForbidden: // its scopes do not let it say what it opens
+	case tenant.UpstreamForbidden: // its scopes do not allow it to read its app
 		return true, nil
 	}
 	return err == nil && opened.AppID == app, err
@@ -504,7 +504,6 @@ func (s *Service) findUnknown(ctx context.Context, f tenant.Finding) (key tenant
 	return key, false, err
 }
 
-// adoptKey makes an unknown key a key of its tenant.
 func (s *Service) adoptKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	key, found, err := s.findUnknown(ctx, f)
 	switch {
@@ -513,12 +512,12 @@ func (s *Service) adoptKey(ctx context.Context, r tenant.Reconciliation, f tenan
 	case !found:
 		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it is gone")
 	case key.Ciphertext == nil:
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the listing hides its secret: end the key, and make a new one")
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the listing hides the secret of the key: end this key, and create a new one")
 	}
 	if alive, err := s.keyOpens(ctx, key.SealedKey, f.AppID); err != nil {
 		return err
 	} else if !alive {
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it works no longer")
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the key is dead")
 	}
 	known, err := s.Store.KeysOfApp(ctx, f.AppID)
 	if err != nil {
@@ -544,7 +543,7 @@ func (s *Service) overwriteTag(ctx context.Context, r tenant.Reconciliation, f t
 		return err
 	}
 	if t.AppID != f.AppID {
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the tenant does not hold it any more")
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the tenant does not hold the app any more")
 	}
 	sealed, err := s.Keyring.SealOwner(f.AppID, tenant.AppOwner{Tenant: t.ID, Generation: t.Generation, Profile: t.Profile})
 	if err != nil {

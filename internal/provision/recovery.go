@@ -20,8 +20,8 @@ import (
 // The control record is the metadata of one app of the account. Each database renews it, so
 // that a restart of the database can be told from a rollback and from a copy.
 
-// beat registers this replica, starts the next incarnation of the database if it is another
-// than before, and has what is due looked at.
+// beat registers this replica, starts the next incarnation if the fingerprint of the database has
+// changed, and starts due work.
 func (s *Service) beat(ctx context.Context) error {
 	b, err := s.Store.Beat(ctx, s.Version)
 	if err != nil {
@@ -43,11 +43,11 @@ func (s *Service) beat(ctx context.Context) error {
 	return nil
 }
 
-// wakeControl has KeepControl look now.
+// wakeControl makes KeepControl check for due work now.
 func (s *Service) wakeControl() {
 	select {
 	case s.controlDue <- struct{}{}:
-	default: // it will
+	default: // a wake-up is pending
 	}
 }
 
@@ -67,7 +67,7 @@ func (s *Service) logRecovery(is tenant.Recovery) {
 	case tenant.Recovering:
 		s.Log.Error("recovery mode: transactions were lost; run `tenantry recover show`", append(fields, zap.String("lost", is.Lost))...)
 	case tenant.Stopped:
-		s.Log.Error("another database is in use: no work is done at Clarifai here; if this database is a copy, stop this service or set TENANTRY_READ_ONLY=true; see docs/recovery.md", fields...)
+		s.Log.Error("recovery mode: another database is in use, no work is done at Clarifai here; if this database is a copy, stop this service or set TENANTRY_READ_ONLY=true; see docs/recovery.md", fields...)
 	case tenant.NotRecovering:
 		s.Log.Info("recovery mode has ended", fields...)
 	}
@@ -83,7 +83,7 @@ func (s *Service) incarnation() string {
 	return s.recovery.Incarnation.String()
 }
 
-// KeepControl reads and renews the control record, and asks unknown keys for their apps,
+// KeepControl reads and renews the control record, and asks Clarifai which apps unknown keys open,
 // until ctx ends.
 func (s *Service) KeepControl(ctx context.Context) error {
 	failing := false
@@ -95,7 +95,7 @@ func (s *Service) KeepControl(ctx context.Context) error {
 		case <-time.After(s.SweepEvery):
 		}
 		if err := s.askUnknownKeys(ctx); err != nil && ctx.Err() == nil {
-			s.Log.Warn("unknown key cannot be asked for its app; retrying", zap.Error(err))
+			s.Log.Warn("check of unknown key failed; retrying", zap.Error(err))
 		}
 		err := s.control(ctx)
 		if _, ok := errors.AsType[*deferred](err); ok || errors.Is(err, tenant.NotFound) || ctx.Err() != nil {
@@ -108,7 +108,7 @@ func (s *Service) KeepControl(ctx context.Context) error {
 	}
 }
 
-// control takes a turn at the control record. It reports tenant.NotFound if none is due.
+// control takes a turn at the control record. It reports tenant.NotFound if no turn is due.
 func (s *Service) control(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
 	defer cancel()
@@ -120,7 +120,7 @@ func (s *Service) control(ctx context.Context) error {
 	if err == nil {
 		return nil
 	}
-	// The next turn in time may be a minute away, and the first build waits for it.
+	// The next regular turn may be a minute away, and the first build waits for it.
 	again := controlRetry
 	if d, ok := errors.AsType[*deferred](err); ok {
 		again = d.bounded()
@@ -130,7 +130,7 @@ func (s *Service) control(ctx context.Context) error {
 	return errors.Join(err, s.Store.DeferControl(recording, t, again))
 }
 
-// controlRetry is when a turn that failed is followed by another.
+// controlRetry is the delay after a failed turn.
 const controlRetry = 2 * time.Second
 
 // useControl reads the control record in a turn, and writes it.
@@ -150,8 +150,8 @@ func (s *Service) useControl(ctx context.Context, t tenant.ControlTurn) error {
 	return s.writeControl(ctx, t, exists, "")
 }
 
-// readControl reads the control record; nil if there is none. It reports whether the app
-// exists that holds it.
+// readControl reads the control record; nil if there is none. It also reports whether the app of
+// the record exists.
 func (s *Service) readControl(ctx context.Context) (record *tenant.ControlRecord, exists bool, err error) {
 	id := tenant.ControlID(s.AppPrefix, s.Deployment.ID)
 	var app tenant.UpstreamApp
@@ -200,7 +200,7 @@ func (s *Service) writeControl(ctx context.Context, t tenant.ControlTurn, exists
 		}
 		return s.Upstream.CreateApp(ctx, tenant.NewApp{ID: id, BaseWorkflow: "Empty", Description: controlDescription, Marker: marker})
 	})
-	if tenant.ClassOf(err) == tenant.UpstreamDuplicate { // a call whose response was lost
+	if tenant.ClassOf(err) == tenant.UpstreamDuplicate { // the response of an earlier call was lost
 		return s.writeControl(ctx, t, true, stopped)
 	}
 	up := asUpstream(err)
@@ -219,11 +219,11 @@ func (s *Service) writeControl(ctx context.Context, t tenant.ControlTurn, exists
 
 const controlDescription = "Tenantry's control record. Do not delete: it tells a restored database from a copy."
 
-// LeaveControl removes the registration of this replica. The last replica says in the control
-// record that it has stopped: then the next start of the database need not be watched.
+// LeaveControl removes the registration of this replica. The last replica writes into the control
+// record that it has stopped, so that the next start of the database need not be watched.
 func (s *Service) LeaveControl(ctx context.Context) error {
-	// A process that ends has less time than a job. With a deadline, callControl would keep the
-	// whole of it for the call and not wait for a permit.
+	// A process that ends has less time than a job. With a deadline, callControl would keep all that
+	// time for the call, and not wait for a permit.
 	leaving, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
 	defer context.AfterFunc(ctx, cancel)()
@@ -253,8 +253,8 @@ func (s *Service) LeaveControl(ctx context.Context) error {
 	return s.writeControl(ctx, t, exists, "true")
 }
 
-// askUnknownKeys asks leaked keys that no row knows for their apps, and has those revoked
-// that open an app of ours.
+// askUnknownKeys asks Clarifai which apps leaked keys without a row open. Keys that open an app of
+// ours are revoked.
 func (s *Service) askUnknownKeys(ctx context.Context) error {
 	for {
 		k, err := s.Store.LeaseQuarantine(ctx, s.Lease)
@@ -270,7 +270,7 @@ func (s *Service) askUnknownKeys(ctx context.Context) error {
 		if err == nil || errors.Is(err, tenant.ErrLeaseLost) {
 			continue
 		}
-		set := tenant.Setback{Problem: tenant.Problem{Code: "internal", Detail: "the key could not be asked for its app", Since: time.Now().UTC()}, Delay: s.BackoffBase}
+		set := tenant.Setback{Problem: tenant.Problem{Code: "internal", Detail: "Clarifai could not be asked which app the key opens", Since: time.Now().UTC()}, Delay: s.BackoffBase}
 		if up := asUpstream(err); up != nil {
 			set = s.setback(up, k.Attempts, k.Problem)
 		}
@@ -292,7 +292,7 @@ func (s *Service) askUnknownKey(ctx context.Context, k tenant.UnknownKey) error 
 	opened, err := s.opens(ctx, urgent, secret)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
-		return refused("key_dead", "Clarifai does not accept the key: it works no longer, or never did")
+		return refused("key_dead", "Clarifai does not accept the key: it is dead, or never was a key")
 	case err != nil && tenant.ClassOf(err) != tenant.UpstreamForbidden:
 		return err
 	case err != nil || opened.AppID == "":
@@ -344,10 +344,10 @@ func (s *Service) foundKeys(ctx context.Context, l lane, app tenant.AppID) ([]te
 	return found, err
 }
 
-// Decide writes a decision down about the finding of a number, or, with number 0, about all
-// findings of a kind that wait for one. A choice that can do harm is made for one finding at a
-// time, and confirm must be the id of its tenant, or of its app if it names none. Workers carry
-// the decision out. It returns how many findings were decided.
+// Decide records a decision about one finding by its number or, with number 0, about all findings of
+// a kind that wait for a decision. A choice that can do harm is allowed for one finding at a time, and
+// confirm must be the id of its tenant, or of its app if the finding names no tenant. Workers carry
+// the decision out. Decide returns the number of decided findings.
 func (s *Service) Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, confirm string, actor tenant.Actor) (int, error) {
 	var f tenant.Finding
 	if number > 0 {
@@ -370,11 +370,11 @@ func (s *Service) Decide(ctx context.Context, number int64, kind tenant.FindingK
 	if choices[i].Typed {
 		if number == 0 {
 			return 0, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_finding", Field: "finding",
-				Detail: fmt.Sprintf("is missing: %q can do harm, and is decided for one finding at a time", choice)}
+				Detail: fmt.Sprintf("is missing: %q can do harm, and is allowed for one finding at a time", choice)}
 		}
 		if want := cmp.Or(string(f.TenantID), string(f.AppID)); confirm != want {
 			return 0, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm",
-				Detail: "must be the id of the finding's tenant, or of its app if it names no tenant: this choice can do harm"}
+				Detail: "must be the id of the finding's tenant, or of its app if the finding names no tenant: this choice can do harm"}
 		}
 	}
 	n, err := s.Store.Decide(ctx, number, kind, choice, actor)
@@ -384,20 +384,20 @@ func (s *Service) Decide(ctx context.Context, number int64, kind tenant.FindingK
 	return n, err
 }
 
-// TakeOver makes this database the one that is in use. Confirm must be the deployment's id.
+// TakeOver makes this database the one in use. Confirm must be the deployment's id.
 func (s *Service) TakeOver(ctx context.Context, confirm string, actor tenant.Actor) (tenant.Recovery, error) {
 	if confirm != s.Deployment.ID {
 		return tenant.Recovery{}, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm",
-			Detail: "must be the id of the deployment: be sure that the other database is not in use"}
+			Detail: "must be the id of the deployment: check first that the other database is not in use"}
 	}
 	is, err := s.Store.TakeOver(ctx, actor)
 	s.wakeControl()
 	return is, err
 }
 
-// RemoveRetired removes retired apps: the one of an id, which confirm repeats, or all that were
-// begun before a time, of which confirm is the number. Of the latter those stay that turn out to
-// be in use.
+// RemoveRetired removes retired apps: one by its id, which confirm repeats, or all that were begun
+// before a time, with their number in confirm. Of the latter, apps that turn out to be in use are not
+// removed.
 func (s *Service) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, confirm string, actor tenant.Actor) error {
 	count := 1
 	if f.AppID != "" && confirm != string(f.AppID) {

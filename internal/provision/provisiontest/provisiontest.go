@@ -212,8 +212,8 @@ type Options struct {
 	Clarifai string // default: the world's
 	// Idle leaves out workers and sweep: another replica does the work.
 	Idle bool
-	// Control has the control record kept as in production. Otherwise a new database is taken
-	// for one whose record is known, and not due.
+	// Control keeps the control record as in production. Otherwise the record of a new database
+	// counts as known and not due.
 	Control bool
 	// Keyset is the file of a keyring of the replica's own, which it watches; default:
 	// it shares the world's.
@@ -316,8 +316,7 @@ func (w *World) keysOf(o Options) (*keyring.Keyring, *keyring.Source, error) {
 	return keys, source, err
 }
 
-// SetRecovery is a statement that puts the database into a state of recovery mode, or out of
-// it.
+// SetRecovery is a statement that sets the state of recovery mode, or ends it.
 func SetRecovery(state tenant.RecoveryState) string {
 	return `UPDATE current_incarnation SET recovery = nullif('` + string(state) + `', ''), recovery_since = CASE WHEN '` + string(state) + `' <> '' THEN now() END,
 		recovery_reason = 'a test', watch_until = now() + interval '1 day', control_due_at = 'infinity', written_by = pg_current_xact_id()::xid;`
