@@ -18,7 +18,7 @@ ALTER TABLE apps
     DROP CONSTRAINT apps_tenant_by_state,
     DROP CONSTRAINT apps_ready_at,
     ADD COLUMN suspect boolean NOT NULL DEFAULT false;
--- Older code knows retired apps as suspects.
+-- Older code has suspect apps instead of retired ones.
 UPDATE apps SET state = CASE WHEN made_at IS NULL OR ready_at IS NULL THEN 'building' ELSE 'ready' END, suspect = true WHERE state = 'retired';
 UPDATE apps SET pending = false WHERE state = 'retained' AND pending;
 ALTER TABLE apps

@@ -1,4 +1,4 @@
--- All locks that this takes, before anything is changed, as in 000004.
+-- Takes all locks before the first change, as in 000004.
 DO $$ BEGIN
     PERFORM set_config('lock_timeout', '1s', true);
     LOOP
@@ -55,7 +55,7 @@ CREATE TABLE current_incarnation (
     -- data-only restore, or changed by hand, does not match.
     written_by        xid NOT NULL DEFAULT pg_current_xact_id()::xid,
     began_at          timestamptz NOT NULL DEFAULT now(),
-    -- Unassigned apps of earlier incarnations are still to be marked as retired.
+    -- Unassigned apps of earlier incarnations must still be marked as retired.
     retiring          boolean NOT NULL DEFAULT false,
 
     recovery          text CONSTRAINT current_incarnation_recovery CHECK (recovery IN ('watching', 'recovering', 'stopped')),
@@ -65,7 +65,8 @@ CREATE TABLE current_incarnation (
     watch_until       timestamptz,
     record            jsonb,                    -- the control record as the watch last read it
     record_renewals   integer NOT NULL DEFAULT 0,
-    -- The next turn writes the control record, whatever it says: the watch, or a person, has decided.
+    -- The next turn writes the control record unconditionally: the watch or a person has decided that
+    -- this database is the one in use.
     claim_record      boolean NOT NULL DEFAULT false,
 
     seq               bigint NOT NULL DEFAULT 0, -- of the control record
@@ -77,24 +78,24 @@ CREATE TABLE current_incarnation (
 WITH first AS (INSERT INTO incarnations (reason) VALUES ('first start') RETURNING id)
 INSERT INTO current_incarnation (id) SELECT id FROM first;
 
--- The incarnation that rows are written in. It does not compare the fingerprint.
+-- The incarnation for new rows. It does not compare the fingerprint.
 CREATE FUNCTION stored_incarnation() RETURNS uuid LANGUAGE sql STABLE AS 'SELECT id FROM current_incarnation';
 
 ALTER TABLE apps
     DROP CONSTRAINT apps_state,
     DROP CONSTRAINT apps_tenant_by_state,
     DROP CONSTRAINT apps_ready_at,
-    ADD COLUMN incarnation uuid, -- that began the app
-    -- purge_after as the app's ownership tag says it: a purge whose row and tag differ is contested.
+    ADD COLUMN incarnation uuid, -- in which the app was begun
+    -- purge_after in the app's ownership tag: if row and tag differ, the purge is contested.
     ADD COLUMN tagged_purge_after timestamptz,
-    -- The tag may say tagging_purge_after instead: the outcome of writing it is not known.
+    -- The tag may have tagging_purge_after instead: the outcome of writing it is unknown.
     ADD COLUMN tagging boolean NOT NULL DEFAULT false,
     ADD COLUMN tagging_purge_after timestamptz,
-    -- A command ended the keys of an app of an earlier incarnation: keys at Clarifai that have our tag
-    -- and no row are to be ended too.
+    -- A command ended the keys of an app of an earlier incarnation: keys at Clarifai with our tag and
+    -- without a row must be ended too.
     ADD COLUMN end_unknown_keys boolean NOT NULL DEFAULT false,
-    ADD COLUMN inputs bigint, -- in a retired app, as a report last saw it; null where Clarifai did not say
-    -- A person named this app and had it removed: neither tag nor unknown keys stop the removal.
+    ADD COLUMN inputs bigint, -- in a retired app, by the last report; null if Clarifai did not say
+    -- A person named this app for removal: neither tag nor unknown keys stop the removal.
     ADD COLUMN removal_confirmed boolean NOT NULL DEFAULT false;
 UPDATE apps SET incarnation = stored_incarnation(),
     state = CASE WHEN suspect AND state IN ('building', 'ready') THEN 'retired' ELSE state END,
@@ -117,18 +118,18 @@ CREATE INDEX apps_retired ON apps (profile, created_at, id) WHERE state = 'retir
 DROP INDEX apps_pending;
 CREATE INDEX apps_pending ON apps (background, next_attempt_at) WHERE state IN ('held', 'retained') AND pending;
 
-ALTER TABLE keys ADD COLUMN incarnation uuid; -- in which it was last decided what becomes of the key
+ALTER TABLE keys ADD COLUMN incarnation uuid; -- of the last decision about the key
 UPDATE keys SET incarnation = stored_incarnation();
 ALTER TABLE keys ALTER COLUMN incarnation SET NOT NULL, ALTER COLUMN incarnation SET DEFAULT stored_incarnation();
 
 ALTER TABLE adoptions
-    ADD COLUMN by_admin boolean NOT NULL DEFAULT false, -- an admin asked for it
-    ADD COLUMN reserved boolean NOT NULL DEFAULT false; -- its worker writes the ownership tag: one at a time for an app
+    ADD COLUMN by_admin boolean NOT NULL DEFAULT false, -- requested by an admin
+    ADD COLUMN reserved boolean NOT NULL DEFAULT false; -- its worker may write the ownership tag; one adoption per app
 CREATE UNIQUE INDEX adoptions_one_reserved ON adoptions (app_id) WHERE reserved;
 
--- Leaked keys that no row knows: the key itself is asked for its app.
+-- Leaked keys without a row. A worker asks Clarifai, with the key itself, which app it opens.
 CREATE TABLE quarantines (
-    id              uuid PRIMARY KEY, -- and of the row of the key, if it opens an app of ours
+    id              uuid PRIMARY KEY, -- also of the row of the key, if it opens an app of ours
     ciphertext      bytea,
     fingerprint     bytea NOT NULL,
     state           text NOT NULL DEFAULT 'checking' CONSTRAINT quarantines_state CHECK (state IN ('checking', 'done', 'refused')),
@@ -147,7 +148,8 @@ CREATE INDEX quarantines_due ON quarantines (next_attempt_at) WHERE state = 'che
 CREATE TRIGGER quarantines_seal_guard BEFORE INSERT OR UPDATE OF ciphertext ON quarantines
     FOR EACH ROW WHEN (NEW.ciphertext IS NOT NULL) EXECUTE FUNCTION keys_seal_guard();
 
--- A repair carries out decisions, or what a token approves. A listing that is slow is read in smaller pages.
+-- A repair carries out decisions, or the report that a token names. A slow listing is read in smaller
+-- pages.
 ALTER TABLE reconciliations
     DROP COLUMN adopt_only,
     ADD COLUMN decisions boolean NOT NULL DEFAULT false,
