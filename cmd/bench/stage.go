@@ -55,7 +55,7 @@ type replica struct {
 	clarifai *program
 	number   int // among all
 	made     int // ready apps so far
-	turns    int // of rows of sign-ups
+	turns    int // of sign-ups so far
 }
 
 // A program is one of the others.
@@ -225,7 +225,7 @@ func (s *stage) replica(ctx context.Context, name string, clarifai *program, set
 
 func (r *replica) env() []string {
 	return append([]string{"DATABASE_URL=" + r.stage.cluster.URL(r.name), "CLARIFAI_PAT=" + r.stage.pat, "CLARIFAI_API_BASE=" + r.clarifai.url,
-		// With one keyset and one account, databases with one prefix would be copies of each other.
+		// Databases with the same keyset, account and prefix would count as copies of each other.
 		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true", fmt.Sprint("TENANTRY_APP_PREFIX=b", r.number)}, r.settings...)
 }
 

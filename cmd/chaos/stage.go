@@ -184,7 +184,7 @@ func (s *stage) startTenantry(ctx context.Context) error {
 	s.env = []string{"DATABASE_URL=" + s.cluster.URL("tenantry"), "CLARIFAI_PAT=" + s.pat, "CLARIFAI_API_BASE=" + s.clarifai.url,
 		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
 		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool),
-		// Each crash of Postgres is watched. A shorter watch renews the control record more often.
+		// Each crash of Postgres starts a watch. A shorter watch renews the control record more often.
 		"TENANTRY_RECOVERY_WATCH=10s"}
 	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
 		if _, err := s.command(ctx, args...); err != nil {

@@ -101,7 +101,7 @@ func TestRun(t *testing.T) {
 		return
 	}
 	defer func() { _ = resp.Body.Close() }()
-	if text, _ := io.ReadAll(resp.Body); strings.Contains(string(text), `"rate_limit":7,`) { // another test may have the port by now
+	if text, _ := io.ReadAll(resp.Body); strings.Contains(string(text), `"rate_limit":7,`) { // another test may have taken the port
 		t.Error("it listens after it was stopped")
 	}
 }

@@ -55,7 +55,7 @@ const markerField = "tenantry"
 // perPage is the most that Clarifai gives at once.
 const perPage = 1000
 
-// inputs is how many inputs the app has, if Clarifai says so.
+// inputs is the number of inputs in the app; nil if Clarifai does not say.
 func (a appJSON) inputs() *int {
 	if a.ExtraInfo == nil || a.ExtraInfo.Counts == nil {
 		return nil
@@ -238,8 +238,8 @@ func (c *Client) CreateKeys(ctx context.Context, keys []tenant.NewKey) ([]tenant
 	return secrets, nil
 }
 
-// Apps returns one page of the operator's apps, newest first. Apps that are removed meanwhile
-// make it pass others over.
+// Apps returns one page of the operator's apps, newest first. If apps are removed
+// between two pages, the list skips others.
 func (c *Client) Apps(ctx context.Context, p tenant.Page) ([]tenant.UpstreamApp, error) {
 	query := pageQuery(p)
 	query.Set("sort_by_created_at", "true")

@@ -20,8 +20,8 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// A read-only service has neither a PAT nor a keyset. It looks up, and refuses all else before
-// it does anything.
+// A read-only service has neither a PAT nor a keyset. It serves lookups, and refuses all other
+// requests before they have an effect.
 func TestReadOnly(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)

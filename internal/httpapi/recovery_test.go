@@ -53,10 +53,10 @@ func objects(list any) []map[string]any {
 	return found
 }
 
-// control has the control record kept, without which no recovery comes to an end.
+// control keeps the control record, without which recovery mode does not end.
 var control = provisiontest.Options{Control: true}
 
-// Each state of recovery mode is shown, and what it does to requests.
+// Each state of recovery mode is shown, and has its effect on requests.
 func TestRecoveryStates(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
@@ -128,7 +128,7 @@ func TestRecoveryStates(t *testing.T) {
 	}
 }
 
-// A key that is gone, of an app from before a loss, is decided by a person.
+// If a key is gone and its app is from before a loss, a person decides.
 func TestRecoveryDecisions(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -324,7 +324,7 @@ func TestRecoveryRefused(t *testing.T) {
 	}
 }
 
-// An admin adopts with the app's id alone, and sees no key; anything else needs a provisioner.
+// An admin adopts with the app's id alone, and sees no key; other sign-ups need a provisioner.
 func TestAdminAdopts(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)

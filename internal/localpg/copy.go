@@ -9,10 +9,9 @@ import (
 	"strings"
 )
 
-// Copy copies the data directory and the password to dir, which must not exist:
-// Open runs dir as another cluster. The server must not write while it does:
-// either it has ended, or SignalTree has stopped it, and the copy is what a crash
-// would leave.
+// Copy copies the data directory and the password to dir, which must not exist. Open runs
+// dir as another cluster. The server must not write during the copy: it has ended, or
+// SignalTree has stopped it. A copy of a stopped server is like its files after a crash.
 func (c *Cluster) Copy(ctx context.Context, dir string) error {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		return fmt.Errorf("make the directory of the copy: %w", err)
@@ -25,7 +24,7 @@ func (c *Cluster) Copy(ctx context.Context, dir string) error {
 	if out, err := exec.CommandContext(ctx, "cp", "-pPR", c.data, data).CombinedOutput(); err != nil {
 		return fmt.Errorf("copy the data directory: %w\n%s", err, tail(out))
 	}
-	// The lock is of the running server.
+	// The lock file belongs to the running server.
 	if err := os.Remove(filepath.Join(data, "postmaster.pid")); err != nil && !os.IsNotExist(err) {
 		return fmt.Errorf("copy the data directory: %w", err)
 	}

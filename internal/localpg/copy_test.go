@@ -8,8 +8,8 @@ import (
 	"github.com/tenantry/tenantry/internal/localpg"
 )
 
-// The files of a server that is stopped by SIGSTOP run as another cluster, and the
-// server goes on.
+// A copy of the files of a server that is stopped by SIGSTOP runs as another cluster, and
+// the server continues.
 func TestCopy(t *testing.T) {
 	t.Parallel()
 	dir := folder(t)

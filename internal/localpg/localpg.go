@@ -371,8 +371,8 @@ func (c *Cluster) CreateDatabase(ctx context.Context, name string) error {
 	return err
 }
 
-// Dump returns a database as the SQL that makes it anew, or what the options of
-// pg_dump choose. It needs pg_dump, which a downloaded Postgres lacks.
+// Dump returns the output of pg_dump, by default SQL that re-creates the database. It needs
+// pg_dump, which a downloaded Postgres lacks.
 func (c *Cluster) Dump(ctx context.Context, database string, options ...string) (string, error) {
 	out, err := c.command(ctx, "pg_dump", append([]string{"--no-owner", "--dbname", c.URL(database)}, options...)...).Output()
 	if err != nil {

@@ -64,7 +64,7 @@ func processes() (map[int]process, error) {
 		if err != nil {
 			continue // it has ended
 		}
-		// The name before it is in brackets and may hold anything.
+		// The name before the state is in brackets and may contain any character.
 		fields := bytes.Fields(raw[bytes.LastIndexByte(raw, ')')+1:])
 		pid, pidErr := strconv.Atoi(filepath.Base(dir))
 		if pidErr != nil || len(fields) < 2 {

@@ -11,7 +11,7 @@ import (
 // A process is an entry of the process table.
 type process struct {
 	parent int
-	state  byte // as ps shows it: T is stopped, Z has ended and was not waited for
+	state  byte // as ps shows it: T is stopped, Z has ended and was not reaped
 }
 
 // SignalTree sends SIGSTOP, SIGCONT or SIGKILL to a process and its children, and
@@ -20,7 +20,7 @@ type process struct {
 // the caller. A process that has ended is no error.
 func SignalTree(ctx context.Context, pid int, sig syscall.Signal) error {
 	if sig == syscall.SIGKILL || sig == syscall.SIGSTOP {
-		// Stopped first, it starts no more children.
+		// A stopped process starts no more children.
 		if err := signalAll(ctx, []int{pid}, syscall.SIGSTOP); err != nil {
 			return err
 		}

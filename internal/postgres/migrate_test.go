@@ -123,8 +123,8 @@ func TestMigrateUpAndDown(t *testing.T) {
 	says("")
 }
 
-// A migration that rewrites the table apps gives the database another fingerprint: each
-// upgrade would begin recovery mode and retire the pool.
+// A migration must not rewrite the table apps: that changes the fingerprint, and each upgrade
+// would begin recovery mode and retire the pool.
 func TestMigrationsKeepFingerprint(t *testing.T) {
 	t.Parallel()
 	const first = 9 // which makes the fingerprint

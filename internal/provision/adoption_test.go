@@ -440,7 +440,7 @@ func TestDeleteAdoptedUnmarked(t *testing.T) {
 	is, err := r.Delete(t.Context(), "user_1", false, wait, caller)
 	stateOf(t, is, err, tenant.Deleting)
 	mendedWithout(t, r)
-	w.Faults() // no key is made while the marker may say that the app is removed
+	w.Faults() // no key is created while the ownership tag may name a removal
 	is, err = r.Restore(t.Context(), "user_1", wait, caller)
 	stateOf(t, is, err, tenant.Active)
 	w.Faults(map[string]any{"call": "PatchApp", "status": 98004})

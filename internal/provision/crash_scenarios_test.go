@@ -36,7 +36,7 @@ type crashScenario struct {
 	pool      int         // apps that are there for nobody
 	spare     int         // apps that may be there for nobody beside those
 	foreign   int         // apps that are not ours
-	retired   int         // apps that may be in use by a tenant that is not known, and are kept
+	retired   int         // kept apps, which an unknown tenant may use
 	unmarked  bool        // apps lack their tenants in their markers
 	lost      int         // keys that cannot be addressed
 }
@@ -1176,7 +1176,7 @@ var crashScenarios = map[string]crashScenario{
 			s.r.Stop()
 			s.r = s.w.Start(provisiontest.Options{Idle: true})
 			decideOpen(s, tenant.FoundAppDiffers, tenant.OverwriteTag)
-			// As if another repair had found it gone.
+			// As if another repair had found that it is gone.
 			app := s.holds["user_1"]
 			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(app), nil)
 			exec(s.t, s.w, fmt.Sprintf(`
@@ -1425,7 +1425,7 @@ func handMadeWithKey(s *scene, id tenant.AppID) tenant.AdoptRequest {
 	return what
 }
 
-// lostApp asks for the app that the rows do not know of user_1, with its key.
+// lostApp returns a request to adopt, with its key, the app of user_1 that has no row.
 func lostApp(s *scene) tenant.AdoptRequest {
 	known := signUp(s.t, s.r, "user_1").AppID
 	for _, k := range s.w.AppKeys() {
@@ -1568,7 +1568,7 @@ func firstRecorded(s *scene) {
 	controlRecorded(s.t, s.r)
 }
 
-// anotherDatabase has the next incarnation start, as after a restart of the server.
+// anotherDatabase starts the next incarnation, as after a restart of the server.
 func anotherDatabase(s *scene) {
 	exec(s.t, s.w, `UPDATE current_incarnation SET apps_file = 'another'`)
 }
@@ -1585,14 +1585,14 @@ func earlier(s *scene) {
 	exec(s.t, s.w, `UPDATE apps SET incarnation = gen_random_uuid(); UPDATE keys SET incarnation = gen_random_uuid()`)
 }
 
-// retired has an app of the pool that is of an earlier incarnation.
+// retired makes an app of the pool one of an earlier incarnation.
 func retired(s *scene) {
 	first(s)
 	fillPool(s)
 	exec(s.t, s.w, `UPDATE apps SET state = 'retired', incarnation = gen_random_uuid() WHERE state = 'ready'`)
 }
 
-// aYearOn is later than all apps were begun.
+// aYearOn is later than the begin of all apps.
 var aYearOn = time.Now().AddDate(1, 0, 0)
 
 func removeRetired(f tenant.RetiredFilter, confirm string) func(*scene) {
@@ -1617,7 +1617,7 @@ func takeOver(s *scene) {
 	}
 }
 
-// unknownKey makes a key of the app of user_1 that has our ownership tag and no row.
+// unknownKey creates a key for the app of user_1, with our ownership tag and without a row.
 func unknownKey(s *scene) {
 	makeKeyByHand(s.t, s.w, s.holds["user_1"], tenant.KeyMarker{Deployment: s.r.Deployment.ID, KeyID: strayKey}.String())
 	s.leaked = leakedKey(s)
@@ -1646,7 +1646,7 @@ func quarantined(s *scene) {
 	}
 }
 
-// endsUnknownKey makes a report, and has the key of unknownKey ended.
+// endsUnknownKey makes a report, and decides to end the key of unknownKey.
 func endsUnknownKey(s *scene) {
 	decided(tenant.FoundKeyUnknown, tenant.Adopt)(s)
 	rest(s.t, s.w)
@@ -1662,7 +1662,7 @@ func contestedPurge(s *scene) {
 	})
 }
 
-// purgeContested has an app whose removal waits for a decision, as a report shows.
+// purgeContested makes a report that shows an app whose removal waits for a decision.
 func purgeContested(s *scene) {
 	first(s)
 	report(s.t, s.r)
@@ -1688,7 +1688,7 @@ func retag(s *scene, app tenant.AppID, fields map[string]any) {
 		"app": map[string]any{"metadata": map[string]any{"tenantry": fields}}, "metadata_action": map[string]any{"op": "merge"}})
 }
 
-// tagAnother has the app of user_1 name another tenant.
+// tagAnother changes the tag of the app of user_1 to another tenant.
 func tagAnother(s *scene) {
 	app := s.holds["user_1"]
 	sealed, err := s.w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
@@ -1698,8 +1698,8 @@ func tagAnother(s *scene) {
 	retag(s, app, map[string]any{"tenant": sealed})
 }
 
-// decideOpen decides the findings of a kind that wait for it. It reports whether there were
-// any, or a decision is not carried out yet.
+// decideOpen decides the findings of a kind that wait for a decision. It reports whether there
+// were any, or a decision is not carried out yet.
 func decideOpen(s *scene, kind tenant.FindingKind, choice tenant.RepairAction) bool {
 	found, err := s.r.DB.Undecided(s.t.Context(), kind, tenant.Finding{}, 100)
 	if err != nil {
@@ -1718,8 +1718,8 @@ func decideOpen(s *scene, kind tenant.FindingKind, choice tenant.RepairAction) b
 	return waits
 }
 
-// decided decides the findings of a kind, unless they are decided, and waits until that is
-// carried out.
+// decided decides the findings of a kind, unless they are decided, and waits until the decisions
+// are carried out.
 func decided(kind tenant.FindingKind, choice tenant.RepairAction) func(*scene) {
 	return func(s *scene) {
 		provisiontest.Eventually(s.t, fmt.Sprintf("it is decided: %s of %s", choice, kind), func() bool { return !decideOpen(s, kind, choice) })

@@ -521,7 +521,7 @@ func ownerAt(w *provisiontest.World, a clarifaisim.AppInfo) tenant.ID {
 	return owner.Tenant
 }
 
-// purgeAt returns when an app is removed by its marker.
+// purgeAt returns the time of removal in the ownership tag of an app.
 func purgeAt(a clarifaisim.AppInfo) string {
 	marker, _ := a.Metadata["tenantry"].(map[string]any)
 	at, _ := marker["purge_after"].(string)

@@ -22,8 +22,8 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// How long TestHistories goes on, and how many steps a history has. HISTORIES=2000 tries that
-// many instead, HISTORY=17 the one of that seed, and both together so many from there.
+// How long TestHistories runs, and how many steps a history has. HISTORIES=2000 runs 2,000 histories
+// instead, HISTORY=17 runs the history with seed 17, and both together run 2,000 from seed 17.
 const (
 	historiesFor = 60 * time.Second
 	historySteps = 30
@@ -31,8 +31,8 @@ const (
 
 // Restores, snapshots, copies and failovers, in any order with sign-ups, suspensions,
 // deletions and repairs, never give one tenant's app or key to another, never remove an app
-// that may be in use, never make a dead tenant's key work without a command, and stop no
-// revocation that is asked for afterwards.
+// that may be in use, never make a dead tenant's key work without a command, and never stop a
+// revocation that is requested afterwards.
 func TestHistories(t *testing.T) {
 	t.Parallel()
 	first, n := uint64(time.Now().UnixNano())%1_000_000, 0
@@ -63,7 +63,7 @@ func number(t *testing.T, s string) uint64 {
 	return n
 }
 
-// migrated makes the database that each history begins with a copy of.
+// migrated makes the database that each history copies at its beginning.
 func migrated(t *testing.T) string {
 	t.Helper()
 	url := pgtest.URL(t)
@@ -87,16 +87,16 @@ type history struct {
 
 	name     string // of the database in use
 	replicas []*provisiontest.Replica
-	copied   []*provisiontest.Replica // of a copy that runs beside it
-	backups  []string                 // databases that nobody is connected to
+	copied   []*provisiontest.Replica // of a copy that runs next to the database in use
+	backups  []string                 // databases without connections
 	made     []string                 // all databases
 	tags     bool
 
 	owner     map[string]tenant.ID // of each app that a tenant was told of
 	told      map[string]tenant.ID // of each key
 	removable map[string]bool      // apps whose removal was asked for
-	asked     map[tenant.ID]bool   // since the last loss, that no key of it works
-	dead      map[string]tenant.ID // apps of which no key worked, until a command for the tenant
+	asked     map[tenant.ID]bool   // tenants whose keys must be dead, since the last loss
+	dead      map[string]tenant.ID // apps without a live key, until a command for the tenant
 }
 
 func play(t *testing.T, template string, seed uint64) {
@@ -210,7 +210,7 @@ func (h *history) disconnect(name string) {
 	}
 }
 
-// alone runs a statement about a database while nobody is connected to it.
+// alone runs a statement about a database that has no connections.
 func (h *history) alone(name, sql string) {
 	h.t.Helper()
 	h.disconnect(name)
@@ -218,7 +218,7 @@ func (h *history) alone(name, sql string) {
 		h.t.Fatal(err)
 	}
 	provisiontest.Eventually(h.t, "nobody is connected to "+name, func() bool {
-		var n int // with who was about to connect before
+		var n int // connections that were about to open
 		err := h.admin.QueryRow(h.t.Context(), `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1`, name).Scan(&n)
 		return err == nil && n == 0
 	})
@@ -233,8 +233,8 @@ func (h *history) open(name string) {
 	}
 }
 
-// copyOf copies a database as a snapshot of its files does: the copy has a fingerprint of its
-// own, and its rows are those of the other.
+// copyOf copies a database like a snapshot of its files: the copy has its own fingerprint and the
+// rows of the original.
 func (h *history) copyOf(name string) string {
 	h.t.Helper()
 	to := fmt.Sprintf("h%s", strings.ReplaceAll(uuid.NewString()[:13], "-", ""))
@@ -257,7 +257,7 @@ func (h *history) start(name string) *provisiontest.Replica {
 
 func (h *history) replica() *provisiontest.Replica { return h.replicas[h.rng.IntN(len(h.replicas))] }
 
-// tenant is often the one before: much of what can go wrong takes several steps with one.
+// tenant often returns the previous tenant: many failures take several steps with one tenant.
 func (h *history) tenant() tenant.ID {
 	if h.last == "" || h.rng.IntN(3) == 0 {
 		h.last = tenant.ID(fmt.Sprintf("t%d", h.rng.IntN(6)))
@@ -265,7 +265,7 @@ func (h *history) tenant() tenant.ID {
 	return h.last
 }
 
-// ask runs a command, again while the connections to the database are new.
+// ask runs a command, and retries it while the connections to the database are new.
 func (h *history) ask(do func(ctx context.Context) error) error {
 	h.t.Helper()
 	var err error
@@ -289,13 +289,13 @@ func (h *history) ask(do func(ctx context.Context) error) error {
 	return err
 }
 
-// commanded notes that somebody asked for something about a tenant: its keys may work again.
+// commanded records a command for a tenant: the keys of the tenant may work again.
 func (h *history) commanded(id tenant.ID) {
 	delete(h.asked, id)
 	maps.DeleteFunc(h.dead, func(_ string, of tenant.ID) bool { return of == id })
 }
 
-// saw holds what is shown of a tenant against what was shown before.
+// saw compares the shown tenant with what was shown before.
 func (h *history) saw(r *provisiontest.Replica, t tenant.Tenant) {
 	h.t.Helper()
 	if t.State != tenant.Active || t.AppID == "" {
@@ -454,10 +454,10 @@ func (h *history) aBackup() (string, bool) {
 	return h.copyOf(h.backups[h.rng.IntN(len(h.backups))]), true
 }
 
-// lost forgets what the database that was lost had been asked for.
+// lost forgets the requests to the lost database.
 func (h *history) lost() { h.asked = map[tenant.ID]bool{} }
 
-// restore puts a backup in the place of the database, which the replicas are started on.
+// restore replaces the database by a backup, and starts the replicas on it.
 func (h *history) restore() {
 	name, ok := h.aBackup()
 	if !ok {
@@ -476,7 +476,7 @@ func (h *history) restore() {
 	}
 }
 
-// failOver puts a backup in the place of the database, under the replicas.
+// failOver replaces the database by a backup under the running replicas.
 func (h *history) failOver() {
 	name, ok := h.aBackup()
 	if !ok {
@@ -488,7 +488,7 @@ func (h *history) failOver() {
 	h.alone(h.name, `ALTER DATABASE `+h.name+` RENAME TO `+old)
 	h.alone(name, `ALTER DATABASE `+name+` RENAME TO `+h.name)
 	h.open(h.name)
-	if h.rng.IntN(3) == 0 { // and back: a primary that hung has its role again
+	if h.rng.IntN(3) == 0 { // and back: a primary that hung is the primary again
 		h.note("and back")
 		h.workSome(h.replicas)
 		h.alone(h.name, `ALTER DATABASE `+h.name+` RENAME TO `+name)
@@ -498,7 +498,7 @@ func (h *history) failOver() {
 	}
 }
 
-// kill starts the replicas again, which have said nothing.
+// kill restarts the replicas without a clean stop.
 func (h *history) kill() {
 	for i, r := range h.replicas {
 		r.Kill()
@@ -507,7 +507,7 @@ func (h *history) kill() {
 	}
 }
 
-// stop has the replicas stop and start again.
+// stop restarts the replicas after a clean stop.
 func (h *history) stop() {
 	for _, r := range h.replicas {
 		if err := r.LeaveControl(h.t.Context()); err != nil {
@@ -527,8 +527,8 @@ func (h *history) copy() {
 	h.copied = []*provisiontest.Replica{h.start(name)}
 }
 
-// workInCopy has the copy work, while the database in use renews its control record, and
-// gives it commands.
+// workInCopy lets the copy work, with commands, while the database in use renews the control
+// record.
 func (h *history) workInCopy() {
 	if len(h.copied) == 0 {
 		return
@@ -626,7 +626,7 @@ func (h *history) decide() {
 		return
 	}
 	h.commanded(f.TenantID)
-	if of, known := h.owner[string(f.AppID)]; known { // whose it is by its tag
+	if of, known := h.owner[string(f.AppID)]; known { // its owner by its tag
 		h.commanded(of)
 	}
 	switch c.Name {
@@ -646,9 +646,8 @@ func (h *history) beginRecovery() {
 	})
 }
 
-// removeRetired removes all retired apps that turn out to be empty and nobody's: in the
-// account that is all that can be known. An app that a tenant was told of is not among the
-// choices of a person who reads its tag.
+// removeRetired removes all retired apps that are empty and have no tenant in their tags; the
+// account shows no more than that. A person who reads the tag would not remove a tenant's app.
 func (h *history) removeRetired() {
 	var apps []tenant.RetiredApp
 	if h.ask(func(ctx context.Context) (err error) {
@@ -692,7 +691,7 @@ func (h *history) nameOf(r *provisiontest.Replica) string {
 	return cfg.Database
 }
 
-// round takes one turn of all that a replica does in the background.
+// round does one round of a replica's background work.
 func (h *history) round(r *provisiontest.Replica, most int) {
 	h.t.Helper()
 	ctx, name := h.t.Context(), h.nameOf(r)
@@ -748,7 +747,7 @@ func (h *history) check() {
 	}
 }
 
-// rest ends the faults and the copy, does all work, and looks how the tenants stand.
+// rest ends the faults and the copy, does all work, and checks the state of the tenants.
 func (h *history) rest() {
 	h.t.Helper()
 	h.w.Faults()

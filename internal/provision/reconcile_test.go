@@ -21,7 +21,7 @@ import (
 
 var admin = tenant.Actor{Name: "caller:admin", RequestID: "req-2"}
 
-// report compares, once nothing else is compared, and returns what was found.
+// report runs a report once no other reconciliation runs, and returns its findings.
 func report(t *testing.T, r *provisiontest.Replica) (tenant.Reconciliation, []tenant.Finding) {
 	t.Helper()
 	var began tenant.Reconciliation
@@ -364,7 +364,7 @@ func TestRemovalCap(t *testing.T) {
 	}
 }
 
-// A listing that Clarifai sends too slowly goes on in smaller pages, from the entry that it was at.
+// A listing that Clarifai sends too slowly continues in smaller pages, from the same entry.
 func TestSlowListing(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)

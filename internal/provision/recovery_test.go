@@ -67,7 +67,7 @@ func inState(t *testing.T, r *provisiontest.Replica, want tenant.RecoveryState) 
 	return is
 }
 
-// undecided waits for the report of a recovery, and returns what waits for a decision.
+// undecided waits for the report of a recovery, and returns the findings that wait for a decision.
 func undecided(t *testing.T, r *provisiontest.Replica) []tenant.Finding {
 	t.Helper()
 	is := inState(t, r, tenant.Recovering)
@@ -82,7 +82,7 @@ func undecided(t *testing.T, r *provisiontest.Replica) []tenant.Finding {
 	return found
 }
 
-// decide decides all findings of a kind, and waits until that is carried out.
+// decide decides all findings of a kind, and waits until the decisions are carried out.
 func decide(t *testing.T, r *provisiontest.Replica, kind tenant.FindingKind, choice tenant.RepairAction) {
 	t.Helper()
 	n, err := r.Decide(t.Context(), 0, kind, choice, "", admin)
@@ -100,7 +100,7 @@ func carriedOut(t *testing.T, r *provisiontest.Replica) {
 	})
 }
 
-// control has the control record kept, which the tests below are about.
+// control keeps the control record, which the tests below are about.
 func control(o provisiontest.Options) provisiontest.Options {
 	o.Control = true
 	return o
@@ -115,9 +115,8 @@ func controlRecorded(t *testing.T, r *provisiontest.Replica) {
 	})
 }
 
-// A database that is restored from a dump knows nothing of what came after it. Nothing of
-// that is lost, removed or given to somebody else, and it is taken in again: tenants with the
-// apps and the keys they had. Sign-ups go on meanwhile.
+// A database that is restored from a dump lacks all later tenants. None of their apps is removed
+// or given to another tenant, and they get their apps and keys back. Sign-ups continue.
 func TestRestoredDatabase(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -181,8 +180,8 @@ func TestKeepEndsRecovery(t *testing.T) {
 	}
 }
 
-// The last sign-up before a loss, whose app is not tagged yet, keeps its app and key for
-// itself, whatever is done about the recovery.
+// A tenant that signed up just before a loss, and whose app is not tagged yet, keeps its app and
+// key for itself, whatever is done about the recovery.
 func TestUntaggedHandOutIsLost(t *testing.T) {
 	t.Parallel()
 	w := filled(t, 2)
@@ -271,8 +270,8 @@ func TestRebuiltFromNothing(t *testing.T) {
 	}
 }
 
-// A key that the database does not know, of a tenant that it calls suspended, is for a person
-// to decide about: it does not make the tenant active by itself, nor stay in its way.
+// About an unknown key of a suspended tenant a person must decide: the key neither makes the tenant
+// active by itself nor blocks it.
 func TestUnknownKeyOfSuspended(t *testing.T) {
 	t.Parallel()
 	for choice, wantKeys := range map[tenant.RepairAction]int{tenant.ResumeTenant: 1, tenant.EndUnknownKey: 0} {
@@ -310,8 +309,7 @@ func suspended(t *testing.T, r *provisiontest.Replica, id tenant.ID) {
 	}
 }
 
-// A deletion that was taken back after the backup: when the retention that the rows remember
-// ends, nothing is removed.
+// A tenant was restored after the backup: when the retention in the rows ends, nothing is removed.
 func TestForgottenRestoreIsNotPurged(t *testing.T) {
 	t.Parallel()
 	for name, after := range map[string]func(t *testing.T, r *provisiontest.Replica){
@@ -345,7 +343,7 @@ func TestForgottenRestoreIsNotPurged(t *testing.T) {
 			if _, err := r.DB.EndRecovery(t.Context(), admin); err != nil { // undecided
 				t.Fatal(err)
 			}
-			// As if time had passed: the tag says when, too.
+			// As if time had passed, also in the tag.
 			exec(t, w, `UPDATE apps SET purge_after = now() - interval '1 s', tagged_purge_after = now() - interval '1 s', next_attempt_at = now() WHERE state = 'retained'`)
 			provisiontest.Eventually(t, "the removal is contested", func() bool {
 				return slices.Equal(column(t, w, `SELECT problem->>'code' FROM apps WHERE state = 'retained' AND problem IS NOT NULL`), []string{"purge_contested"})
@@ -435,8 +433,8 @@ func TestContestedApp(t *testing.T) {
 	})
 }
 
-// In recovery mode what would be decided or created without a command waits, and what ends a
-// key goes on.
+// In recovery mode decisions and creations without a command wait, and everything that ends a key
+// continues.
 func TestWhatWaitsInRecovery(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -462,11 +460,11 @@ func TestWhatWaitsInRecovery(t *testing.T) {
 		t.Fatal(err)
 	}
 	exec(t, w, provisiontest.SetRecovery(tenant.Recovering))
-	// Due now, and decided by nobody since: removal, campaign.
+	// Due now, without a command since the loss: removal, campaign.
 	startRotation(t, r, tenant.KeyFilter{All: true})
 	exec(t, w, `UPDATE apps SET purge_after = now() - interval '1 hour', tagged_purge_after = now() - interval '1 hour', next_attempt_at = now() WHERE state = 'retained';
 		UPDATE keys SET retires_at = now() WHERE state = 'retiring'`)
-	// Commands: all that end a key go on, and so do those that make one.
+	// Commands that end or create a key continue.
 	suspended(t, r, "suspended")
 	if got, err := r.Resume(t.Context(), "resumed", long, caller); err != nil || got.State != tenant.Active {
 		t.Errorf("resume: %+v, %v", got, err)
@@ -528,7 +526,7 @@ func TestCopyStops(t *testing.T) {
 	if after := w.State().Calls; after["DeleteKey"] != calls["DeleteKey"] || after["DeleteApp"] != 0 {
 		t.Errorf("the copy removed something: %v", after)
 	}
-	// Given the role, the copy goes on, and the other stops.
+	// After a take-over the copy continues, and the other database stops.
 	if _, err := c.TakeOver(t.Context(), "wrong", admin); !errors.Is(err, tenant.Invalid) {
 		t.Errorf("take over without the id of the deployment: %v", err)
 	}
@@ -548,7 +546,7 @@ func provisiontestStops(t *testing.T, r *provisiontest.Replica, id tenant.ID) bo
 	return err == nil && got.State == tenant.Suspended
 }
 
-// A clean stop and start of database and service is no recovery; a kill is watched.
+// A clean stop and start of database and service causes no recovery; a kill causes a watch.
 func TestCleanStopIsNoRecovery(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
