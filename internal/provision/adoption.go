@@ -291,7 +291,7 @@ func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) 
 		return app, nil
 	case err == nil:
 		return app, refuse(nil, "adopt_foreign_marker",
-			"the app has the marker of another Tenantry deployment (%.32q): it is one of its tenants', or was", marker.Deployment)
+			"the app has the ownership tag of another Tenantry deployment (%.32q), and belongs or belonged to one of its tenants", marker.Deployment)
 	case up == nil:
 		return app, err
 	case up.Class == tenant.UpstreamNotFound && a.AppUserID != "":
@@ -301,7 +301,7 @@ func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) 
 	case up.Moved || up.Class == tenant.UpstreamRefused:
 		return app, refuse(err, "adopt_app_unknown", "Clarifai does not show the app %s: %s", a.AppID, up.Detail)
 	case up.Class == tenant.UpstreamForbidden && a.AppUserID != "":
-		return app, refuse(err, "adopt_app_forbidden", "the app %s is not shared with the operator so that its PAT may look at it: %s", a.AppID, up.Detail)
+		return app, refuse(err, "adopt_app_forbidden", "the app %s is not shared in a way that lets the operator's PAT read it: %s", a.AppID, up.Detail)
 	}
 	return app, err
 }

@@ -418,7 +418,7 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 		return err
 	case !app.Marker.Owns(s.Deployment.ID, a.ID):
 		return &tenant.UpstreamError{Call: "GetApp", Class: tenant.UpstreamRefused,
-			Detail: "the app lacks our marker and is not removed"}
+			Detail: "the app lacks our ownership tag and is not removed"}
 	case !a.RemovalConfirmed:
 		why, err := s.inUse(ctx, a, app)
 		if err != nil {

@@ -358,7 +358,7 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 		case err != nil:
 			return err
 		case !ours:
-			return skip("it does not have our marker")
+			return skip("the app does not have our ownership tag")
 		}
 		return s.Store.RemoveApp(ctx, r, f)
 	case tenant.Revoke:
@@ -437,11 +437,11 @@ func (s *Service) adopt(ctx context.Context, r tenant.Reconciliation, f tenant.F
 	case err != nil:
 		return err
 	case !app.Marker.Owns(s.Deployment.ID, f.AppID):
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "it does not have our marker")
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingSkipped, "the app does not have our ownership tag")
 	}
 	a := tenant.AdoptedApp{ID: f.AppID, Owner: s.ownerOf(*app.Marker)}
 	if a.Owner.Tenant == "" {
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the tenant in its marker cannot be read with this keyset")
+		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "the tenant in the ownership tag cannot be decrypted with this keyset")
 	}
 	a.Profile = cmp.Or(a.Owner.Profile, app.Marker.Profile, tenant.DefaultProfile)
 	a.Owner.Profile = a.Profile

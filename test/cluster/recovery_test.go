@@ -403,8 +403,8 @@ func TestCopy(t *testing.T) {
 	d.check(d.Primary, c)
 }
 
-// Production is silent for longer than the watch. Its copy goes to work, and stops, or stops
-// production, when production is back.
+// Production is silent for longer than the watch, and its copy starts to work. When production is
+// back, one of the two stops.
 func TestSilentProduction(t *testing.T) {
 	for _, silence := range []struct{ watch, time time.Duration }{{watch, 2 * watch}, {150 * time.Second, 180 * time.Second}} {
 		t.Run(silence.time.String(), func(t *testing.T) {
@@ -453,7 +453,7 @@ func TestSilentProduction(t *testing.T) {
 	}
 }
 
-// A promoted standby whose clock differs from that of the old primary goes on at once.
+// A promoted standby works at once, even if its clock differs from that of the old primary.
 func TestClocks(t *testing.T) {
 	cluster.SkipUnlessFull(t)
 	libraries, _ := filepath.Glob("/usr/lib/*/faketime/libfaketime.so.1")
@@ -492,8 +492,7 @@ func TestClocks(t *testing.T) {
 	}
 }
 
-// otherClock makes a directory of the programs of Postgres, of which the server has another
-// clock.
+// otherClock makes a directory with the programs of Postgres, in which the server has another clock.
 func otherClock(t *testing.T, programs, library, offset string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "tenantry-clock-") // unlike that of t.TempDir, Postgres's user may enter it
@@ -569,8 +568,8 @@ func TestBeginDuringHandOuts(t *testing.T) {
 	d.check(d.Primary)
 }
 
-// Commands that a restore lost are repeated, or other commands and decisions follow. No key
-// works that a caller has ended since, and none of a tenant works again without a command.
+// Commands that a restore lost are repeated, or other commands and decisions follow. A key that a
+// caller has ended since is dead, and no dead key works again without a command.
 func TestLostCommands(t *testing.T) {
 	t.Parallel()
 	cluster.SkipUnlessFull(t)
