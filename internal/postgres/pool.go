@@ -308,8 +308,8 @@ func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) 
 }
 
 // RemakeHeldKey records that a key of a leased app, which a tenant has got, is gone at
-// Clarifai, and that next is made in its place. A key that was revoked meanwhile, or whose
-// tenant is not active any more, is left to whoever did that.
+// Clarifai, and that next replaces it. If the key was revoked or the tenant is not active any
+// more, the key stays as it is.
 func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
 	var made []keyInLane
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
