@@ -6,6 +6,7 @@ import (
 	"mime"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"unicode"
@@ -94,7 +95,7 @@ func (a answer) failure(call string, also int) *tenant.UpstreamError {
 	}
 	e := &tenant.UpstreamError{Code: s.code, HTTP: a.http, Detail: s.detail, RequestID: a.requestID}
 	m := meaningOf(s.code, a.http)
-	e.Class, e.Unclear = m.class, m.unclear
+	e.Class, e.Unclear, e.TooMuch = m.class, m.unclear, slices.Contains(tooMuchCodes, s.code)
 	switch lower := strings.ToLower(s.detail); {
 	case s.code == codeInvalidRequest && call == callPostApps && (strings.Contains(lower, "exist") || strings.Contains(lower, "duplicate")):
 		e.Class = tenant.UpstreamDuplicate // the documented code is 40010; this one was heard of
@@ -132,6 +133,8 @@ func (a answer) strange() *tenant.UpstreamError {
 	case a.http == http.StatusTooManyRequests:
 		// A limiter refuses before it passes a request on.
 		e.Class, e.Unclear = tenant.UpstreamThrottled, false
+	case a.http == http.StatusGatewayTimeout:
+		e.TooMuch = true
 	case a.http >= 300 && a.http < 400:
 		e.Detail = fmt.Sprintf("HTTP %d, a redirect, which is not followed: is the base URL right?", a.http)
 	}

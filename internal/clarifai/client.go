@@ -260,8 +260,9 @@ func (c *Client) exchange(ctx context.Context, r request, out *http.Request, rea
 		GotConn: func(httptrace.GotConnInfo) { sent.Store(true) },
 	})
 	silence := func(status int, err error) *tenant.UpstreamError {
+		why := c.whyNoAnswer(ctx, limited, err)
 		return &tenant.UpstreamError{Class: tenant.UpstreamDown, HTTP: status, Unclear: sent.Load(),
-			Detail: c.whyNoAnswer(ctx, limited, err)}
+			TooMuch: sent.Load() && why == noAnswerInTime, Detail: why}
 	}
 	resp, err := c.transport.RoundTrip(out.WithContext(traced))
 	if err != nil {
@@ -273,7 +274,7 @@ func (c *Client) exchange(ctx context.Context, r request, out *http.Request, rea
 		return silence(resp.StatusCode, err)
 	}
 	if int64(len(body)) > r.limit {
-		return &tenant.UpstreamError{Class: tenant.UpstreamDown, HTTP: resp.StatusCode, Unclear: true,
+		return &tenant.UpstreamError{Class: tenant.UpstreamDown, HTTP: resp.StatusCode, Unclear: true, TooMuch: true,
 			Detail: fmt.Sprintf("the answer has more than %d bytes", r.limit)}
 	}
 	a := parseAnswer(resp.StatusCode, resp.Header, body)

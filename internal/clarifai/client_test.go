@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -400,6 +401,7 @@ func TestFailures(t *testing.T) {
 		}
 	}
 	elsewhere := serve(t, func(http.ResponseWriter, *http.Request) { t.Error("a redirect was followed") })
+	tooMuch := []string{"their time limit", "a gateway's 504", "endless"}
 	for _, test := range []struct {
 		name    string
 		h       http.HandlerFunc
@@ -418,6 +420,7 @@ func TestFailures(t *testing.T) {
 		{"code before HTTP status", envelope(500, 11006, "Account limits exceeded", ""), tenant.UpstreamQuota, 11006, 500, false, ""},
 		{"failure with HTTP 200", envelope(200, 98004, "Internal", ""), tenant.UpstreamDown, 98004, 200, true, "Internal"},
 		{"their fault", envelope(500, 98004, "Internal", ""), tenant.UpstreamDown, 98004, 500, true, "Internal"},
+		{"their time limit", envelope(504, 40032, "Request timeout", ""), tenant.UpstreamDown, 40032, 504, true, "Request timeout"},
 		{"maintenance", envelope(503, 39997, "Disabled", ""), tenant.UpstreamDown, 39997, 503, false, "Disabled"},
 		{"mixed", envelope(207, 10010, "Mixed Success", ""), tenant.UpstreamDown, 10010, 207, true, "Mixed Success"},
 		{"not there", envelope(404, 11101, "Resource does not exist", "no app"), tenant.UpstreamNotFound, 11101, 404, false, "no app"},
@@ -434,6 +437,7 @@ func TestFailures(t *testing.T) {
 		{"echoed in the request id", page(400, "application/json", `{"status":{"code":11100,"req_id":"`+patText+`"}}`), tenant.UpstreamRefused, 11100, 400, false, ""},
 
 		{"HTML 502", page(502, "text/html", html), tenant.UpstreamDown, 0, 502, true, "HTTP 502 with text/html instead of Clarifai's answer"},
+		{"a gateway's 504", page(504, "text/html", html), tenant.UpstreamDown, 0, 504, true, ""},
 		{"HTML 200", page(200, "text/html", html), tenant.UpstreamDown, 0, 200, true, "HTTP 200 with text/html"},
 		{"a proxy's 401", page(401, "text/html", html), tenant.UpstreamDown, 0, 401, true, ""},
 		{"a proxy's 404", page(404, "text/plain; charset=utf-8", "404 page not found"), tenant.UpstreamDown, 0, 404, true, "HTTP 404 with text/plain instead"},
@@ -488,6 +492,9 @@ func TestFailures(t *testing.T) {
 					if want := test.unclear && call.changes; up.Unclear != want {
 						t.Errorf("unclear is %t, want %t", up.Unclear, want)
 					}
+					if want := slices.Contains(tooMuch, test.name); up.TooMuch != want {
+						t.Errorf("too much is %t, want %t", up.TooMuch, want)
+					}
 					if !strings.Contains(up.Detail, test.detail) {
 						t.Errorf("detail is %q, want %q in it", up.Detail, test.detail)
 					}
@@ -536,8 +543,8 @@ func TestUnreachable(t *testing.T) {
 				}
 				_, err := call.run(t.Context(), newClient(t, cfg))
 				up := asUpstream(t, call, err)
-				if up.Class != tenant.UpstreamDown || up.Unclear || !strings.Contains(up.Detail, test.detail) {
-					t.Errorf("got %#v, want down, not unclear, with %q", up, test.detail)
+				if up.Class != tenant.UpstreamDown || up.Unclear || up.TooMuch || !strings.Contains(up.Detail, test.detail) {
+					t.Errorf("got %#v, want down, not unclear and not too much, with %q", up, test.detail)
 				}
 			})
 		}
@@ -591,7 +598,7 @@ func TestHanging(t *testing.T) {
 				}
 				_, err := call.run(ctx, c)
 				up := asUpstream(t, call, err)
-				if up.Class != tenant.UpstreamDown || up.Unclear != call.changes || up.Detail != test.detail {
+				if up.Class != tenant.UpstreamDown || up.Unclear != call.changes || up.TooMuch == test.gone || up.Detail != test.detail {
 					t.Errorf("got %#v", up)
 				}
 			})

@@ -17,6 +17,10 @@ const (
 // deadKeyCodes say of an app-specific key that it opens nothing.
 var deadKeyCodes = []int{11001, 11002, 11008, 11009}
 
+// tooMuchCodes say that Clarifai's own time or size limit ended the call: DATABASE_STATEMENT_TIMEOUT,
+// RPC_REQUEST_TIMEOUT, RPC_MAX_MESSAGE_SIZE_EXCEEDED and INTERNAL_UNEXPECTED_TIMEOUT.
+var tooMuchCodes = []int{40011, 40032, 40033, 98009}
+
 // A meaning is what a status code says about a call that failed.
 type meaning struct {
 	class tenant.UpstreamClass

@@ -956,7 +956,7 @@ var crashScenarios = map[string]crashScenario{
 		points: []string{"smallerPages SmallerPages", "workReconciliation ReconciliationSetback 2"},
 		prepare: func(s *scene) {
 			first(s)
-			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98004})
+			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98009})
 		},
 		act: startReport,
 	},

@@ -138,9 +138,9 @@ func (s *Service) listApps(ctx context.Context, r tenant.Reconciliation) error {
 }
 
 // smallerPages continues a list in smaller pages if a page came too late or was too large. It
-// returns any other failure.
+// returns the failure. After any other failure pages keep their size, since they never grow again.
 func (s *Service) smallerPages(ctx context.Context, r tenant.Reconciliation, failed error) error {
-	if tenant.ClassOf(failed) != tenant.UpstreamDown || ctx.Err() != nil {
+	if up := asUpstream(failed); up == nil || !up.TooMuch || ctx.Err() != nil {
 		return failed
 	}
 	recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)

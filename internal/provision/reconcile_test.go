@@ -364,7 +364,8 @@ func TestRemovalCap(t *testing.T) {
 	}
 }
 
-// A listing that Clarifai sends too slowly continues in smaller pages, from the same entry.
+// A listing that Clarifai sends too slowly continues in smaller pages, from the same entry. In an
+// outage, where no page size helps, pages stay as large as they are: they never grow again.
 func TestSlowListing(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -388,14 +389,23 @@ func TestSlowListing(t *testing.T) {
 		}
 		return got
 	}
-	down := map[string]any{"call": "ListApps", "http": 503}
-	for _, size := range []int{500, 250, 125, 25, 5} {
-		if got := turn(down); got.Page != 1 || got.PerPage != size {
-			t.Fatalf("after a failure at page 1 it is at page %d of %d entries; want page 1 of %d", got.Page, got.PerPage, size)
+	for _, outage := range []map[string]any{{"http": 503}, {"status": 39997}, {"status": 98004}, {"status": 11005}, {"drop_before": true}} {
+		outage["call"] = "ListApps"
+		if got := turn(outage); got.Problem == nil || got.PerPage != 1000 {
+			t.Fatalf("after %v it reads pages of %d entries, and has the problem %v; want pages of 1000 and a problem", outage, got.PerPage, got.Problem)
+		}
+	}
+	slow := []map[string]any{{"hang": true}, {"http": 504}, {"status": 40011}, {"status": 40032}, {"status": 40033}, {"status": 98009}}
+	for _, fault := range slow {
+		fault["call"] = "ListApps"
+	}
+	for i, size := range []int{500, 250, 125, 25, 5} {
+		if got := turn(slow[i]); got.Page != 1 || got.PerPage != size {
+			t.Fatalf("after %v at page 1 it is at page %d of %d entries; want page 1 of %d", slow[i], got.Page, got.PerPage, size)
 		}
 	}
 	exec(t, w, `UPDATE reconciliations SET page = 2, apps_seen = 5`) // as after the first five
-	if got := turn(down); got.Page != 6 || got.PerPage != 1 {
+	if got := turn(slow[5]); got.Page != 6 || got.PerPage != 1 {
 		t.Fatalf("after a failure at page 2 of 5 it is at page %d of %d entries; want page 6 of 1", got.Page, got.PerPage)
 	}
 	if got := turn(); !got.Done || got.AppsSeen != 8 {

@@ -83,6 +83,8 @@ type UpstreamError struct {
 	Moved bool
 	// Unclear says that the change may have been made, or may still be made.
 	Unclear bool
+	// TooMuch says that the response took too long or is too large: a request for less may succeed.
+	TooMuch bool
 }
 
 func (e *UpstreamError) Error() string {
