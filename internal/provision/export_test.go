@@ -3,6 +3,7 @@ package provision
 import (
 	"context"
 	"errors"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -26,6 +27,18 @@ func (s *Service) RotateAged(ctx context.Context) error           { return s.rot
 func (s *Service) ControlOnce(ctx context.Context) error {
 	return errors.Join(s.askUnknownKeys(ctx), s.control(ctx))
 }
+
+// SendLate makes a call for the control record whose permit is so old that it must be replaced.
+func (s *Service) SendLate(ctx context.Context, f func(context.Context) error) error {
+	_, fingerprint, _ := s.PAT.current()
+	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, Control: true})
+	if err != nil {
+		return err
+	}
+	t.due = t.due.Add(-time.Minute)
+	return s.send(ctx, t, f)
+}
+
 func (s *Service) SweepOnce(ctx context.Context) error { return s.sweep(ctx) }
 
 // How demand is measured, for the tests of the pool.

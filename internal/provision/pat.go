@@ -189,7 +189,7 @@ func (s *Service) confirmRefusal(ctx context.Context, used turn, refusal *tenant
 	if !sleep(ctx, slot.Wait) {
 		return &deferred{}
 	}
-	if err := s.checkPAT(ctx, turn{Slot: slot, due: time.Now(), pat: fingerprint, checksPAT: true}, secret); err != nil {
+	if err := s.checkPAT(ctx, turn{Slot: slot, due: time.Now(), pat: fingerprint, checksPAT: true, control: used.control}, secret); err != nil {
 		return err
 	}
 	of := *refusal

@@ -39,6 +39,7 @@ type turn struct {
 	lane      lane
 	pat       []byte // fingerprint of the PAT in use when it was given
 	checksPAT bool
+	control   bool // a stopped database makes this call, too
 }
 
 // call makes one upstream call within the budget. It returns *deferred if the
@@ -105,7 +106,7 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 			return turn{}, err
 		}
 		if !due.IsZero() {
-			return turn{Slot: slot, due: due, lane: l, pat: r.PAT, checksPAT: r.ChecksPAT}, nil
+			return turn{Slot: slot, due: due, lane: l, pat: r.PAT, checksPAT: r.ChecksPAT, control: r.Control}, nil
 		}
 		if slot.PATRefused {
 			s.PAT.found(r.PAT, PATRefused)
@@ -170,7 +171,7 @@ func sleep(ctx context.Context, d time.Duration) bool {
 func (s *Service) send(ctx context.Context, t turn, f func(context.Context) error) error {
 	if late(t.due, s.Rate) {
 		var err error
-		if t, err = s.takeSlot(ctx, t.lane, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT}); err != nil {
+		if t, err = s.takeSlot(ctx, t.lane, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT, Control: t.control}); err != nil {
 			return err
 		}
 	}

@@ -1,10 +1,12 @@
 package provision_test
 
 import (
+	"context"
 	"testing"
 	"time"
 
 	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
@@ -18,6 +20,18 @@ func TestEveryUpstreamFailureHasWords(t *testing.T) {
 	}
 	if provision.HasProblem("unheard of") {
 		t.Error("a class that does not exist has a problem to show")
+	}
+}
+
+// A call for the control record is made in a stopped database even if its first permit is too old.
+func TestLateCallForControlRecord(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true})
+	exec(t, w, provisiontest.SetRecovery(tenant.Stopped))
+	called := false
+	if err := r.SendLate(t.Context(), func(context.Context) error { called = true; return nil }); err != nil || !called {
+		t.Errorf("the call is made: %t; %v", called, err)
 	}
 }
 
