@@ -1557,7 +1557,7 @@ type Recovery struct {
 	// ControlSeenAt When the control record was last known to exist. Missing before the first time.
 	ControlSeenAt *time.Time `json:"control_seen_at,omitempty"`
 
-	// Deployment What must be typed to take over.
+	// Deployment The id of the deployment. It must be typed to take over, and to end recovery mode early.
 	Deployment string `json:"deployment"`
 
 	// EndsWhen How recovery mode ends.
@@ -1569,6 +1569,9 @@ type Recovery struct {
 
 	// Reason Why the incarnation began.
 	Reason string `json:"reason"`
+
+	// ReportDone Whether that report is complete; in recovery mode only if it began since.
+	ReportDone bool `json:"report_done"`
 
 	// ReportId The newest report. Its findings are those that can be decided.
 	ReportId *openapi_types.UUID `json:"report_id,omitempty"`
@@ -1604,6 +1607,13 @@ type Recovery struct {
 type RecoveryBegin struct {
 	// Reason Why the database is behind, in up to 500 bytes.
 	Reason string `json:"reason"`
+}
+
+// RecoveryEnd defines model for RecoveryEnd.
+type RecoveryEnd struct {
+	// Confirm The id of the deployment. A person must type it if findings are undecided, or if no report is done that began in this
+	// recovery mode.
+	Confirm *string `json:"confirm,omitempty"`
 }
 
 // RecoveryFinding A finding that waits for a decision, or was decided.
@@ -2244,6 +2254,9 @@ type BeginRecoveryJSONRequestBody = RecoveryBegin
 // DecideJSONRequestBody defines body for Decide for application/json ContentType.
 type DecideJSONRequestBody = DecisionRequest
 
+// EndRecoveryJSONRequestBody defines body for EndRecovery for application/json ContentType.
+type EndRecoveryJSONRequestBody = RecoveryEnd
+
 // RemoveRetiredAppsJSONRequestBody defines body for RemoveRetiredApps for application/json ContentType.
 type RemoveRetiredAppsJSONRequestBody = RemovalRequest
 
@@ -2734,14 +2747,31 @@ type ClientInterface interface {
 	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
 	Decide(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// EndRecovery End recovery mode
+	// EndRecoveryWithBody End recovery mode
 	//
-	// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+	// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
 	//
-	// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+	// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+	// database is in use.
+	//
+	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
-	EndRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+	EndRecoveryWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// EndRecovery End recovery mode
+	//
+	// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+	// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+	// database is in use.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+	EndRecovery(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// ListRecoveryFindings List the findings of the newest report that wait for a decision, or were decided
 	//
@@ -3751,15 +3781,42 @@ func (c *Client) Decide(ctx context.Context, body DecideJSONRequestBody, reqEdit
 	return c.Client.Do(req)
 }
 
-// EndRecovery End recovery mode
+// EndRecoveryWithBody End recovery mode
 //
-// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
 //
-// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+// database is in use.
+//
+// Takes any type of body and a specified content type.
 //
 // Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
-func (c *Client) EndRecovery(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
-	req, err := NewEndRecoveryRequest(c.Server)
+func (c *Client) EndRecoveryWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewEndRecoveryRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// EndRecovery End recovery mode
+//
+// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+// database is in use.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+func (c *Client) EndRecovery(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewEndRecoveryRequest(c.Server, body)
 	if err != nil {
 		return nil, err
 	}
@@ -5752,8 +5809,19 @@ func NewDecideRequestWithBody(server string, contentType string, body io.Reader)
 	return req, nil
 }
 
-// NewEndRecoveryRequest constructs an http.Request for the EndRecovery method
-func NewEndRecoveryRequest(server string) (*http.Request, error) {
+// NewEndRecoveryRequest calls the generic EndRecovery builder with application/json body
+func NewEndRecoveryRequest(server string, body EndRecoveryJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewEndRecoveryRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewEndRecoveryRequestWithBody constructs an http.Request for the EndRecovery method, with any body, and a specified content type
+func NewEndRecoveryRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
 	var err error
 
 	serverURL, err := url.Parse(server)
@@ -5771,10 +5839,12 @@ func NewEndRecoveryRequest(server string) (*http.Request, error) {
 		return nil, err
 	}
 
-	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
 	if err != nil {
 		return nil, err
 	}
+
+	req.Header.Add("Content-Type", contentType)
 
 	return req, nil
 }
@@ -7611,16 +7681,31 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with POST /v1/recovery/decisions (the `Decide` operationId).
 	DecideWithResponse(ctx context.Context, body DecideJSONRequestBody, reqEditors ...RequestEditorFn) (*DecideResponse, error)
 
-	// EndRecoveryWithResponse End recovery mode
+	// EndRecoveryWithBodyWithResponse End recovery mode
 	//
-	// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+	// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
 	//
-	// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+	// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+	// database is in use.
 	//
-	// Returns a wrapper object for the known response body format(s).
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
-	EndRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error)
+	EndRecoveryWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error)
+
+	// EndRecoveryWithResponse End recovery mode
+	//
+	// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
+	//
+	// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+	// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+	// database is in use.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+	EndRecoveryWithResponse(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error)
 
 	// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision, or were decided
 	//
@@ -17374,17 +17459,38 @@ func (c *ClientWithResponses) DecideWithResponse(ctx context.Context, body Decid
 	return ParseDecideResponse(rsp)
 }
 
-// EndRecoveryWithResponse End recovery mode
+// EndRecoveryWithBodyWithResponse End recovery mode
 //
-// What waited goes on, with the findings that are left undecided. Outside recovery mode this changes nothing. Role: admin.
+// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
 //
-// 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another is.
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+// database is in use.
 //
-// Returns a wrapper object for the known response body format(s).
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
 // Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
-func (c *ClientWithResponses) EndRecoveryWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error) {
-	rsp, err := c.EndRecovery(ctx, reqEditors...)
+func (c *ClientWithResponses) EndRecoveryWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error) {
+	rsp, err := c.EndRecoveryWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseEndRecoveryResponse(rsp)
+}
+
+// EndRecoveryWithResponse End recovery mode
+//
+// Waiting work continues, even if findings are undecided. Outside recovery mode this changes nothing. Role: admin.
+//
+// 400 `invalid_confirm`: `confirm` is not the id of the deployment, and `report_done` is false or `undecided_findings` is
+// not 0. 409 `recovery_watching`: it is not known yet whether another database is in use. 409 `another_database`: another
+// database is in use.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
+func (c *ClientWithResponses) EndRecoveryWithResponse(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error) {
+	rsp, err := c.EndRecovery(ctx, body, reqEditors...)
 	if err != nil {
 		return nil, err
 	}

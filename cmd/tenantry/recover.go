@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -21,7 +22,7 @@ type recoverCmd struct {
 	Decide   recoverDecideCmd   `cmd:"" help:"Decide a finding, or all findings of a kind, and wait until the decision is carried out. Exit code 1 if it fails, 3 if it is skipped."`
 	Remove   recoverRemoveCmd   `cmd:"" help:"Remove retired apps: one by its id, or all that were begun before a date. Asks for the id, or for the number of apps."`
 	TakeOver recoverTakeOverCmd `cmd:"" help:"Make this database the one in use, instead of the other database. Asks for the id of the deployment."`
-	End      recoverEndCmd      `cmd:"" help:"End recovery mode. Waiting work continues."`
+	End      recoverEndCmd      `cmd:"" help:"End recovery mode. Waiting work continues. Asks for the id of the deployment while findings are undecided or no report is done."`
 }
 
 // recovery reads which incarnation of the database is in use, and its recovery mode.
@@ -41,7 +42,7 @@ func printRecovery(e env, r client.Recovery) error {
 		if r.WatchUntil != nil {
 			w.row("watches until", exactly(r.WatchUntil, now))
 		}
-		w.row("waiting work", fmt.Sprintf("removals: %d, campaigns: %d, keys to be created: %d", r.Waiting.Removals, r.Waiting.Campaigns, r.Waiting.Keys))
+		w.row("waiting work", shownWaiting(r))
 	}
 	w.row("undecided findings", r.UndecidedFindings)
 	seen := "not written yet"
@@ -60,6 +61,10 @@ func printRecovery(e env, r client.Recovery) error {
 		}()
 	}
 	return w.flush()
+}
+
+func shownWaiting(r client.Recovery) string {
+	return fmt.Sprintf("removals: %d, campaigns: %d, keys to be created: %d", r.Waiting.Removals, r.Waiting.Campaigns, r.Waiting.Keys)
 }
 
 func shownRetired(r client.RetiredCount, now time.Time) string {
@@ -114,17 +119,29 @@ func (c recoverShowCmd) Run(ctx context.Context, e env) error {
 	if c.json() {
 		return printJSON(e.stdout, map[string]any{"recovery": json.RawMessage(is.body), "findings": found})
 	}
-	running := ""
-	if is.value.ReportId != nil {
-		report, err := answer[client.Reconciliation](api.GetReconciliation(ctx, *is.value.ReportId, nil))
+	missing, err := missingReport(ctx, api, is.value)
+	if err != nil {
+		return err
+	}
+	return c.printFindings(e, found, more, missing)
+}
+
+// missingReport says why findings may be missing; empty if a report of this recovery is done, or if
+// the database is not in recovery mode.
+func missingReport(ctx context.Context, api *client.ClientWithResponses, r client.Recovery) (string, error) {
+	if r.State == client.RecoveryStateNone || r.ReportDone {
+		return "", nil
+	}
+	if r.ReportId != nil {
+		report, err := answer[client.Reconciliation](api.GetReconciliation(ctx, *r.ReportId, nil))
 		if err != nil {
-			return err
+			return "", err
 		}
 		if report.value.State != client.ReconciliationStateDone {
-			running = progressOf(&report.value)
+			return fmt.Sprintf("the report is running, and more findings may follow (%s)", progressOf(&report.value)), nil
 		}
 	}
-	return c.printFindings(e, found, more, running)
+	return "no report is done since recovery mode began: it is not known yet what was lost", nil
 }
 
 func newline(e env) error { _, err := fmt.Fprintln(e.stdout); return err }
@@ -181,9 +198,9 @@ func shownInputs(n *int64) string {
 	return fmt.Sprint(*n)
 }
 
-// printFindings prints findings, and the choices of each of their kinds. Running is the progress of
-// the newest report; empty if it is done.
-func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, more bool, running string) error {
+// printFindings prints findings, and the choices of each of their kinds. Missing says why there may
+// be more findings later; empty if the report is done.
+func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, more bool, missing string) error {
 	if err := printFound(e, found); err != nil {
 		return err
 	}
@@ -207,8 +224,8 @@ func (c recoverShowCmd) printFindings(e env, found []client.RecoveryFinding, mor
 		return err
 	}
 	switch {
-	case running != "":
-		_, _ = fmt.Fprintf(e.stderr, "a report is running, and more findings may follow (%s)\n", running)
+	case missing != "":
+		_, _ = fmt.Fprintln(e.stderr, missing)
 	case len(found) == 0:
 		_, _ = fmt.Fprintln(e.stderr, "no finding waits for a decision")
 	case len(shown) > 0:
@@ -269,12 +286,41 @@ type recoverEndCmd struct {
 	outputFlags
 }
 
+func (recoverEndCmd) Help() string {
+	return `Recovery mode ends by itself after the report that leaves no finding undecided. This command ends it earlier: removals, campaigns, rotation by age and the creation of keys continue at once, for tenants that may have changed since the backup, too.
+
+While findings are undecided, or no report is done, the command prints what waits, and asks for the id of the deployment, on a terminal or as a line of stdin.`
+}
+
 func (c recoverEndCmd) Run(ctx context.Context, e env) error {
 	api, err := c.client(e)
 	if err != nil {
 		return err
 	}
-	return c.print(e)(answer[client.Recovery](api.EndRecovery(ctx)))
+	is, err := recovery(ctx, api)
+	if err != nil {
+		return err
+	}
+	var body client.RecoveryEnd
+	if r := is.value; r.State == client.RecoveryStateRecovering && (!r.ReportDone || r.UndecidedFindings > 0) {
+		missing, err := missingReport(ctx, api, r)
+		if err != nil {
+			return err
+		}
+		w := newTable(e.stderr)
+		w.row("report", cmp.Or(missing, "done"))
+		w.row("undecided findings", r.UndecidedFindings)
+		w.row("waiting work", shownWaiting(r))
+		if err := w.flush(); err != nil {
+			return err
+		}
+		typed, err := e.typed("the waiting work continues at once, and changes that were lost are not taken into account", r.Deployment)
+		if err != nil {
+			return err
+		}
+		body.Confirm = &typed
+	}
+	return c.print(e)(answer[client.Recovery](api.EndRecovery(ctx, body)))
 }
 
 type recoverTakeOverCmd struct {

@@ -7,6 +7,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -23,7 +25,7 @@ type shownFinding struct {
 type shownRecovery struct {
 	Recovery struct {
 		State, Reason, Deployment string
-		Report                    string              `json:"report_id"`
+		ReportDone                bool                `json:"report_done"`
 		Undecided                 int                 `json:"undecided_findings"`
 		ControlSeenAt             string              `json:"control_seen_at"`
 		Retired                   struct{ Count int } `json:"retired_apps"`
@@ -47,8 +49,7 @@ func (o operatorAt) sees(what string, ok func(shownRecovery) bool) (is shownReco
 func (o operatorAt) reported(n int) shownRecovery {
 	o.t.Helper()
 	return o.sees(fmt.Sprintf("the report of the recovery found %d", n), func(is shownRecovery) bool {
-		_, _, log := o.run("recover", "show", "--limit", "1")
-		return is.Recovery.State == "recovering" && is.Recovery.Undecided == n && len(is.Findings) == n && !strings.Contains(log, "a report is running")
+		return is.Recovery.State == "recovering" && is.Recovery.ReportDone && is.Recovery.Undecided == n && len(is.Findings) == n
 	})
 }
 
@@ -157,6 +158,7 @@ func TestRecoverCommands(t *testing.T) {
 	}
 	testRetired(t, admin, ops, poolIsFull)
 	testTyped(t, w, admin, saas)
+	testEnd(t, pgtest.Conn(t, tenant.NewSecret(vars["DATABASE_URL"])), admin)
 }
 
 // testRetired retires a pool by hand, and removes its apps.
@@ -170,7 +172,7 @@ func testRetired(t *testing.T, admin, ops operatorAt, poolIsFull func()) {
 	is := admin.sees("the report leaves nothing to decide", func(is shownRecovery) bool { return is.Recovery.State == "none" && is.Recovery.Retired.Count > 1 })
 	retired := is.Recovery.Retired.Count
 	ops.exits(0, words("pool"), "RETIRED", "this is normal")
-	out, log := admin.exits(0, words("recover show --retired"), "KEY  INPUTS", "yes", "adoption with its key")
+	out, log := admin.exits(0, words("recover show --retired"), "KEY  INPUTS", "yes", "adoption with the app's key")
 	harmless(t, out+log)
 	admin.read(&is, words("recover show --retired --limit 1")...)
 	if len(is.Apps) != 1 {
@@ -204,6 +206,7 @@ func testTyped(t *testing.T, w *provisiontest.World, admin, saas operatorAt) {
 		t.Fatalf("the finding is %+v", f)
 	}
 	admin.exits(2, words("recover decide --kind key_gone new-key"), "invalid_finding")
+	admin.types("yes\n").exits(1, words("recover end"), "report              done", "undecided findings  1", "to go on", "nothing was changed")
 	decide := words(fmt.Sprint("recover decide ", f.Number, " new-key"))
 	admin.types("yes\n").exits(1, decide, "If the tenant had been suspended, it has access again", "Type before to go on", "nothing was changed")
 	admin.atTerminal().types("before\n").exits(0, decide, "done (new-key)")
@@ -218,7 +221,27 @@ func testTyped(t *testing.T, w *provisiontest.World, admin, saas operatorAt) {
 	admin.read(&is, "recover", "show")
 	admin.types("yes\n").exits(1, words("recover take-over"), "Type "+is.Recovery.Deployment+" to go on", "nothing was changed")
 	admin.types(is.Recovery.Deployment+"\n").exits(5, words("recover take-over"), "not_stopped")
-	out, _ := admin.exits(0, words("recover end -o json"))
+	admin.exits(0, words("recover end"), "none")
+}
+
+// testEnd ends recovery mode before its report is done.
+func testEnd(t *testing.T, conn *pgx.Conn, admin operatorAt) {
+	t.Helper()
+	// The report stays as it is: a worker holds its lease.
+	if _, err := conn.Exec(t.Context(), `DELETE FROM reconciliations WHERE state = 'running'; `+provisiontest.SetRecovery(tenant.Recovering)+`
+		INSERT INTO reconciliations (id, kind, phase, requested_by, apps_seen, leased_until) VALUES (gen_random_uuid(), 'report', 'apps', 'worker', 7, 'infinity')`); err != nil {
+		t.Fatal(err)
+	}
+	out, log := admin.exits(0, words("recover show"), "recovering, since ")
+	if strings.Contains(out+log, "no finding waits") {
+		t.Errorf("before a report is done, show prints\n%s%s", out, log)
+	}
+	var is shownRecovery
+	admin.read(&is, "recover", "show")
+	deployment := is.Recovery.Deployment
+	admin.types("yes\n").exits(1, words("recover end"), "waiting work", "removals: 0, campaigns: 0, keys to be created: 0",
+		"Type "+deployment+" to go on", "nothing was changed")
+	out, _ = admin.types(deployment+"\n").exits(0, words("recover end -o json"))
 	var ended struct{ State string }
 	if err := json.Unmarshal([]byte(out), &ended); err != nil || ended.State != "none" {
 		t.Errorf("recover end prints %s", out)

@@ -24,6 +24,7 @@ type recoveryBody struct {
 	WatchUntil     time.Time            `json:"watch_until,omitzero"`
 	EndsWhen       string               `json:"ends_when,omitempty"`
 	ReportID       *uuid.UUID           `json:"report_id,omitempty"`
+	ReportDone     bool                 `json:"report_done"`
 	Undecided      int                  `json:"undecided_findings"`
 	Waiting        recoveryWaitingBody  `json:"waiting"`
 	Deployment     string               `json:"deployment"`
@@ -65,7 +66,7 @@ func (s *server) recoveryBody(r *http.Request) (recoveryBody, error) {
 		return recoveryBody{}, err
 	}
 	b := recoveryBody{State: is.State, Incarnation: is.Incarnation, BeganAt: is.BeganAt.UTC(), Reason: is.Reason, Since: is.Since.UTC(), Lost: is.Lost,
-		WatchUntil: is.WatchUntil.UTC(), EndsWhen: endsWhen[is.State], Undecided: is.Undecided,
+		WatchUntil: is.WatchUntil.UTC(), EndsWhen: endsWhen[is.State], ReportDone: is.ReportDone, Undecided: is.Undecided,
 		Waiting:    recoveryWaitingBody(is.Waiting),
 		Deployment: s.Service.Deployment.ID, ControlApp: tenant.ControlID(s.Service.AppPrefix, s.Service.Deployment.ID),
 		ControlSeenAt: is.ControlSeenAt.UTC(), ControlProblem: is.ControlProblem,
@@ -118,21 +119,22 @@ func (s *server) beginRecovery(w http.ResponseWriter, r *http.Request) error {
 	return s.respondRecovery(w, r)
 }
 
+type confirmBody struct {
+	Confirm string `json:"confirm"`
+}
+
 func (s *server) endRecovery(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
 	}
-	if err := decodeBody(w, r, &struct{}{}, mayBeEmpty); err != nil {
+	var body confirmBody
+	if err := decodeBody(w, r, &body, mayBeEmpty, "confirm"); err != nil {
 		return err
 	}
-	if _, err := s.DB.EndRecovery(r.Context(), actorOf(r)); err != nil {
+	if _, err := s.Service.EndRecovery(r.Context(), body.Confirm, actorOf(r)); err != nil {
 		return err
 	}
 	return s.respondRecovery(w, r)
-}
-
-type confirmBody struct {
-	Confirm string `json:"confirm"`
 }
 
 func (s *server) takeOver(w http.ResponseWriter, r *http.Request) error {

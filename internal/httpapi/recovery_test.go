@@ -73,7 +73,7 @@ func TestRecoveryStates(t *testing.T) {
 		t.Errorf("outside recovery mode, end returns %d %s", a.status, a.body)
 	}
 
-	takeOver := fmt.Sprintf(`{"confirm":%q}`, s.replica.Deployment.ID)
+	confirmed := fmt.Sprintf(`{"confirm":%q}`, s.replica.Deployment.ID)
 	for _, c := range []struct {
 		state        tenant.RecoveryState
 		endsWhen     string
@@ -117,14 +117,59 @@ func TestRecoveryStates(t *testing.T) {
 				t.Errorf("%s: take-over %s returns %d %s", c.state, wrong, a.status, a.body)
 			}
 		}
-		if a := s.call(tenant.Admin, "POST", "/v1/recovery/end", ""); a.status != c.end || c.endCode != "" && a.at(t, "code") != c.endCode {
+		if a := s.call(tenant.Admin, "POST", "/v1/recovery/end", confirmed); a.status != c.end || c.endCode != "" && a.at(t, "code") != c.endCode {
 			t.Errorf("%s: end returns %d %s; want %d %s", c.state, a.status, a.body, c.end, c.endCode)
 		}
-		a := s.call(tenant.Admin, "POST", "/v1/recovery/take-over", takeOver)
+		a := s.call(tenant.Admin, "POST", "/v1/recovery/take-over", confirmed)
 		if a.status != c.takeOver || a.status == http.StatusOK && a.at(t, "state") != "recovering" || c.takeOverCode != "" && a.at(t, "code") != c.takeOverCode {
 			t.Errorf("%s: take-over returns %d %s; want %d %s", c.state, a.status, a.body, c.takeOver, c.takeOverCode)
 		}
 		s.setRecovery(tenant.NotRecovering)
+	}
+}
+
+// Before it is known what was lost and decided, recovery mode ends only with the typed id of the
+// deployment.
+func TestEndRecovery(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	s := newSiteOn(t, w, w.Start(provisiontest.Options{Idle: true}))
+	conn := pgtest.Conn(t, w.URL)
+	const report = `INSERT INTO reconciliations (id, kind, phase, requested_by, state, created_at, finished_at) SELECT gen_random_uuid(), 'report', `
+	for _, c := range []struct {
+		what, setup, says string
+		done              bool
+		undecided         float64
+	}{
+		{"without a report", ``, "no report", false, 0},
+		{"with a report of the time before", report + `'end', 'x', 'done', recovery_since - interval '1 hour', now() FROM current_incarnation`, "no report", false, 0},
+		{"while a report is running", report + `'apps', 'x', 'running', now(), NULL`, "no report", false, 0},
+		{"with an undecided finding", report + `'end', 'x', 'done', now(), now();
+			INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, detail, state)
+			SELECT id, 'app_gone', 'decide', 'x', '', 'open' FROM reconciliations ORDER BY created_at DESC LIMIT 1`, "wait for a decision: 1", true, 1},
+		{"with a report without findings", report + `'end', 'x', 'done', now(), now()`, "", true, 0},
+	} {
+		if _, err := conn.Exec(t.Context(), `TRUNCATE reconciliations CASCADE; `+provisiontest.SetRecovery(tenant.Recovering)+c.setup); err != nil {
+			t.Fatal(err)
+		}
+		is := s.call(tenant.Viewer, "GET", "/v1/recovery", "")
+		if is.at(t, "state") != "recovering" || is.at(t, "report_done") != c.done || is.at(t, "undecided_findings") != c.undecided {
+			t.Errorf("%s: the recovery is %s", c.what, is.body)
+		}
+		body := ""
+		if c.says != "" {
+			body = fmt.Sprintf(`{"confirm":%q}`, s.replica.Deployment.ID)
+			for _, wrong := range []string{``, `{"confirm":""}`, `{"confirm":"yes"}`} {
+				a := s.call(tenant.Admin, "POST", "/v1/recovery/end", wrong)
+				if detail := fmt.Sprint(a.at(t, "detail")); a.status != http.StatusBadRequest || a.at(t, "code") != "invalid_confirm" || a.at(t, "field") != "confirm" ||
+					!strings.Contains(detail, c.says) || !strings.Contains(detail, s.replica.Deployment.ID) {
+					t.Errorf("%s: end %s returns %d %s", c.what, wrong, a.status, a.body)
+				}
+			}
+		}
+		if a := s.call(tenant.Admin, "POST", "/v1/recovery/end", body); a.status != http.StatusOK || a.at(t, "state") != "none" {
+			t.Errorf("%s: end %s returns %d %s", c.what, body, a.status, a.body)
+		}
 	}
 }
 
@@ -307,7 +352,7 @@ func TestRecoveryRefused(t *testing.T) {
 		{tenant.Admin, "POST", "/begin", `{"reason":" \n "}`, 400, "invalid_request", "reason"},
 		{tenant.Admin, "POST", "/begin", `{"reason":"a\u0000b"}`, 400, "invalid_request", "control characters"},
 		{tenant.Admin, "POST", "/begin", `{"reason":"` + strings.Repeat("x", 501) + `"}`, 400, "invalid_request", "500"},
-		{tenant.Admin, "POST", "/end", `{"confirm":"x"}`, 400, "invalid_request", "confirm"},
+		{tenant.Admin, "POST", "/end", `{"reason":"x"}`, 400, "invalid_request", "reason"},
 		{tenant.Admin, "POST", "/decisions", `{"choice":"keep"}`, 400, "invalid_request", "finding"},
 		{tenant.Admin, "GET", "/findings?kind=x", "", 400, "invalid_request", "kind"},
 		{tenant.Admin, "GET", "/findings?cursor=1", "", 400, "invalid_request", "next_cursor"},

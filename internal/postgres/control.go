@@ -278,20 +278,22 @@ func (db *DB) changeRecovery(ctx context.Context, what string, change func(pgx.T
 func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	var report *uuid.UUID
 	var undecided, removals, campaigns, keys int
+	var done bool
 	r, err := scanRecovery(db.pool.QueryRow(ctx, `
 		WITH report AS (
 			SELECT r.id FROM reconciliations r WHERE r.kind = 'report' AND r.state = 'done' ORDER BY r.created_at DESC LIMIT 1
 		)
 		SELECT `+recoveryColumns+`, (SELECT report.id FROM report),
+			EXISTS (SELECT FROM report JOIN reconciliations USING (id) WHERE state = 'done' AND created_at >= coalesce(recovery_since, '-infinity')),
 			(SELECT count(*) FROM reconciliation_items i JOIN report ON report.id = i.reconciliation_id WHERE i.action = 'decide' AND i.state = 'open'),
 			(SELECT count(*) FROM apps a WHERE a.state = 'retained' AND a.purge_after <= now()) + (SELECT count(*) FROM apps a WHERE a.state = 'purging' AND a.tenant_id IS NOT NULL),
 			(SELECT count(*) FROM campaigns WHERE ended_at IS NULL),
 			(SELECT count(*) FROM keys k WHERE k.state = 'creating' AND k.incarnation <> current_incarnation.id)
-		FROM current_incarnation`), &report, &undecided, &removals, &campaigns, &keys)
+		FROM current_incarnation`), &report, &done, &undecided, &removals, &campaigns, &keys)
 	if report != nil {
 		r.Report = *report
 	}
-	r.Undecided = undecided
+	r.ReportDone, r.Undecided = done, undecided
 	if r.Active() {
 		r.Waiting = tenant.RecoveryWaiting{Removals: removals, Campaigns: campaigns, Keys: keys}
 	}

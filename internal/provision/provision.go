@@ -92,6 +92,7 @@ type Store interface {
 	RetireApps(ctx context.Context) (int, error)
 	Recovery(ctx context.Context) (tenant.Recovery, error)
 	RecoveryStatus(ctx context.Context) (tenant.Recovery, error)
+	EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error)
 	TakeOver(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error)
 	RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error
 	LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn, error)

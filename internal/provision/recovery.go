@@ -384,6 +384,24 @@ func (s *Service) Decide(ctx context.Context, number int64, kind tenant.FindingK
 	return n, err
 }
 
+// EndRecovery ends recovery mode. Until a report of this recovery is done and all its findings are
+// decided, confirm must be the deployment's id: removals, campaigns and new keys continue at once.
+func (s *Service) EndRecovery(ctx context.Context, confirm string, actor tenant.Actor) (tenant.Recovery, error) {
+	is, err := s.Store.RecoveryStatus(ctx)
+	if err != nil {
+		return is, err
+	}
+	if is.State == tenant.Recovering && confirm != s.Deployment.ID && (!is.ReportDone || is.Undecided > 0) {
+		why := fmt.Sprintf("number of findings that wait for a decision: %d", is.Undecided)
+		if !is.ReportDone {
+			why = "no report is done since recovery mode began, so it is not known what was lost"
+		}
+		return is, &tenant.Error{Kind: tenant.Invalid, Code: "invalid_confirm", Field: "confirm",
+			Detail: fmt.Sprintf("must be the id of the deployment, %s: %s", s.Deployment.ID, why)}
+	}
+	return s.Store.EndRecovery(ctx, actor)
+}
+
 // TakeOver makes this database the one in use. Confirm must be the deployment's id.
 func (s *Service) TakeOver(ctx context.Context, confirm string, actor tenant.Actor) (tenant.Recovery, error) {
 	if confirm != s.Deployment.ID {

@@ -32,6 +32,7 @@ type Recovery struct {
 	ControlSeenAt  time.Time // when the control record was last known to exist; zero for never
 	ControlProblem *Problem  // why the record cannot be written; nil if it can
 	Report         uuid.UUID // the newest report of this recovery; zero before the first
+	ReportDone     bool      // the report is complete; in recovery mode only if it began since
 	Undecided      int       // findings of the newest report that wait for a decision
 	Waiting        RecoveryWaiting
 }
