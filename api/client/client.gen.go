@@ -1068,10 +1068,11 @@ type CampaignList struct {
 
 // Choice defines model for Choice.
 type Choice struct {
-	// Choice What can be decided about a finding. Each kind allows some of them.
+	// Choice A decision about a finding. Each kind of finding allows some of them.
 	Choice DecisionChoice `json:"choice"`
 
-	// Confirm The choice can do harm: a person must type this id, of the finding's tenant or app. Missing for a choice that cannot.
+	// Confirm The choice can do harm: a person must type this id, of the finding's tenant or app. Missing for a choice that can
+	// do no harm.
 	Confirm *string `json:"confirm,omitempty"`
 	Effect  string  `json:"effect"`
 }
@@ -1086,32 +1087,33 @@ type Credentials struct {
 
 // Decided defines model for Decided.
 type Decided struct {
-	// Decided How many findings.
+	// Decided Number of decided findings.
 	Decided int `json:"decided"`
 }
 
-// DecisionChoice What can be decided about a finding. Each kind allows some of them.
+// DecisionChoice A decision about a finding. Each kind of finding allows some of them.
 type DecisionChoice string
 
 // DecisionRequest Give `finding`, or `kind`.
 type DecisionRequest struct {
-	// Choice What can be decided about a finding. Each kind allows some of them.
+	// Choice A decision about a finding. Each kind of finding allows some of them.
 	Choice DecisionChoice `json:"choice"`
 
-	// Confirm Of a choice that has it: the id that a person has typed.
+	// Confirm The id that a person has typed, for a choice with `confirm`.
 	Confirm *string `json:"confirm,omitempty"`
 
 	// Finding The number of a finding.
 	Finding *int64 `json:"finding,omitempty"`
 
-	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
-	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
-	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
-	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
-	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
-	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
-	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-	// unknown for long; workers retry it.
+	// Kind `app_unknown`, `key_unknown`: has our ownership tag, but no row. `app_forgotten`: the tag names a tenant, the row
+	// does not. These three mean that the database is behind. `app_differs`: tag and row name two tenants, or two
+	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
+	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
+	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
+	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
+	// retry.
 	Kind *FindingKind `json:"kind,omitempty"`
 }
 
@@ -1133,48 +1135,48 @@ type EndReason string
 
 // Finding One difference between Clarifai and Tenantry.
 type Finding struct {
-	// Action What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
-	// Without an action, a person must fix it at Clarifai.
+	// Action What a repair does about the finding. `decide`: the finding waits for the decision of a person; afterwards the action is the
+	// choice. Without an action, a person must fix the difference at Clarifai.
 	Action *FindingAction      `json:"action,omitempty"`
 	AppId  *string             `json:"app_id,omitempty"`
 	Detail *string             `json:"detail,omitempty"`
 	KeyId  *openapi_types.UUID `json:"key_id,omitempty"`
 
-	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
-	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
-	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
-	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
-	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
-	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
-	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-	// unknown for long; workers retry it.
+	// Kind `app_unknown`, `key_unknown`: has our ownership tag, but no row. `app_forgotten`: the tag names a tenant, the row
+	// does not. These three mean that the database is behind. `app_differs`: tag and row name two tenants, or two
+	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
+	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
+	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
+	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
+	// retry.
 	Kind FindingKind `json:"kind"`
 
-	// Note How its repair or decision ended.
+	// Note The result of its repair or decision.
 	Note *string `json:"note,omitempty"`
 
-	// State `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
-	// had changed; `note` says how.
+	// State `decided`: a worker will carry the decision out. `skipped`: the app or key had changed before the action; `note` says how.
 	State    FindingState `json:"state"`
 	TenantId *string      `json:"tenant_id,omitempty"`
 }
 
-// FindingAction What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
-// Without an action, a person must fix it at Clarifai.
+// FindingAction What a repair does about the finding. `decide`: the finding waits for the decision of a person; afterwards the action is the
+// choice. Without an action, a person must fix the difference at Clarifai.
 type FindingAction string
 
-// FindingKind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
-// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
-// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
-// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
-// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
-// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
-// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-// unknown for long; workers retry it.
+// FindingKind `app_unknown`, `key_unknown`: has our ownership tag, but no row. `app_forgotten`: the tag names a tenant, the row
+// does not. These three mean that the database is behind. `app_differs`: tag and row name two tenants, or two
+// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
+// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
+// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
+// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
+// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
+// retry.
 type FindingKind string
 
-// FindingState `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
-// had changed; `note` says how.
+// FindingState `decided`: a worker will carry the decision out. `skipped`: the app or key had changed before the action; `note` says how.
 type FindingState string
 
 // IdentifiedKey defines model for IdentifiedKey.
@@ -1334,7 +1336,7 @@ type Pool struct {
 	Profile   string     `json:"profile"`
 	Ready     int        `json:"ready"`
 
-	// Reason Why fewer apps are ready than shall be; missing if there are enough. `another_database`; `upstream_paused`; the `code`
+	// Reason Why fewer apps are ready than `target` or `min`; missing if there are enough. `another_database`; `upstream_paused`; the `code`
 	// of the problem that builds have, such as `upstream_quota` or `upstream_pat_refused`; `revision_changes`;
 	// `sign_ups_wait`, which come first; `import`, which uses the upstream budget for batches; `upstream_busy` with other
 	// work; `filling`.
@@ -1344,7 +1346,7 @@ type Pool struct {
 	} `json:"reason,omitempty"`
 
 	// Retired Apps of earlier incarnations of the database that no tenant is known to hold, counted up to 1,000. Each start of
-	// Postgres retires the pool: this is normal, and another pool is built.
+	// Postgres retires the pool, and another pool is built: this is normal.
 	Retired int `json:"retired"`
 
 	// Target How many shall be ready, between min and max, as the sign-ups of the last hour have it.
@@ -1492,7 +1494,7 @@ type Reconciliation struct {
 	Counts    map[string]int `json:"counts"`
 	CreatedAt time.Time      `json:"created_at"`
 
-	// Decisions A repair that carries out decisions about findings, and does nothing else. It starts by itself.
+	// Decisions Whether this is a repair that only carries out decisions. Such a repair starts by itself.
 	Decisions  bool               `json:"decisions"`
 	FinishedAt *time.Time         `json:"finished_at,omitempty"`
 	Id         openapi_types.UUID `json:"id"`
@@ -1554,7 +1556,7 @@ type Recovery struct {
 	// ControlProblem What holds something up, and when it is tried again.
 	ControlProblem *Problem `json:"control_problem,omitempty"`
 
-	// ControlSeenAt When the control record was last known to exist. Missing before the first time.
+	// ControlSeenAt When the control record was last known to exist; missing if it never was.
 	ControlSeenAt *time.Time `json:"control_seen_at,omitempty"`
 
 	// Deployment The id of the deployment. It must be typed to take over, and to end recovery mode early.
@@ -1564,7 +1566,7 @@ type Recovery struct {
 	EndsWhen    *string            `json:"ends_when,omitempty"`
 	Incarnation openapi_types.UUID `json:"incarnation"`
 
-	// Lost What shows that transactions were lost. Missing if nothing does.
+	// Lost What shows that transactions were lost; missing if nothing does.
 	Lost *string `json:"lost,omitempty"`
 
 	// Reason Why the incarnation began.
@@ -1573,7 +1575,7 @@ type Recovery struct {
 	// ReportDone Whether that report is complete; in recovery mode only if it began since.
 	ReportDone bool `json:"report_done"`
 
-	// ReportId The newest report. Its findings are those that can be decided.
+	// ReportId The newest report. Only its findings can be decided.
 	ReportId *openapi_types.UUID `json:"report_id,omitempty"`
 
 	// RetiredApps Apps of earlier incarnations that no tenant is known to hold.
@@ -1583,8 +1585,8 @@ type Recovery struct {
 	Since *time.Time `json:"since,omitempty"`
 
 	// State `none`: the database is not in recovery mode. `watching`: it is not known yet whether another database of this
-	// deployment is in use. `recovering`: no other is in use, and transactions were lost. `stopped`: another is in use, and
-	// this one does no work at Clarifai.
+	// deployment is in use. `recovering`: no other database is in use, and transactions were lost. `stopped`: another
+	// database is in use, and this one does no work at Clarifai.
 	State             RecoveryState `json:"state"`
 	UndecidedFindings int           `json:"undecided_findings"`
 
@@ -1618,30 +1620,30 @@ type RecoveryEnd struct {
 
 // RecoveryFinding A finding that waits for a decision, or was decided.
 type RecoveryFinding struct {
-	// Action What a repair does about it. `decide`: it waits for a decision of a person. Once decided, the action is the choice.
-	// Without an action, a person must fix it at Clarifai.
+	// Action What a repair does about the finding. `decide`: the finding waits for the decision of a person; afterwards the action is the
+	// choice. Without an action, a person must fix the difference at Clarifai.
 	Action  *FindingAction      `json:"action,omitempty"`
 	AppId   *string             `json:"app_id,omitempty"`
 	Choices []Choice            `json:"choices"`
 	Detail  *string             `json:"detail,omitempty"`
 	KeyId   *openapi_types.UUID `json:"key_id,omitempty"`
 
-	// Kind `app_unknown`, `key_unknown`: our ownership tag and no row; `app_forgotten`: the tag names a tenant and the row
-	// none: the database is behind. `app_differs`: tag and row name two tenants, or two generations of one. `app_alive`,
-	// `key_alive`: the row says that it was removed. `app_gone`, `key_gone`: it is there no longer. `app_renamed`: it has
-	// another id. `app_unmarked`: it has lost its tag. `purge_contested`: the app is to be removed, and its tag or an
-	// unknown key says that it may be in use. `key_contested`: as `key_unknown`, of a tenant that the rows call suspended or
-	// deleting. `key_lost`: it may work, and Clarifai hides what it takes to remove it: remove it by hand. `key_drifted`: it
-	// has other scopes. `key_unmanaged`: on an app of ours, not of our making. `in_doubt`: the outcome of a call has been
-	// unknown for long; workers retry it.
+	// Kind `app_unknown`, `key_unknown`: has our ownership tag, but no row. `app_forgotten`: the tag names a tenant, the row
+	// does not. These three mean that the database is behind. `app_differs`: tag and row name two tenants, or two
+	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
+	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
+	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
+	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
+	// retry.
 	Kind FindingKind `json:"kind"`
 
-	// Note How its repair or decision ended.
+	// Note The result of its repair or decision.
 	Note   *string `json:"note,omitempty"`
 	Number int64   `json:"number"`
 
-	// State `decided`: someone has decided, and a worker is about to carry it out. `skipped`: when it was to be carried out, things
-	// had changed; `note` says how.
+	// State `decided`: a worker will carry the decision out. `skipped`: the app or key had changed before the action; `note` says how.
 	State    FindingState `json:"state"`
 	TenantId *string      `json:"tenant_id,omitempty"`
 }
@@ -1655,8 +1657,8 @@ type RecoveryFindings struct {
 }
 
 // RecoveryState `none`: the database is not in recovery mode. `watching`: it is not known yet whether another database of this
-// deployment is in use. `recovering`: no other is in use, and transactions were lost. `stopped`: another is in use, and
-// this one does no work at Clarifai.
+// deployment is in use. `recovering`: no other database is in use, and transactions were lost. `stopped`: another
+// database is in use, and this one does no work at Clarifai.
 type RecoveryState string
 
 // Removal defines model for Removal.
@@ -1664,10 +1666,10 @@ type Removal struct {
 	Count  int        `json:"count"`
 	Newest *time.Time `json:"newest,omitempty"`
 
-	// Oldest When the oldest of them was begun, or found by a report. Missing if there are none.
+	// Oldest When the oldest app was begun, or found by a report; missing if there are none.
 	Oldest *time.Time `json:"oldest,omitempty"`
 
-	// Removing false: nothing was changed; this is what would be removed.
+	// Removing If false, nothing was changed, and the other fields say what would be removed.
 	Removing bool `json:"removing"`
 }
 
@@ -1685,17 +1687,17 @@ type RemovalRequest struct {
 
 // RetiredApp defines model for RetiredApp.
 type RetiredApp struct {
-	// CreatedAt When it was begun, or found by a report if the rows did not have it.
+	// CreatedAt When the app was begun, or found by a report if it had no row.
 	CreatedAt time.Time `json:"created_at"`
 
-	// HasKey A key of it is known.
+	// HasKey A key of the app is known.
 	HasKey bool   `json:"has_key"`
 	Id     string `json:"id"`
 
-	// Incarnation That began or found it.
+	// Incarnation The incarnation that began or found the app.
 	Incarnation openapi_types.UUID `json:"incarnation"`
 
-	// Inputs In it, as the last report saw. Missing where Clarifai did not say.
+	// Inputs Number of inputs in the last report; missing if Clarifai did not say.
 	Inputs  *int64 `json:"inputs,omitempty"`
 	Profile string `json:"profile"`
 }
@@ -1713,7 +1715,7 @@ type RetiredCount struct {
 	Count  int        `json:"count"`
 	Newest *time.Time `json:"newest,omitempty"`
 
-	// Oldest When the oldest of them was begun, or found by a report. Missing if there are none.
+	// Oldest When the oldest app was begun, or found by a report; missing if there are none.
 	Oldest *time.Time `json:"oldest,omitempty"`
 }
 
@@ -1922,7 +1924,7 @@ type Upstream struct {
 		WaitingTenants     int        `json:"waiting_tenants"`
 	} `json:"queue"`
 
-	// Recovery Recovery mode of the database. Missing while it is not in recovery mode. `GET /v1/recovery` has more.
+	// Recovery Recovery mode of the database; missing outside recovery mode. `GET /v1/recovery` has more.
 	Recovery *struct {
 		// Reason Why the incarnation of the database began.
 		Reason string    `json:"reason"`
@@ -2571,9 +2573,9 @@ type ClientInterface interface {
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 	//
-	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-	// dead, or opens no app of Tenantry's.
+	// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+	// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+	// Tenantry's apps.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2585,9 +2587,9 @@ type ClientInterface interface {
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 	//
-	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-	// dead, or opens no app of Tenantry's.
+	// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+	// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+	// Tenantry's apps.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2642,13 +2644,13 @@ type ClientInterface interface {
 	// StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-	// background, a call at a time; one runs at once. Role: admin.
+	// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+	// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+	// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 	//
-	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-	// 409 `recovery`: in recovery mode nothing is repaired.
+	// 409 `recovery`: no repairs in recovery mode.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2658,13 +2660,13 @@ type ClientInterface interface {
 	// StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-	// background, a call at a time; one runs at once. Role: admin.
+	// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+	// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+	// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 	//
-	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-	// 409 `recovery`: in recovery mode nothing is repaired.
+	// 409 `recovery`: no repairs in recovery mode.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2678,7 +2680,7 @@ type ClientInterface interface {
 	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
 	GetReconciliation(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// GetRecovery Which incarnation of the database is in use, and its recovery mode
+	// GetRecovery Show the current incarnation of the database and its recovery mode
 	//
 	// Roles: all.
 	//
@@ -2693,24 +2695,24 @@ type ClientInterface interface {
 	// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
 	ListRetiredApps(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// BeginRecoveryWithBody Say that the database is behind
+	// BeginRecoveryWithBody Begin recovery mode
 	//
-	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+	// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 	//
-	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 	//
 	// Takes any type of body and a specified content type.
 	//
 	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
 	BeginRecoveryWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// BeginRecovery Say that the database is behind
+	// BeginRecovery Begin recovery mode
 	//
-	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+	// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 	//
-	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -2719,11 +2721,11 @@ type ClientInterface interface {
 
 	// DecideWithBody Decide a finding, or all findings of a kind
 	//
-	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-	// types the id. Role: admin.
+	// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+	// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+	// must type the id. Role: admin.
 	//
-	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 	//
@@ -2734,11 +2736,11 @@ type ClientInterface interface {
 
 	// Decide Decide a finding, or all findings of a kind
 	//
-	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-	// types the id. Role: admin.
+	// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+	// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+	// must type the id. Role: admin.
 	//
-	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 	//
@@ -2773,29 +2775,29 @@ type ClientInterface interface {
 	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
 	EndRecovery(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// ListRecoveryFindings List the findings of the newest report that wait for a decision, or were decided
+	// ListRecoveryFindings List the findings of the newest report that wait for a decision or were decided
 	//
 	// Newest apps first, with the effect of each choice. Role: admin.
 	//
 	// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
 	ListRecoveryFindings(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// GetRecoveryFinding How a finding stands
+	// GetRecoveryFinding Get a finding
 	//
-	// Also one that a newer report has replaced. Role: admin.
+	// Also a finding that a newer report has replaced. Role: admin.
 	//
 	// Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
 	GetRecoveryFinding(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*http.Response, error)
 
 	// RemoveRetiredAppsWithBody Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-	// retired app.
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+	// this id.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2804,23 +2806,23 @@ type ClientInterface interface {
 
 	// RemoveRetiredApps Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-	// retired app.
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+	// this id.
 	//
 	// Takes a body of the `application/json` content type.
 	//
 	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
 	RemoveRetiredApps(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// TakeOverWithBody Make this database the one that is in use
+	// TakeOverWithBody Make this database the one in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+	// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+	// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -2829,10 +2831,10 @@ type ClientInterface interface {
 	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
 	TakeOverWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
 
-	// TakeOver Make this database the one that is in use
+	// TakeOver Make this database the one in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+	// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+	// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -2917,7 +2919,7 @@ type ClientInterface interface {
 	// Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 	// until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
 	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
-	// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+	// keys contradict the rows is not removed: the problem is `purge_contested`, and a person must decide
 	// (`GET /v1/recovery/findings`).
 	//
 	// Corresponds with DELETE /v1/tenants/{tenant_id} (the `DeleteTenant` operationId).
@@ -2965,20 +2967,20 @@ type ClientInterface interface {
 
 	// PutTenantWithBody Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-	// `adopt`, and gets no credentials.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+	// this request only with `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 	// (`GET /v1/recovery/findings`).
 	//
-	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-	// in recovery mode only an admin may adopt an app that is shared with the operator.
+	// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+	// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+	// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2987,20 +2989,20 @@ type ClientInterface interface {
 
 	// PutTenant Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-	// `adopt`, and gets no credentials.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+	// this request only with `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 	// (`GET /v1/recovery/findings`).
 	//
-	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-	// in recovery mode only an admin may adopt an app that is shared with the operator.
+	// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+	// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+	// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -3445,9 +3447,9 @@ func (c *Client) IdentifyKey(ctx context.Context, body IdentifyKeyJSONRequestBod
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 // discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 //
-// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-// dead, or opens no app of Tenantry's.
+// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+// Tenantry's apps.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3469,9 +3471,9 @@ func (c *Client) QuarantineKeyWithBody(ctx context.Context, params *QuarantineKe
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 // discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 //
-// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-// dead, or opens no app of Tenantry's.
+// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+// Tenantry's apps.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3586,13 +3588,13 @@ func (c *Client) ListReconciliations(ctx context.Context, params *ListReconcilia
 // StartReconciliationWithBody Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-// background, a call at a time; one runs at once. Role: admin.
+// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 //
-// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-// 409 `recovery`: in recovery mode nothing is repaired.
+// 409 `recovery`: no repairs in recovery mode.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3612,13 +3614,13 @@ func (c *Client) StartReconciliationWithBody(ctx context.Context, contentType st
 // StartReconciliation Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-// background, a call at a time; one runs at once. Role: admin.
+// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 //
-// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-// 409 `recovery`: in recovery mode nothing is repaired.
+// 409 `recovery`: no repairs in recovery mode.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3652,7 +3654,7 @@ func (c *Client) GetReconciliation(ctx context.Context, reconciliationId openapi
 	return c.Client.Do(req)
 }
 
-// GetRecovery Which incarnation of the database is in use, and its recovery mode
+// GetRecovery Show the current incarnation of the database and its recovery mode
 //
 // Roles: all.
 //
@@ -3687,12 +3689,12 @@ func (c *Client) ListRetiredApps(ctx context.Context, params *ListRetiredAppsPar
 	return c.Client.Do(req)
 }
 
-// BeginRecoveryWithBody Say that the database is behind
+// BeginRecoveryWithBody Begin recovery mode
 //
-// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 //
-// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3709,12 +3711,12 @@ func (c *Client) BeginRecoveryWithBody(ctx context.Context, contentType string, 
 	return c.Client.Do(req)
 }
 
-// BeginRecovery Say that the database is behind
+// BeginRecovery Begin recovery mode
 //
-// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 //
-// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3733,11 +3735,11 @@ func (c *Client) BeginRecovery(ctx context.Context, body BeginRecoveryJSONReques
 
 // DecideWithBody Decide a finding, or all findings of a kind
 //
-// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-// types the id. Role: admin.
+// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+// must type the id. Role: admin.
 //
-// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 // `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 // 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 //
@@ -3758,11 +3760,11 @@ func (c *Client) DecideWithBody(ctx context.Context, contentType string, body io
 
 // Decide Decide a finding, or all findings of a kind
 //
-// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-// types the id. Role: admin.
+// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+// must type the id. Role: admin.
 //
-// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 // `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 // 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 //
@@ -3827,7 +3829,7 @@ func (c *Client) EndRecovery(ctx context.Context, body EndRecoveryJSONRequestBod
 	return c.Client.Do(req)
 }
 
-// ListRecoveryFindings List the findings of the newest report that wait for a decision, or were decided
+// ListRecoveryFindings List the findings of the newest report that wait for a decision or were decided
 //
 // Newest apps first, with the effect of each choice. Role: admin.
 //
@@ -3844,9 +3846,9 @@ func (c *Client) ListRecoveryFindings(ctx context.Context, params *ListRecoveryF
 	return c.Client.Do(req)
 }
 
-// GetRecoveryFinding How a finding stands
+// GetRecoveryFinding Get a finding
 //
-// Also one that a newer report has replaced. Role: admin.
+// Also a finding that a newer report has replaced. Role: admin.
 //
 // Corresponds with GET /v1/recovery/findings/{finding} (the `GetRecoveryFinding` operationId).
 func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEditors ...RequestEditorFn) (*http.Response, error) {
@@ -3863,13 +3865,13 @@ func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEdito
 
 // RemoveRetiredAppsWithBody Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-// and without `confirm`, this counts them and changes nothing. Role: admin.
+// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-// retired app.
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+// this id.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3888,13 +3890,13 @@ func (c *Client) RemoveRetiredAppsWithBody(ctx context.Context, contentType stri
 
 // RemoveRetiredApps Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-// and without `confirm`, this counts them and changes nothing. Role: admin.
+// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-// retired app.
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+// this id.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -3911,10 +3913,10 @@ func (c *Client) RemoveRetiredApps(ctx context.Context, body RemoveRetiredAppsJS
 	return c.Client.Do(req)
 }
 
-// TakeOverWithBody Make this database the one that is in use
+// TakeOverWithBody Make this database the one in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -3933,10 +3935,10 @@ func (c *Client) TakeOverWithBody(ctx context.Context, contentType string, body 
 	return c.Client.Do(req)
 }
 
-// TakeOver Make this database the one that is in use
+// TakeOver Make this database the one in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -4081,7 +4083,7 @@ func (c *Client) SignUpBatch(ctx context.Context, body SignUpBatchJSONRequestBod
 // Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 // until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
 // provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
-// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+// keys contradict the rows is not removed: the problem is `purge_contested`, and a person must decide
 // (`GET /v1/recovery/findings`).
 //
 // Corresponds with DELETE /v1/tenants/{tenant_id} (the `DeleteTenant` operationId).
@@ -4179,20 +4181,20 @@ func (c *Client) PatchTenantWithApplicationMergePatchPlusJSONBody(ctx context.Co
 
 // PutTenantWithBody Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-// `adopt`, and gets no credentials.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+// this request only with `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 // tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 // (`GET /v1/recovery/findings`).
 //
-// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-// in recovery mode only an admin may adopt an app that is shared with the operator.
+// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes any type of body and a specified content type.
 //
@@ -4211,20 +4213,20 @@ func (c *Client) PutTenantWithBody(ctx context.Context, tenantId TenantID, param
 
 // PutTenant Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-// `adopt`, and gets no credentials.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+// this request only with `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 // tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 // (`GET /v1/recovery/findings`).
 //
-// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-// in recovery mode only an admin may adopt an app that is shared with the operator.
+// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -7489,9 +7491,9 @@ type ClientWithResponsesInterface interface {
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 	//
-	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-	// dead, or opens no app of Tenantry's.
+	// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+	// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+	// Tenantry's apps.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7503,9 +7505,9 @@ type ClientWithResponsesInterface interface {
 	// The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 	// discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 	//
-	// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-	// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-	// dead, or opens no app of Tenantry's.
+	// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+	// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+	// Tenantry's apps.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7570,13 +7572,13 @@ type ClientWithResponsesInterface interface {
 	// StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-	// background, a call at a time; one runs at once. Role: admin.
+	// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+	// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+	// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 	//
-	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-	// 409 `recovery`: in recovery mode nothing is repaired.
+	// 409 `recovery`: no repairs in recovery mode.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7586,13 +7588,13 @@ type ClientWithResponsesInterface interface {
 	// StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
 	//
 	// Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-	// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-	// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-	// background, a call at a time; one runs at once. Role: admin.
+	// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+	// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+	// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 	//
-	// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+	// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 	// was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-	// 409 `recovery`: in recovery mode nothing is repaired.
+	// 409 `recovery`: no repairs in recovery mode.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7608,7 +7610,7 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with GET /v1/reconciliations/{reconciliation_id} (the `GetReconciliation` operationId).
 	GetReconciliationWithResponse(ctx context.Context, reconciliationId openapi_types.UUID, params *GetReconciliationParams, reqEditors ...RequestEditorFn) (*GetReconciliationResponse, error)
 
-	// GetRecoveryWithResponse Which incarnation of the database is in use, and its recovery mode
+	// GetRecoveryWithResponse Show the current incarnation of the database and its recovery mode
 	//
 	// Roles: all.
 	//
@@ -7627,24 +7629,24 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with GET /v1/recovery/apps (the `ListRetiredApps` operationId).
 	ListRetiredAppsWithResponse(ctx context.Context, params *ListRetiredAppsParams, reqEditors ...RequestEditorFn) (*ListRetiredAppsResponse, error)
 
-	// BeginRecoveryWithBodyWithResponse Say that the database is behind
+	// BeginRecoveryWithBodyWithResponse Begin recovery mode
 	//
-	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+	// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 	//
-	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with POST /v1/recovery/begin (the `BeginRecovery` operationId).
 	BeginRecoveryWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*BeginRecoveryResponse, error)
 
-	// BeginRecoveryWithResponse Say that the database is behind
+	// BeginRecoveryWithResponse Begin recovery mode
 	//
-	// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-	// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+	// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+	// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 	//
-	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+	// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7653,11 +7655,11 @@ type ClientWithResponsesInterface interface {
 
 	// DecideWithBodyWithResponse Decide a finding, or all findings of a kind
 	//
-	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-	// types the id. Role: admin.
+	// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+	// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+	// must type the id. Role: admin.
 	//
-	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 	//
@@ -7668,11 +7670,11 @@ type ClientWithResponsesInterface interface {
 
 	// DecideWithResponse Decide a finding, or all findings of a kind
 	//
-	// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-	// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-	// types the id. Role: admin.
+	// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+	// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+	// must type the id. Role: admin.
 	//
-	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+	// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 	// `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 	// 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 	//
@@ -7707,7 +7709,7 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with POST /v1/recovery/end (the `EndRecovery` operationId).
 	EndRecoveryWithResponse(ctx context.Context, body EndRecoveryJSONRequestBody, reqEditors ...RequestEditorFn) (*EndRecoveryResponse, error)
 
-	// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision, or were decided
+	// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision or were decided
 	//
 	// Newest apps first, with the effect of each choice. Role: admin.
 	//
@@ -7716,9 +7718,9 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with GET /v1/recovery/findings (the `ListRecoveryFindings` operationId).
 	ListRecoveryFindingsWithResponse(ctx context.Context, params *ListRecoveryFindingsParams, reqEditors ...RequestEditorFn) (*ListRecoveryFindingsResponse, error)
 
-	// GetRecoveryFindingWithResponse How a finding stands
+	// GetRecoveryFindingWithResponse Get a finding
 	//
-	// Also one that a newer report has replaced. Role: admin.
+	// Also a finding that a newer report has replaced. Role: admin.
 	//
 	// Returns a wrapper object for the known response body format(s).
 	//
@@ -7727,13 +7729,13 @@ type ClientWithResponsesInterface interface {
 
 	// RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-	// retired app.
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+	// this id.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7742,23 +7744,23 @@ type ClientWithResponsesInterface interface {
 
 	// RemoveRetiredAppsWithResponse Remove retired apps
 	//
-	// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-	// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-	// and without `confirm`, this counts them and changes nothing. Role: admin.
+	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-	// retired app.
+	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+	// this id.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
 	// Corresponds with POST /v1/recovery/removals (the `RemoveRetiredApps` operationId).
 	RemoveRetiredAppsWithResponse(ctx context.Context, body RemoveRetiredAppsJSONRequestBody, reqEditors ...RequestEditorFn) (*RemoveRetiredAppsResponse, error)
 
-	// TakeOverWithBodyWithResponse Make this database the one that is in use
+	// TakeOverWithBodyWithResponse Make this database the one in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+	// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+	// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -7767,10 +7769,10 @@ type ClientWithResponsesInterface interface {
 	// Corresponds with POST /v1/recovery/take-over (the `TakeOver` operationId).
 	TakeOverWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*TakeOverResponse, error)
 
-	// TakeOverWithResponse Make this database the one that is in use
+	// TakeOverWithResponse Make this database the one in use
 	//
-	// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-	// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+	// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+	// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 	//
@@ -7857,7 +7859,7 @@ type ClientWithResponsesInterface interface {
 	// Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 	// until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
 	// provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
-	// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+	// keys contradict the rows is not removed: the problem is `purge_contested`, and a person must decide
 	// (`GET /v1/recovery/findings`).
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -7909,20 +7911,20 @@ type ClientWithResponsesInterface interface {
 
 	// PutTenantWithBodyWithResponse Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-	// `adopt`, and gets no credentials.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+	// this request only with `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 	// (`GET /v1/recovery/findings`).
 	//
-	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-	// in recovery mode only an admin may adopt an app that is shared with the operator.
+	// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+	// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+	// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7931,20 +7933,20 @@ type ClientWithResponsesInterface interface {
 
 	// PutTenantWithResponse Sign a tenant up
 	//
-	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-	// `adopt`, and gets no credentials.
+	// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+	// this request only with `adopt`, and gets no credentials.
 	//
 	// The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 	// with what the tenant has.
 	//
 	// An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 	// tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-	// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+	// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 	// (`GET /v1/recovery/findings`).
 	//
-	// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-	// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-	// in recovery mode only an admin may adopt an app that is shared with the operator.
+	// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+	// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+	// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -17171,9 +17173,9 @@ func (c *ClientWithResponses) IdentifyKeyWithResponse(ctx context.Context, body 
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 // discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 //
-// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-// dead, or opens no app of Tenantry's.
+// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+// Tenantry's apps.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17191,9 +17193,9 @@ func (c *ClientWithResponses) QuarantineKeyWithBodyWithResponse(ctx context.Cont
 // The key is revoked at once, ahead of other work, and its successor is made. An app of the pool whose key leaked is
 // discarded. The string is neither logged nor answered. Roles: provisioner, admin.
 //
-// A key that the database does not know is stored encrypted until it has been asked for its app, since it may have been
-// lost with the database. Until the answer is known: 503 `quarantine_pending`; send the same request again. 404: the key is
-// dead, or opens no app of Tenantry's.
+// The database may have lost the row of a key. So an unknown key is stored, encrypted, until Clarifai has answered which app
+// the key opens. Until then: 503 `quarantine_pending`; send the same request again. 404: the key is dead, or opens none of
+// Tenantry's apps.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17294,13 +17296,13 @@ func (c *ClientWithResponses) ListReconciliationsWithResponse(ctx context.Contex
 // StartReconciliationWithBodyWithResponse Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-// background, a call at a time; one runs at once. Role: admin.
+// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 //
-// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-// 409 `recovery`: in recovery mode nothing is repaired.
+// 409 `recovery`: no repairs in recovery mode.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17316,13 +17318,13 @@ func (c *ClientWithResponses) StartReconciliationWithBodyWithResponse(ctx contex
 // StartReconciliationWithResponse Compare Clarifai with Tenantry, or repair what a report found
 //
 // Without a body: a report, which changes nothing. With `repair`: carries out the report of that token. Each item
-// is looked at anew at the moment of the act; only what has an `action` other than `decide` is touched, and removals are
-// capped per hour. Items with the action `decide` wait for a person (`GET /v1/recovery/findings`). It goes on in the
-// background, a call at a time; one runs at once. Role: admin.
+// is checked again immediately before its action. Items without an `action` are not touched. Items with the action `decide`
+// wait for a person (`GET /v1/recovery/findings`). Removals are capped per hour. A reconciliation runs in the
+// background, with one call at a time. Only one reconciliation runs at a time. Role: admin.
 //
-// 409 `reconciliation_running`: the `detail` names the one that runs. 409 `reconciliation_token_stale`: something
+// 409 `reconciliation_running`: `detail` names the running reconciliation. 409 `reconciliation_token_stale`: something
 // was reconciled since, or the report is older than a day. 409 `reconciliation_token_unknown`: no report has it.
-// 409 `recovery`: in recovery mode nothing is repaired.
+// 409 `recovery`: no repairs in recovery mode.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17350,7 +17352,7 @@ func (c *ClientWithResponses) GetReconciliationWithResponse(ctx context.Context,
 	return ParseGetReconciliationResponse(rsp)
 }
 
-// GetRecoveryWithResponse Which incarnation of the database is in use, and its recovery mode
+// GetRecoveryWithResponse Show the current incarnation of the database and its recovery mode
 //
 // Roles: all.
 //
@@ -17381,12 +17383,12 @@ func (c *ClientWithResponses) ListRetiredAppsWithResponse(ctx context.Context, p
 	return ParseListRetiredAppsResponse(rsp)
 }
 
-// BeginRecoveryWithBodyWithResponse Say that the database is behind
+// BeginRecoveryWithBodyWithResponse Begin recovery mode
 //
-// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 //
-// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17399,12 +17401,12 @@ func (c *ClientWithResponses) BeginRecoveryWithBodyWithResponse(ctx context.Cont
 	return ParseBeginRecoveryResponse(rsp)
 }
 
-// BeginRecoveryWithResponse Say that the database is behind
+// BeginRecoveryWithResponse Begin recovery mode
 //
-// For what Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by hand.
-// The next incarnation begins, in recovery mode; the pools are retired. Role: admin.
+// For changes that Tenantry cannot notice, such as a machine that was reverted with its memory, or rows that were changed by
+// hand. The next incarnation begins, in recovery mode, and the pools are retired. Role: admin.
 //
-// 409 `incarnation_changed`: the next incarnation has just begun for another reason; read the recovery again.
+// 409 `incarnation_changed`: the next incarnation has just begun for another reason; `GET /v1/recovery` before another attempt.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17419,11 +17421,11 @@ func (c *ClientWithResponses) BeginRecoveryWithResponse(ctx context.Context, bod
 
 // DecideWithBodyWithResponse Decide a finding, or all findings of a kind
 //
-// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-// types the id. Role: admin.
+// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+// must type the id. Role: admin.
 //
-// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 // `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 // 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 //
@@ -17440,11 +17442,11 @@ func (c *ClientWithResponses) DecideWithBodyWithResponse(ctx context.Context, co
 
 // DecideWithResponse Decide a finding, or all findings of a kind
 //
-// Workers carry the decision out, after a fresh look at Clarifai. `kind` decides all findings of the newest report of that
-// kind that wait for a decision. A choice with `confirm` can do harm: it is made for one finding at a time, by a person who
-// types the id. Role: admin.
+// A worker checks Clarifai again, and then carries the decision out. `kind` decides all findings of that kind in the newest
+// report that wait for a decision. A choice with `confirm` can do harm: it is allowed for one finding at a time, and a person
+// must type the id. Role: admin.
 //
-// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists those that it allows. 400 `invalid_confirm`:
+// 400 `invalid_choice`: the kind does not allow the choice; `detail` lists the allowed choices. 400 `invalid_confirm`:
 // `confirm` is not the id that the choice needs. 400 `invalid_finding`: the choice needs one finding, not a kind.
 // 409 `finding_decided`: the finding does not wait for a decision any more, or a newer report has replaced it.
 //
@@ -17497,7 +17499,7 @@ func (c *ClientWithResponses) EndRecoveryWithResponse(ctx context.Context, body 
 	return ParseEndRecoveryResponse(rsp)
 }
 
-// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision, or were decided
+// ListRecoveryFindingsWithResponse List the findings of the newest report that wait for a decision or were decided
 //
 // Newest apps first, with the effect of each choice. Role: admin.
 //
@@ -17512,9 +17514,9 @@ func (c *ClientWithResponses) ListRecoveryFindingsWithResponse(ctx context.Conte
 	return ParseListRecoveryFindingsResponse(rsp)
 }
 
-// GetRecoveryFindingWithResponse How a finding stands
+// GetRecoveryFindingWithResponse Get a finding
 //
-// Also one that a newer report has replaced. Role: admin.
+// Also a finding that a newer report has replaced. Role: admin.
 //
 // Returns a wrapper object for the known response body format(s).
 //
@@ -17529,13 +17531,13 @@ func (c *ClientWithResponses) GetRecoveryFindingWithResponse(ctx context.Context
 
 // RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-// and without `confirm`, this counts them and changes nothing. Role: admin.
+// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-// retired app.
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+// this id.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17550,13 +17552,13 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithBodyWithResponse(ctx context.
 
 // RemoveRetiredAppsWithResponse Remove retired apps
 //
-// The one of `app_id`, whatever is in it, or all that were begun or found before a time. Of the latter an app stays that has inputs,
-// an ownership tag that names a tenant, or an unknown key: it becomes a finding of the kind `purge_contested`. With `before`
-// and without `confirm`, this counts them and changes nothing. Role: admin.
+// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
+// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): there is no such
-// retired app.
+// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
+// this id.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17569,10 +17571,10 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithResponse(ctx context.Context,
 	return ParseRemoveRetiredAppsResponse(rsp)
 }
 
-// TakeOverWithBodyWithResponse Make this database the one that is in use
+// TakeOverWithBodyWithResponse Make this database the one in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -17587,10 +17589,10 @@ func (c *ClientWithResponses) TakeOverWithBodyWithResponse(ctx context.Context, 
 	return ParseTakeOverResponse(rsp)
 }
 
-// TakeOverWithResponse Make this database the one that is in use
+// TakeOverWithResponse Make this database the one in use
 //
-// Ends the state `watching` or `stopped`; the database is then `recovering`. If the other database is still in use, it
-// stops within minutes, and what only it has acknowledged is missing here. Role: admin.
+// Ends the state `watching` or `stopped`; this database is then `recovering`. If the other database is still in use, it
+// stops within minutes. Changes that only the other database has acknowledged are missing here. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is not the id of the deployment. 409 `not_stopped`: this database is in use already.
 //
@@ -17713,7 +17715,7 @@ func (c *ClientWithResponses) SignUpBatchWithResponse(ctx context.Context, body 
 // Its keys are revoked now; its app is retained for as long as its profile says, and the tenant can be restored
 // until then. With `purge=now` (role admin) the app goes as soon as the hourly cap of removals allows. Roles:
 // provisioner, admin. 409 `deletion_protected`: set `deletion_protection` to false first. An app whose ownership tag or
-// keys contradict the rows is not removed: the problem is `purge_contested`, and someone must decide
+// keys contradict the rows is not removed: the problem is `purge_contested`, and a person must decide
 // (`GET /v1/recovery/findings`).
 //
 // Returns a wrapper object for the known response body format(s).
@@ -17795,20 +17797,20 @@ func (c *ClientWithResponses) PatchTenantWithApplicationMergePatchPlusJSONBodyWi
 
 // PutTenantWithBodyWithResponse Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-// `adopt`, and gets no credentials.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+// this request only with `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 // tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 // (`GET /v1/recovery/findings`).
 //
-// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-// in recovery mode only an admin may adopt an app that is shared with the operator.
+// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17823,20 +17825,20 @@ func (c *ClientWithResponses) PutTenantWithBodyWithResponse(ctx context.Context,
 
 // PutTenantWithResponse Sign a tenant up
 //
-// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send it only with
-// `adopt`, and gets no credentials.
+// Makes the tenant, with an app and a key of its own, or finds it. Role: provisioner. An admin may send
+// this request only with `adopt`, and gets no credentials.
 //
 // The same PUT may be repeated until it answers 200 or 201. What is left out of the body is not compared
 // with what the tenant has.
 //
 // An id whose tenant was deleted begins its next generation, with an app of its own. 409 `tenant_deleting`: the
 // tenant is being deleted; `on_deleting=replace` begins the next generation at once. 409 `app_contested`: the ownership
-// tag of the tenant's app at Clarifai names another tenant; its key is not shown until someone decides
+// tag of the tenant's app at Clarifai names another tenant. The app's key is not shown until a person decides
 // (`GET /v1/recovery/findings`).
 //
-// With `adopt`, 409 says why the app is not taken over. `adopt_proof_required`: Tenantry created the app, so send its key,
-// or let an admin adopt it. `adopt_app_contested`: its ownership tag names another tenant. `adopt_admin_required`:
-// in recovery mode only an admin may adopt an app that is shared with the operator.
+// With `adopt`, the code of a 409 says why the app is not adopted. `adopt_proof_required`: Tenantry created the app; send its
+// key, or let an admin adopt the app. `adopt_app_contested`: the ownership tag of the app names another tenant.
+// `adopt_admin_required`: in recovery mode only an admin may adopt an app that is shared with the operator.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //
