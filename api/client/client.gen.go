@@ -2796,8 +2796,8 @@ type ClientInterface interface {
 	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-	// this id.
+	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+	// id. 409 `app_not_retired`: the app is not retired.
 	//
 	// Takes any type of body and a specified content type.
 	//
@@ -2811,8 +2811,8 @@ type ClientInterface interface {
 	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-	// this id.
+	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+	// id. 409 `app_not_retired`: the app is not retired.
 	//
 	// Takes a body of the `application/json` content type.
 	//
@@ -3870,8 +3870,8 @@ func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEdito
 // a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-// this id.
+// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+// id. 409 `app_not_retired`: the app is not retired.
 //
 // Takes any type of body and a specified content type.
 //
@@ -3895,8 +3895,8 @@ func (c *Client) RemoveRetiredAppsWithBody(ctx context.Context, contentType stri
 // a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-// this id.
+// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+// id. 409 `app_not_retired`: the app is not retired.
 //
 // Takes a body of the `application/json` content type.
 //
@@ -7734,8 +7734,8 @@ type ClientWithResponsesInterface interface {
 	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-	// this id.
+	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+	// id. 409 `app_not_retired`: the app is not retired.
 	//
 	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -7749,8 +7749,8 @@ type ClientWithResponsesInterface interface {
 	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-	// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-	// this id.
+	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+	// id. 409 `app_not_retired`: the app is not retired.
 	//
 	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 	//
@@ -17536,8 +17536,8 @@ func (c *ClientWithResponses) GetRecoveryFindingWithResponse(ctx context.Context
 // a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-// this id.
+// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+// id. 409 `app_not_retired`: the app is not retired.
 //
 // Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
 //
@@ -17557,8 +17557,8 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithBodyWithResponse(ctx context.
 // a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
-// that are selected; nothing was changed. 404 `app_not_found` (in recovery mode 409 `recovery_unknown`): no retired app has
-// this id.
+// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
+// id. 409 `app_not_retired`: the app is not retired.
 //
 // Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
 //

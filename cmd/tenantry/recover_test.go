@@ -188,7 +188,7 @@ func testRetired(t *testing.T, admin, ops operatorAt, poolIsFull func()) {
 		admin.types(typed).exits(1, words("recover remove --before 2100-01-01"), fmt.Sprint("Type ", retired, " to go on"), "nothing was changed")
 	}
 	admin.exits(0, words("recover remove --before 2001-01-01"), "no retired app was begun or found before 2001-01-01T00:00:00Z")
-	admin.types("t-x\n").exits(4, words("recover remove t-x"), "app_not_found")
+	admin.types("t-x\n").exits(4, words("recover remove t-x"), "app_not_retired")
 	admin.types(app+"\n").exits(0, words("recover remove "+app), "with its data and all its keys", "the removal has begun")
 	admin.types(fmt.Sprint(retired-1, "\n")).exits(0, words("recover remove --before 2100-01-01"), "retired apps", "oldest begun or found", "inputs unknown", "the removal has begun")
 	admin.sees("both are removed", func(is shownRecovery) bool { return is.Recovery.Retired.Count == 0 })

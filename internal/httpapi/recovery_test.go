@@ -271,6 +271,8 @@ func TestRetiredApps(t *testing.T) {
 		return objects(s.call(tenant.Viewer, "GET", "/v1/pool", "").at(t, "pools"))[0]["ready"] == 3.0
 	}
 	provisiontest.Eventually(t, "the pool is full", ready)
+	held := s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "wait=30").at(t, "app", "id")
+	provisiontest.Eventually(t, "the pool is full again", ready)
 	s.begins("a test")
 	provisiontest.Eventually(t, "the next pool is full", ready)
 	if pool := objects(s.call(tenant.Viewer, "GET", "/v1/pool", "").at(t, "pools"))[0]; pool["retired"] != 3.0 {
@@ -305,7 +307,8 @@ func TestRetiredApps(t *testing.T) {
 		{`{"before":"yesterday"}`, 400, "invalid_request"},
 		{fmt.Sprintf(`{"app_id":%q}`, apps[0]["id"]), 400, "invalid_confirm"},
 		{fmt.Sprintf(`{"app_id":%q,"confirm":"1"}`, apps[0]["id"]), 400, "invalid_confirm"},
-		{`{"app_id":"t-unknown","confirm":"t-unknown"}`, 409, "recovery_unknown"},
+		{`{"app_id":"t-unknown","confirm":"t-unknown"}`, 404, "app_not_retired"},
+		{fmt.Sprintf(`{"app_id":%q,"confirm":%[1]q}`, held), 409, "app_not_retired"},
 		{`{"before":"` + tomorrow + `","confirm":"yes"}`, 400, "invalid_confirm"},
 		{`{"before":"` + tomorrow + `","confirm":"2"}`, 409, "count_differs"},
 	} {

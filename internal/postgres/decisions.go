@@ -496,10 +496,24 @@ func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count i
 		case err != nil:
 			return err
 		case len(removed) == 0 && f.AppID != "":
-			return errNotFound("app")
+			return errNotRetired(ctx, tx, f.AppID)
 		case len(removed) != count:
 			return tenant.Errorf(tenant.Conflict, "count_differs", "%d retired apps are selected, not %d: nothing was changed", len(removed), count)
 		}
 		return nil
 	}))
+}
+
+// errNotRetired says why an app cannot be removed. Its code is not that of an unknown app, which in
+// recovery mode would mean that the app may be lost.
+func errNotRetired(ctx context.Context, tx pgx.Tx, app tenant.AppID) error {
+	var state string
+	err := tx.QueryRow(ctx, `SELECT state FROM apps WHERE id = $1`, app).Scan(&state)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		return tenant.Errorf(tenant.NotFound, "app_not_retired", "there is no retired app with this id")
+	case err != nil:
+		return err
+	}
+	return tenant.Errorf(tenant.Conflict, "app_not_retired", "the app is %s: only a retired app can be removed", state)
 }
