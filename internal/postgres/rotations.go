@@ -283,12 +283,14 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return q, err
 	}
+	var app tenant.AppID
 	quarantine := func(tx pgx.Tx) error {
 		q, keys = tenant.Quarantine{}, nil
 		k, err := oneKey(ctx, tx, `k.fingerprint = $1`, fingerprint)
 		if err != nil {
 			return err
 		}
+		app = k.AppID
 		owner, err := lockOwner(ctx, tx, k.AppID)
 		if err != nil {
 			return err
@@ -352,8 +354,14 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		return wakeTenant(ctx, tx, owner)
 	}
 	err := pgx.BeginFunc(ctx, db.pool, quarantine)
-	for errors.Is(err, errAppeared) {
-		err = pgx.BeginFunc(ctx, db.pool, quarantine)
+	for range 2 {
+		if errors.Is(err, errAppeared) {
+			err = pgx.BeginFunc(ctx, db.pool, quarantine)
+		}
+	}
+	if errors.Is(err, errAppeared) { // its tenant did not appear: a table was restored alone
+		return q, tenant.Errorf(tenant.Conflict, "app_without_tenant",
+			"no tenant has the app %s, although it was handed out: revoke the key in Clarifai, and run `tenantry recover begin`", app)
 	}
 	if err != nil {
 		return q, translate("quarantine key", err)

@@ -640,3 +640,22 @@ func connOf(t *testing.T, w *provisiontest.World) *pgx.Conn {
 	t.Helper()
 	return pgtest.Conn(t, w.URL)
 }
+
+// If a table was restored alone, an app may be held although no tenant has it.
+func TestQuarantineOfAppWithoutTenant(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	signUp(t, r, "user_1")
+	key := secretOf(t, r, "user_1", "default")
+	conn := pgtest.Conn(t, w.URL)
+	if _, err := conn.Exec(t.Context(), `SET session_replication_role = replica; DELETE FROM tenants`); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second) // for a failure: no endless loop
+	defer cancel()
+	_, err := r.Quarantine(ctx, key, 0, admin)
+	if e, ok := errors.AsType[*tenant.Error](err); !ok || e.Kind != tenant.Conflict || e.Code != "app_without_tenant" {
+		t.Errorf("quarantine returns %v", err)
+	}
+}
