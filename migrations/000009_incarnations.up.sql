@@ -111,10 +111,12 @@ ALTER TABLE apps
             WHEN state IN ('held', 'retained') THEN tenant_id IS NOT NULL
             ELSE true
         END),
-    ADD CONSTRAINT apps_ready_at CHECK (state IN ('building', 'retired', 'purging', 'deleted') OR ready_at IS NOT NULL);
+    ADD CONSTRAINT apps_ready_at CHECK (state IN ('building', 'retired', 'purging', 'deleted') OR ready_at IS NOT NULL),
+    ADD CONSTRAINT apps_removal_confirmed CHECK (NOT removal_confirmed OR state IN ('retained', 'purging', 'deleted'));
 DROP INDEX apps_ready;
 CREATE INDEX apps_ready ON apps (profile, incarnation, ready_at, id) WHERE state = 'ready';
-CREATE INDEX apps_retired ON apps (profile, created_at, id) WHERE state = 'retired';
+CREATE INDEX apps_retired ON apps (profile) WHERE state = 'retired';
+CREATE INDEX apps_retired_by_age ON apps (created_at, id) WHERE state = 'retired';
 DROP INDEX apps_pending;
 CREATE INDEX apps_pending ON apps (background, next_attempt_at) WHERE state IN ('held', 'retained') AND pending;
 

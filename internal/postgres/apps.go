@@ -27,7 +27,7 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 // mayRemove says of an app that is to be removed that the removal may start now.
 const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	WHEN tenant_id IS NULL THEN false
-	ELSE removal_confirmed OR NOT ` + inRecovery + ` END`
+	ELSE EXISTS (SELECT FROM current_incarnation WHERE recovery IS NULL OR recovery = 'recovering' AND removal_confirmed) END`
 
 // untagged says of a retained app that its ownership tag does not have the time of the removal yet.
 const untagged = `(user_id IS NULL AND (tagging OR tagged_purge_after IS DISTINCT FROM purge_after))`
@@ -183,6 +183,13 @@ func (db *DB) BeginTag(ctx context.Context, a tenant.App) error {
 // AppMarked records that the ownership tag of a leased app names its tenant and the time of
 // the removal, or that no tag is needed.
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
+	if a.Attempts > 0 { // the app may have been contested
+		if _, err := db.pool.Exec(ctx, `
+			UPDATE tenants SET problem = NULL, version = version + 1, updated_at = now()
+			WHERE id = $1 AND app_id = $2 AND problem->>'code' = '`+tenant.AppContested+`'`, a.Tenant, a.ID); err != nil {
+			return translate("end contest of app", err)
+		}
+	}
 	// Keys of a restored tenant wait for the tag.
 	var keys []keyInLane
 	rows, _ := db.pool.Query(ctx, `
@@ -266,13 +273,13 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 	return oneRow("abandon app", tag, err)
 }
 
-// RetireApp marks the app of a leased build as retired.
+// RetireApp marks a leased app without a tenant, which is being built or removed, as retired.
 func (db *DB) RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error {
 	tag, err := db.pool.Exec(ctx, `
 		WITH retired AS (
-			UPDATE apps SET state = 'retired', made_at = coalesce(made_at, now()), attempts = 0, problem = NULL, in_doubt_since = NULL,
+			UPDATE apps SET state = 'retired', made_at = coalesce(made_at, now()), removal_confirmed = false, attempts = 0, problem = NULL, in_doubt_since = NULL,
 				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state = 'building'
+			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging') AND tenant_id IS NULL
 			RETURNING id)
 		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
 		SELECT $3, nullif($5, ''), 'app.retired', id, jsonb_build_object('reason', $4::text) FROM retired`,

@@ -231,6 +231,12 @@ func (db *DB) BeginRecovery(ctx context.Context, reason string, actor tenant.Act
 	return db.Recovery(ctx)
 }
 
+// errWatching refuses what must not happen in a copy.
+func errWatching(is tenant.Recovery) error {
+	return tenant.Errorf(tenant.Conflict, "recovery_watching", "it is not known until %s whether another database is in use; see docs/recovery.md",
+		is.WatchUntil.UTC().Format(time.RFC3339))
+}
+
 // EndRecovery ends recovery mode. It reports tenant.Conflict while it is not known whether
 // another database is in use.
 func (db *DB) EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error) {
@@ -239,8 +245,7 @@ func (db *DB) EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recov
 		case tenant.NotRecovering:
 			return was, nil
 		case tenant.Watching:
-			return was, tenant.Errorf(tenant.Conflict, "recovery_watching",
-				"it is not known until %s whether another database is in use; see docs/recovery.md", was.WatchUntil.UTC().Format(time.RFC3339))
+			return was, errWatching(was)
 		case tenant.Stopped:
 			return was, tenant.Errorf(tenant.Conflict, "another_database", "another database of this deployment is in use; see docs/recovery.md")
 		}
@@ -280,15 +285,14 @@ func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	var undecided, removals, campaigns, keys int
 	var done bool
 	r, err := scanRecovery(db.pool.QueryRow(ctx, `
-		WITH report AS (
-			SELECT r.id FROM reconciliations r WHERE r.kind = 'report' AND r.state = 'done' ORDER BY r.created_at DESC LIMIT 1
-		)
+		WITH report AS `+findingsReport+`
 		SELECT `+recoveryColumns+`, (SELECT report.id FROM report),
 			EXISTS (SELECT FROM report JOIN reconciliations USING (id) WHERE state = 'done' AND created_at >= coalesce(recovery_since, '-infinity')),
 			(SELECT count(*) FROM reconciliation_items i JOIN report ON report.id = i.reconciliation_id WHERE i.action = 'decide' AND i.state = 'open'),
 			(SELECT count(*) FROM apps a WHERE a.state = 'retained' AND a.purge_after <= now()) + (SELECT count(*) FROM apps a WHERE a.state = 'purging' AND a.tenant_id IS NOT NULL),
 			(SELECT count(*) FROM campaigns WHERE ended_at IS NULL),
-			(SELECT count(*) FROM keys k WHERE k.state = 'creating' AND k.incarnation <> current_incarnation.id)
+			(SELECT count(*) FROM keys k JOIN apps a ON a.id = k.app_id
+				WHERE k.state = 'creating' AND k.incarnation <> current_incarnation.id AND a.state = 'held')
 		FROM current_incarnation`), &report, &done, &undecided, &removals, &campaigns, &keys)
 	if report != nil {
 		r.Report = *report

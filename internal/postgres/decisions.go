@@ -13,24 +13,31 @@ import (
 
 // Findings that wait for a decision, and carrying decisions out.
 
+// findingsReport selects the report whose findings are shown and decided: in recovery mode the
+// newest one that began in it, also while it is running; otherwise the newest finished one.
+const findingsReport = `(
+	SELECT r.id FROM reconciliations r, current_incarnation c
+	WHERE r.kind = 'report' AND CASE WHEN c.recovery IS NULL THEN r.state = 'done' ELSE r.created_at >= c.recovery_since END
+	ORDER BY r.created_at DESC LIMIT 1)`
+
 // addFinding adds a finding of a worker to the newest report, unless the report has it. If there
 // is no report, the next report finds it.
 func addFinding(ctx context.Context, tx pgx.Tx, f tenant.Finding) error {
 	_, err := tx.Exec(ctx, `
 		INSERT INTO reconciliation_items (reconciliation_id, kind, action, app_id, key_id, tenant_id, detail, state)
 		SELECT r.id, $1, 'decide', $2, nullif($3, '00000000-0000-0000-0000-000000000000'::uuid), nullif($4, ''), $5, 'open'
-		FROM (SELECT id FROM reconciliations WHERE kind = 'report' AND state = 'done' ORDER BY created_at DESC LIMIT 1) r
+		FROM `+findingsReport+` r
 		WHERE NOT EXISTS (SELECT FROM reconciliation_items i WHERE i.reconciliation_id = r.id AND i.kind = $1 AND i.app_id = $2)`,
 		f.Kind, f.AppID, f.KeyID, f.TenantID, f.Detail)
 	return err
 }
 
-// Undecided lists up to limit findings of the newest finished report that wait for a decision or
-// were decided, newest apps first, after the finding that after names.
+// Undecided lists up to limit findings that wait for a decision or were decided, newest apps
+// first, after the finding that after names.
 func (db *DB) Undecided(ctx context.Context, kind tenant.FindingKind, after tenant.Finding, limit int) ([]tenant.Finding, error) {
 	rows, _ := db.pool.Query(ctx, `
 		SELECT `+findingColumns+` FROM reconciliation_items
-		WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' AND state = 'done' ORDER BY created_at DESC LIMIT 1)
+		WHERE reconciliation_id = `+findingsReport+`
 			AND (action = 'decide' AND state = 'open' OR decided_by IS NOT NULL) AND ($1 = '' OR kind = $1)
 			AND ($2 = 0 OR (coalesce(app_id, ''), number) < ($3, $2))
 		ORDER BY coalesce(app_id, '') DESC, number DESC LIMIT $4`, kind, after.Number, string(after.AppID), limit)
@@ -58,7 +65,7 @@ func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind,
 			UPDATE reconciliation_items
 			SET action = $4, decided_by = $5, state = CASE WHEN $4 = 'keep' THEN 'done' ELSE 'decided' END,
 				ended_at = CASE WHEN $4 = 'keep' THEN now() END, note = CASE WHEN $4 = 'keep' THEN 'kept' ELSE '' END
-			WHERE reconciliation_id = (SELECT id FROM reconciliations WHERE kind = 'report' AND state = 'done' ORDER BY created_at DESC LIMIT 1)
+			WHERE reconciliation_id = `+findingsReport+`
 				AND (action = 'decide' AND state = 'open' OR decided_by IS NOT NULL AND state IN ('failed', 'skipped'))
 				AND CASE WHEN $1 > 0 THEN number = $1 ELSE kind = $2 AND decided_by IS NULL END AND kind = $3`,
 			number, kind, kind, choice, actor.Name)
@@ -77,7 +84,8 @@ func (db *DB) StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error)
 	var report uuid.UUID
 	err := db.pool.QueryRow(ctx, `
 		SELECT reconciliation_id FROM reconciliation_items WHERE state = 'decided'
-			AND NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running') LIMIT 1`).Scan(&report)
+			AND NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
+			AND EXISTS (SELECT FROM current_incarnation WHERE recovery IS NULL OR recovery = 'recovering') LIMIT 1`).Scan(&report)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return false, nil
 	}
@@ -169,8 +177,8 @@ func adoptApp(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp, to tenant.Sta
 		SET state = excluded.state, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation,
 			made_at = coalesce(a.made_at, now()), ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL,
 			purge_after = excluded.purge_after, tagged_purge_after = excluded.tagged_purge_after, tagging = false, tagging_purge_after = NULL, pending = true,
-			attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-		WHERE a.tenant_id IS NULL AND a.state IN ('building', 'ready', 'retired', 'purging') AND a.incarnation <> stored_incarnation()`,
+			removal_confirmed = false, attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+		WHERE a.tenant_id IS NULL AND (a.state = 'retired' OR a.state IN ('building', 'ready', 'purging') AND a.incarnation <> stored_incarnation())`,
 		a.ID, a.Profile, state, a.Owner.Tenant, a.Owner.Generation, onlyIf(to == tenant.Deleting, nullTime(a.PurgeAfter)), nullTime(a.PurgeAfter))
 	if err != nil || tag.RowsAffected() == 1 {
 		return err
@@ -268,7 +276,7 @@ func (db *DB) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tena
 			return true, nil, nil
 		}
 		tag, err := tx.Exec(ctx, `
-			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, pending = true, end_unknown_keys = false, background = false,
+			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, removal_confirmed = false, pending = true, end_unknown_keys = false, background = false,
 				next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', problem = NULL, updated_at = now()
 			WHERE id = $1 AND state IN ('held', 'retained', 'purging')`, f.AppID)
 		if err != nil || tag.RowsAffected() == 0 {
@@ -382,7 +390,8 @@ func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f ten
 			return false, nil, nil
 		}
 		if _, err := tx.Exec(ctx, `
-			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, pending = true, end_unknown_keys = user_id IS NULL, background = false,
+			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, removal_confirmed = false, pending = true, end_unknown_keys = user_id IS NULL,
+				background = false,
 				next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', problem = NULL, updated_at = now()
 			WHERE id = $1 AND state IN ('retained', 'purging')`, f.AppID); err != nil {
 			return false, nil, err
@@ -398,7 +407,8 @@ func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f ten
 // RemovalDecided lets the removal of a contested app go on.
 func (db *DB) RemovalDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.removal_decided", `
-		UPDATE apps SET removal_confirmed = true, attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+		UPDATE apps SET removal_confirmed = true, purge_after = CASE WHEN state = 'retained' THEN least(purge_after, now()) ELSE purge_after END,
+			attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
 		WHERE id = $1 AND state IN ('retained', 'purging')`, f.AppID)
 }
 
@@ -476,13 +486,24 @@ func (db *DB) CountRetired(ctx context.Context, f tenant.RetiredFilter) (tenant.
 }
 
 // RemoveRetired gives retired apps to the workers that remove apps: the app that the filter names,
-// or all apps that the filter selects. If these are not count apps, it changes nothing and reports
-// tenant.Conflict.
+// or all apps that the filter selects. If these are not count apps, or if it is not known whether
+// another database is in use, it changes nothing and reports tenant.Conflict.
 func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count int, actor tenant.Actor) error {
+	if err := db.ensureIncarnation(ctx); err != nil {
+		return err
+	}
 	return translate("remove retired apps", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		is, err := scanRecovery(tx.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation`))
+		switch {
+		case err != nil:
+			return err
+		case is.State == tenant.Watching:
+			return errWatching(is)
+		}
+		// With this incarnation: if the next one has begun, the apps are retired again.
 		rows, _ := tx.Query(ctx, `
 			WITH removing AS (
-				UPDATE apps SET state = 'purging', incarnation = stored_incarnation(), removal_confirmed = $3 <> '', attempts = 0, problem = NULL,
+				UPDATE apps SET state = 'purging', incarnation = $5, removal_confirmed = $3 <> '', attempts = 0, problem = NULL,
 					next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
 				WHERE state = 'retired' AND CASE WHEN $3 <> '' THEN id = $3 ELSE created_at < $4 END
 				RETURNING id
@@ -490,7 +511,7 @@ func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count i
 				INSERT INTO audit_events (actor, request_id, action, app_id, detail)
 				SELECT $1, nullif($2, ''), 'app.removing', id, '{"reason": "retired"}' FROM removing
 			)
-			SELECT id FROM removing`, actor.Name, actor.RequestID, string(f.AppID), nullTime(f.Before))
+			SELECT id FROM removing`, actor.Name, actor.RequestID, string(f.AppID), nullTime(f.Before), is.Incarnation)
 		removed, err := pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 		switch {
 		case err != nil:

@@ -175,7 +175,7 @@ func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, re
 		WITH next AS (INSERT INTO incarnations (reason) VALUES ($1) RETURNING id)
 		UPDATE current_incarnation c
 		SET id = next.id, server_started_at = pg_postmaster_start_time(), apps_file = pg_relation_filepath('apps'), `+written+`,
-			began_at = now(), retiring = true, recovery = 'watching', recovery_since = now(), recovery_reason = $1, lost = $2,
+			began_at = now(), retiring = true, recovery = 'watching', recovery_since = now(), recovery_reason = $1, lost = CASE WHEN $2 = '' THEN c.lost ELSE $2 END,
 			watch_until = now() + $3::interval, record = NULL, record_renewals = 0, claim_record = false, control_due_at = '-infinity'
 		FROM next RETURNING c.id`, reason, c.lost, db.recoveryWatch).Scan(&next); err != nil {
 		return err
@@ -185,6 +185,12 @@ func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, re
 		UPDATE upstream_budget SET next_slot_at = least(next_slot_at, clock_timestamp() + interval '1 second'),
 			paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
 			probe_until = least(probe_until, clock_timestamp() + interval '30 seconds')`); err != nil {
+		return err
+	}
+	// A decision about the rows of an earlier incarnation may be wrong now: the next report asks again.
+	if _, err := tx.Exec(ctx, `
+		UPDATE reconciliation_items SET state = 'skipped', ended_at = now(), note = 'the next incarnation of the database began first'
+		WHERE state = 'decided'`); err != nil {
 		return err
 	}
 	return audit(ctx, tx, c.actor, event{action: "incarnation.began", detail: map[string]any{"id": next, "after": was, "reason": reason, "lost": c.lost}})
@@ -251,7 +257,7 @@ func (db *DB) RetireApps(ctx context.Context) (int, error) {
 				LIMIT 1000 FOR UPDATE SKIP LOCKED
 			), retired AS (
 				UPDATE apps a
-				SET state = 'retired', attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				SET state = 'retired', removal_confirmed = false, attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
 				FROM old WHERE a.id = old.id RETURNING a.id
 			), audited AS (
 				INSERT INTO audit_events (actor, action, detail)

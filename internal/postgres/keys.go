@@ -64,7 +64,7 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 	err := db.pool.QueryRow(ctx, `
 		WITH key AS (
 			SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
-			WHERE t.id = $1 AND `+which+` AND k.state = 'active' AND t.problem->>'code' IS DISTINCT FROM 'app_contested'
+			WHERE t.id = $1 AND `+which+` AND k.state = 'active' AND t.problem->>'code' IS DISTINCT FROM '`+tenant.AppContested+`'
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $3, nullif($4, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
@@ -74,8 +74,8 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 	done()
 	if errors.Is(err, pgx.ErrNoRows) {
 		t, err := db.Tenant(ctx, id)
-		if err == nil && t.Problem != nil && t.Problem.Code == "app_contested" {
-			err = tenant.Errorf(tenant.Conflict, t.Problem.Code, "%s", t.Problem.Detail)
+		if err == nil {
+			err = contested(t)
 		}
 		if err != nil {
 			return k, nil, err

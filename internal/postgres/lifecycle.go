@@ -84,12 +84,16 @@ func move(ctx context.Context, tx pgx.Tx, t tenant.Tenant, to tenant.State, acto
 	}
 	detail["from"], detail["to"] = t.State, to
 	if _, err := tx.Exec(ctx, `
-		UPDATE tenants SET state = $2, state_since = now(), problem = NULL, version = version + 1, updated_at = now() WHERE id = $1`,
+		UPDATE tenants SET state = $2, state_since = now(), problem = `+lastingProblem+`, version = version + 1, updated_at = now() WHERE id = $1`,
 		t.ID, to); err != nil {
 		return err
 	}
 	return audit(ctx, tx, actor, event{action: "tenant." + string(to), tenant: t.ID, app: t.AppID, detail: detail})
 }
+
+// lastingProblem is the problem of a tenant that its next state does not end: its app is
+// contested, and its key must not be shown.
+const lastingProblem = `CASE WHEN problem->>'code' = '` + tenant.AppContested + `' THEN problem END`
 
 // noneCreating says of the tenant t that none of its keys is being made.
 const noneCreating = `(SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state = 'creating' LIMIT 1) IS NULL`
@@ -109,7 +113,7 @@ func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) er
 				OR state = 'resuming' AND `+noneCreating+`)
 		), settled AS (
 			UPDATE tenants t
-			SET state = CASE was.state WHEN 'suspending' THEN 'suspended' ELSE 'active' END, state_since = now(), problem = NULL,
+			SET state = CASE was.state WHEN 'suspending' THEN 'suspended' ELSE 'active' END, state_since = now(), problem = `+lastingProblem+`,
 				version = version + 1, updated_at = now()
 			FROM was WHERE t.id = was.id
 			RETURNING t.id, t.app_id, was.state AS before, t.state
@@ -237,6 +241,14 @@ func suspend(ctx context.Context, tx pgx.Tx, t tenant.Tenant, actor tenant.Actor
 	return keys, settle(ctx, tx, t.ID, actor)
 }
 
+// contested returns tenant.Conflict for a tenant whose app may be another tenant's.
+func contested(t tenant.Tenant) error {
+	if t.Problem == nil || t.Problem.Code != tenant.AppContested {
+		return nil
+	}
+	return tenant.Errorf(tenant.Conflict, t.Problem.Code, "%s", t.Problem.Detail)
+}
+
 // Resume begins to make the keys anew that a tenant had when it was suspended, as the
 // rows ids. It reports tenant.Conflict for a tenant whose state does not allow it.
 func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
@@ -251,6 +263,9 @@ func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor t
 
 func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, actor tenant.Actor) ([]keyInLane, error) {
 	if err := notOurs(t); err != nil {
+		return nil, err
+	}
+	if err := contested(t); err != nil {
 		return nil, err
 	}
 	rows, _ := tx.Query(ctx, `
@@ -345,7 +360,7 @@ func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor 
 			return nil, err
 		}
 		if _, err := tx.Exec(ctx, `
-			UPDATE apps SET state = 'held', purge_after = NULL, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', attempts = 0,
+			UPDATE apps SET state = 'held', purge_after = NULL, removal_confirmed = false, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', attempts = 0,
 				problem = NULL, updated_at = now()
 			WHERE id = $1 AND state = 'retained'`,
 			t.AppID); err != nil {

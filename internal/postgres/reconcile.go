@@ -130,14 +130,14 @@ func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Durat
 		SELECT coalesce(
 			NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
 			AND CASE c.recovery
-				WHEN 'recovering' THEN last.created_at IS NULL OR last.created_at < c.recovery_since OR last.kind = 'repair'
+				WHEN 'recovering' THEN last.created_at IS NULL OR last.created_at < c.recovery_since
 					OR last.state = 'done' AND NOT EXISTS (
-						SELECT FROM reconciliation_items WHERE reconciliation_id = last.id AND action = 'decide' AND state = 'open')
+						SELECT FROM reconciliation_items WHERE reconciliation_id = last.id AND (action = 'decide' AND state = 'open' OR state = 'decided'))
 				WHEN 'watching' THEN false
 				WHEN 'stopped' THEN false
 				ELSE greatest(d.created_at, last.created_at) < now() - $1::interval END, false)
 		FROM current_incarnation c, deployment d LEFT JOIN LATERAL (
-			SELECT id, created_at, kind, state FROM reconciliations ORDER BY created_at DESC LIMIT 1) last ON true`,
+			SELECT id, created_at, state FROM reconciliations WHERE kind = 'report' ORDER BY created_at DESC LIMIT 1) last ON true`,
 		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return false, translate("look for a due report", err)
 	}
@@ -278,6 +278,17 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 				batch.Queue(`UPDATE apps SET inputs = $2 WHERE id = $1 AND state = 'retired' AND inputs IS DISTINCT FROM $2`, a.ID, *a.Inputs)
 			}
 		}
+		// A tag is written after the hand-out: the rows have lost the hand-out.
+		batch.Queue(`
+			WITH retired AS (
+				UPDATE apps a SET state = 'retired', made_at = coalesce(made_at, now()), attempts = 0, problem = NULL, in_doubt_since = NULL,
+					leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				FROM reconciliation_apps s
+				WHERE s.reconciliation_id = $1 AND s.app_id = ANY ($2) AND s.marker_app = s.app_id AND s.tenant_id IS NOT NULL
+					AND a.id = s.app_id AND a.state IN ('ready', 'building')
+				RETURNING a.id)
+			INSERT INTO audit_events (actor, action, app_id, detail)
+			SELECT $3, 'app.retired', id, '{"reason": "its ownership tag names a tenant"}' FROM retired`, r.ID, ids, r.RequestedBy)
 		batch.Queue(listedAppsSQL, r.ID, r.CreatedAt, ids)
 		// By R4 an app of ours has a row: if it has none, the row was lost. An app without a tenant in
 		// its tag may belong to any tenant, and is kept.
@@ -417,7 +428,8 @@ var stateSQL = []string{
 	`SELECT 'in_doubt', '', a.id, NULL::uuid, a.tenant_id, 'since ' || a.in_doubt_since, 'open'
 	FROM apps a WHERE a.state IN ('building', 'purging') AND a.in_doubt_since < now() - $2::interval`,
 	`SELECT 'in_doubt', '', a.id, k.id, a.tenant_id, 'since ' || k.in_doubt_since, 'open'
-	FROM keys k JOIN apps a ON a.id = k.app_id WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $2::interval`,
+	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state <> 'retired'
+	WHERE k.state IN ('creating', 'revoking') AND k.in_doubt_since < now() - $2::interval`,
 }
 
 // Compare writes down the differences between the lists and the rows, of some apps at a

@@ -29,7 +29,7 @@ const problemSQL = `coalesce(t.problem, CASE
 	ELSE coalesce(
 		CASE WHEN ` + waitsForRecovery + ` THEN ` + recoveryProblem + ` END,
 		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') THEN coalesce(` + upstreamHalted + `) END,
-		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND a.state IN ('retained', 'purging')),
+		(SELECT a.problem FROM apps a WHERE a.id = t.app_id),
 		(SELECT k.problem FROM keys k
 		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND k.problem IS NOT NULL
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`

@@ -241,9 +241,9 @@ func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
 	return nil
 }
 
-// retire marks the app of a leased build as retired, since a tenant may have it.
+// retire marks a leased app without a tenant as retired, since a tenant may have it.
 func (s *Service) retire(ctx context.Context, a tenant.App, why string) error {
-	s.Log.Error("build retired: the app may be in use", zap.String("app", string(a.ID)), zap.String("reason", why))
+	s.Log.Error("app retired: it may be in use", zap.String("app", string(a.ID)), zap.String("reason", why))
 	if err := s.Store.RetireApp(ctx, a, why, workerOf(ctx)); err != nil {
 		return err
 	}
@@ -424,7 +424,10 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 		if err != nil {
 			return err
 		}
-		if why != "" {
+		switch {
+		case why != "" && a.Tenant == "":
+			return s.retire(ctx, a, why)
+		case why != "":
 			return s.contestedPurge(ctx, a, why)
 		}
 	}

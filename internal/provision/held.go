@@ -63,11 +63,18 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 		l = normal // a caller may wait for keys, which are created once the tag names no removal
 	}
 	app, err := s.lookAt(ctx, l, a.ID)
+	if a.State == tenant.AppRetained && tenant.ClassOf(err) == tenant.UpstreamNotFound { // nothing keeps a tag: the removal finds that out again
+		a.TaggedPurgeAfter = a.PurgeAfter
+		return s.Store.AppMarked(ctx, *a)
+	}
 	if err != nil {
 		return err
 	}
+	if a.State == tenant.AppRetained && !app.Marker.Owns(s.Deployment.ID, a.ID) {
+		return s.contestedPurge(ctx, *a, "it lacks our ownership tag")
+	}
 	if owner := s.otherOwner(*a, app); owner != "" {
-		return s.contested(ctx, *a, tenant.Finding{Kind: tenant.FoundAppDiffers, Detail: "its ownership tag names " + owner}, "app_contested",
+		return s.contested(ctx, *a, tenant.Finding{Kind: tenant.FoundAppDiffers, Detail: "its ownership tag names " + owner}, tenant.AppContested,
 			"the ownership tag of the app at Clarifai names "+owner+": the database may have been rolled back; see `tenantry recover show`")
 	}
 	marker := s.markerOf(*a)

@@ -1,10 +1,12 @@
 package provision_test
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -413,11 +415,15 @@ func TestContestedApp(t *testing.T) {
 	r = w.Start(provisiontest.Options{})
 	provisiontest.Eventually(t, "the app is contested", func() bool {
 		_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
-		e, ok := errors.AsType[*tenant.Error](err)
-		return ok && e.Code == "app_contested"
+		return codeOf(err) == "app_contested"
 	})
 	if got := ownerAt(w, w.Sim.Apps()[0]); got != "another" {
 		t.Fatalf("the tag names %q", got)
+	}
+	// A new key would show the data of the other tenant.
+	suspended(t, r, "user_1")
+	if got, err := r.Resume(t.Context(), "user_1", long, caller); codeOf(err) != "app_contested" {
+		t.Errorf("resume: %+v, %v", got, err)
 	}
 	report(t, r)
 	found, err := r.DB.Undecided(t.Context(), tenant.FoundAppDiffers, tenant.Finding{}, 10)
@@ -427,10 +433,202 @@ func TestContestedApp(t *testing.T) {
 	if _, err := r.Decide(t.Context(), found[0].Number, "", tenant.OverwriteTag, "user_1", admin); err != nil {
 		t.Fatal(err)
 	}
+	carriedOut(t, r)
+	if got, err := r.Resume(t.Context(), "user_1", long, caller); err != nil || got.State != tenant.Active {
+		t.Fatalf("resume: %+v, %v", got, err)
+	}
 	provisiontest.Eventually(t, "the key is shown again", func() bool {
 		_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
 		return err == nil && ownerAt(w, w.Sim.Apps()[0]) == "user_1"
 	})
+}
+
+func codeOf(err error) string {
+	if e, ok := errors.AsType[*tenant.Error](err); ok {
+		return e.Code
+	}
+	return ""
+}
+
+// A decision about an app that is gone by now fails, and does not stop the reports.
+func TestDecisionAboutAppThatIsGone(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	app := signUp(t, r, "user_1").AppID
+	marked(t, w)
+	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		t.Fatal(err)
+	}
+	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "merge"},
+		"app": map[string]any{"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: r.Deployment.ID, App: app, Tenant: sealed}}}})
+	report(t, r)
+	found, err := r.DB.Undecided(t.Context(), tenant.FoundAppDiffers, tenant.Finding{}, 10)
+	if err != nil || len(found) != 1 {
+		t.Fatalf("what waits for a decision is %+v, %v", found, err)
+	}
+	askClarifai(t, w, "DELETE", "/apps/"+string(app), nil)
+	if _, err := r.Decide(t.Context(), found[0].Number, "", tenant.OverwriteTag, "user_1", admin); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the decision has failed", func() bool {
+		f, err := r.DB.Finding(t.Context(), found[0].Number)
+		return err == nil && f.State == tenant.FindingFailed
+	})
+	report(t, r)
+}
+
+// A restart of the database does not end a recovery whose findings are not decided.
+func TestRestartDuringRecovery(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{}))
+	controlRecorded(t, r)
+	dump := pgtest.Dump(t, w.URL)
+	want := accountOf(t, r, "lost")
+	marked(t, w)
+	r.Stop()
+	w = on(w, pgtest.Restore(t, dump))
+	r = w.Start(control(provisiontest.Options{}))
+	if got := kindsOf(undecided(t, r)); !slices.Equal(got, []string{"app_unknown"}) {
+		t.Fatalf("the report found %v", got)
+	}
+	before := inState(t, r, tenant.Recovering)
+	r.Stop()
+	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL))) // another fingerprint, and every event
+	r = w.Start(control(provisiontest.Options{}))
+	provisiontest.Eventually(t, "the next incarnation has begun", func() bool {
+		is, err := r.DB.Recovery(t.Context())
+		return err == nil && is.Incarnation != before.Incarnation && is.State != tenant.Watching
+	})
+	if is := inState(t, r, tenant.Recovering); is.Lost != before.Lost {
+		t.Errorf("lost: %q; want %q", is.Lost, before.Lost)
+	}
+	if got := kindsOf(undecided(t, r)); !slices.Equal(got, []string{"app_unknown"}) {
+		t.Fatalf("the report found %v", got)
+	}
+	decide(t, r, tenant.FoundAppUnknown, tenant.Adopt)
+	inState(t, r, tenant.NotRecovering)
+	if got := accountOf(t, r, "lost"); got != want {
+		t.Errorf("the tenant has %v; want %v", got.app, want.app)
+	}
+}
+
+// retiredPool starts a replica on a database that was restarted: its pool of n apps is retired.
+func retiredPool(t *testing.T, n int) (*provisiontest.World, *provisiontest.Replica) {
+	t.Helper()
+	w := filled(t, n)
+	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL))) // another fingerprint, and every event
+	r := w.Start(control(provisiontest.Options{}))
+	provisiontest.Eventually(t, "the pool is retired", func() bool {
+		return len(column(t, w, `SELECT id FROM apps WHERE state = 'retired'`)) == n
+	})
+	inState(t, r, tenant.NotRecovering)
+	return w, r
+}
+
+// While this database may be a copy, no retired app is removed: production may have handed it out.
+func TestNoRemovalDuringWatch(t *testing.T) {
+	t.Parallel()
+	w, r := retiredPool(t, 1)
+	app := tenant.AppID(column(t, w, `SELECT id FROM apps WHERE state = 'retired'`)[0])
+	exec(t, w, provisiontest.SetRecovery(tenant.Watching))
+	for _, f := range []tenant.RetiredFilter{{AppID: app}, {Before: aYearOn}} {
+		confirm := cmp.Or(string(f.AppID), "1")
+		if err := r.RemoveRetired(t.Context(), f, confirm, admin); codeOf(err) != "recovery_watching" {
+			t.Errorf("remove %+v: %v", f, err)
+		}
+	}
+	// Nor one that was named before the copy was made.
+	exec(t, w, `UPDATE apps SET state = 'purging', removal_confirmed = true WHERE state = 'retired';
+		UPDATE current_incarnation SET retiring = true, written_by = pg_current_xact_id()::xid`)
+	provisiontest.Eventually(t, "the app is retired again, and the confirmation forgotten", func() bool {
+		return len(column(t, w, `SELECT id FROM apps WHERE state = 'retired' AND NOT removal_confirmed`)) == 1
+	})
+	if n := w.State().Calls["DeleteApp"]; n != 0 {
+		t.Errorf("%d apps were removed", n)
+	}
+}
+
+// An app that turns out to be in use when retired apps are removed by date stays retired: its
+// tenant can have it back.
+func TestUsedAppStaysRetired(t *testing.T) {
+	t.Parallel()
+	w, r := retiredPool(t, 2)
+	apps := column(t, w, `SELECT id FROM apps WHERE state = 'retired' ORDER BY id`)
+	used := tenant.AppID(apps[0])
+	makeKeyByHand(t, w, used, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: uuid.Must(uuid.NewV7())}.String())
+	if err := r.RemoveRetired(t.Context(), tenant.RetiredFilter{Before: aYearOn}, "2", admin); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the other app is removed", func() bool {
+		return slices.Equal(column(t, w, `SELECT id || ' ' || state FROM apps WHERE state <> 'deleted' AND id = ANY ('{`+strings.Join(apps, ",")+`}')`),
+			[]string{string(used) + " retired"})
+	})
+	// Named by its id it goes all the same.
+	if err := r.RemoveRetired(t.Context(), tenant.RetiredFilter{AppID: used}, string(used), admin); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the app is removed", func() bool {
+		return len(column(t, w, `SELECT id FROM apps WHERE id = '`+string(used)+`' AND state = 'deleted'`)) == 1
+	})
+}
+
+// A tenant whose app was removed in Clarifai can be deleted.
+func TestDeleteTenantWithoutApp(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	app := signUp(t, r, "user_1").AppID
+	marked(t, w)
+	askClarifai(t, w, "DELETE", "/apps/"+string(app), nil)
+	got, err := r.Delete(t.Context(), "user_1", true, long, caller)
+	stateOf(t, got, err, tenant.Deleted)
+}
+
+// A tag that was taken off an app is a reason not to remove the app.
+func TestAppWithoutTagIsNotPurged(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	app := signUp(t, r, "user_1").AppID
+	marked(t, w)
+	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "overwrite"},
+		"app": map[string]any{"metadata": map[string]any{}}})
+	if _, err := r.Delete(t.Context(), "user_1", true, 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the removal is contested", func() bool {
+		got, err := r.Tenant(t.Context(), "user_1", 0)
+		return err == nil && got.Problem != nil && got.Problem.Code == "purge_contested"
+	})
+	if n := w.State().Calls["DeleteApp"]; n != 0 {
+		t.Errorf("%d apps were removed", n)
+	}
+}
+
+// Rows that were turned back without another sign of it: the report takes an app out of the pool
+// whose ownership tag names a tenant.
+func TestReportRetiresAppWithTenant(t *testing.T) {
+	t.Parallel()
+	w := filled(t, 1)
+	r := w.Start(provisiontest.Options{Adjust: pool(1, 1)})
+	want := accountOf(t, r, "lost")
+	marked(t, w)
+	poolIs(t, w, 1)
+	exec(t, w, `SET session_replication_role = replica; DELETE FROM tenants; UPDATE apps SET state = 'ready', tenant_id = NULL, tenant_generation = NULL, marked_at = NULL, pending = false WHERE state = 'held'`)
+	report(t, r)
+	if got := column(t, w, `SELECT id FROM apps WHERE state = 'retired'`); !slices.Equal(got, []string{string(want.app)}) {
+		t.Fatalf("retired: %v; want %s", got, want.app)
+	}
+	if other := accountOf(t, r, "other"); other.app == want.app {
+		t.Error("R1: a second tenant has the app")
+	}
+	decide(t, r, tenant.FoundAppForgotten, tenant.Adopt)
+	if got := accountOf(t, r, "lost"); got != want {
+		t.Errorf("the tenant has %v; want %v", got.app, want.app)
+	}
 }
 
 // In recovery mode decisions and creations without a command wait, and everything that ends a key

@@ -109,6 +109,9 @@ const (
 	OverwriteTag    RepairAction = "overwrite"  // the tenant in the app's ownership tag
 )
 
+// AppContested is the code of the problem of a tenant whose app has another tenant's ownership tag.
+const AppContested = "app_contested"
+
 // A Choice is one possible decision about a finding.
 type Choice struct {
 	Name   RepairAction
@@ -127,7 +130,8 @@ func (k FindingKind) Choices() []Choice {
 			{Name: Adopt, Effect: "The tenant that the ownership tag names gets the app back, with the live keys that are found. If no live key is found, the tenant is suspended."}, keep}
 	case FoundAppDiffers:
 		return []Choice{
-			{Name: SuspendTenant, Effect: "Suspends the tenant that the rows name: its keys are revoked, app and data stay."}, keep,
+			keep,
+			{Name: SuspendTenant, Typed: true, Effect: "Suspends the tenant that the rows name: all keys of the app are revoked, also those that the tenant in the ownership tag may use. App and data stay."},
 			{Name: OverwriteTag, Typed: true, Effect: "The tenant that the rows name keeps the app, and its key is shown again. If the ownership tag was right, two tenants share the app."}}
 	case FoundKeyUnknown:
 		return []Choice{
