@@ -27,20 +27,16 @@ ALTER TABLE deployment
 -- One row for each uninterrupted life of the database. A restart, failover, restore or copy starts
 -- the next one.
 CREATE TABLE incarnations (
-    id                uuid PRIMARY KEY DEFAULT gen_random_uuid(),
-    began_at          timestamptz NOT NULL DEFAULT now(),
-    reason            text NOT NULL,
-    server_started_at timestamptz NOT NULL DEFAULT pg_postmaster_start_time(),
-    apps_file         text NOT NULL DEFAULT pg_relation_filepath('apps')
+    id       uuid PRIMARY KEY DEFAULT gen_random_uuid(),
+    began_at timestamptz NOT NULL DEFAULT now(),
+    reason   text NOT NULL
 );
 CREATE INDEX incarnations_began ON incarnations (began_at);
 
 -- Processes that serve this database. A process registers again in each incarnation.
 CREATE TABLE replicas (
     id           uuid PRIMARY KEY,
-    version      text NOT NULL,
     incarnation  uuid NOT NULL,
-    started_at   timestamptz NOT NULL DEFAULT now(),
     last_seen_at timestamptz NOT NULL DEFAULT now()
 );
 

@@ -240,7 +240,6 @@ func (c serveCmd) engine(p plan) provision.Config {
 	}
 	return provision.Config{
 		KeysetSource: source,
-		Version:      version(),
 		Profiles:     p.profiles,
 		Keyring:      p.keys,
 		AppPrefix:    c.AppPrefix,

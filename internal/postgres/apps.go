@@ -41,7 +41,7 @@ const duePurge = `(purge_after <= now() AND (removal_confirmed OR NOT ` + untagg
 func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
 	var a tenant.App
 	var keyID *uuid.UUID
-	var keyInDoubt, current *bool // current is null if the fingerprint of the database has changed
+	var keyInDoubt *bool
 	var purge, tagged, tagging *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
@@ -56,13 +56,13 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND NOT t.background),
 			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND t.background),
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
-			l.incarnation = `+currentIncarnation+`, l.purge_after, l.tagged_purge_after, l.tagging, l.tagging_purge_after, l.end_unknown_keys, l.removal_confirmed,
+			l.purge_after, l.tagged_purge_after, l.tagging, l.tagging_purge_after, l.end_unknown_keys, l.removal_confirmed,
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
 		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
-		&current, &purge, &tagged, &a.Tagging, &tagging, &a.EndUnknownKeys, &a.RemovalConfirmed,
+		&purge, &tagged, &a.Tagging, &tagging, &a.EndUnknownKeys, &a.RemovalConfirmed,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -71,7 +71,6 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	if keyID != nil {
 		a.Creating = tenant.CreatingKey{ID: *keyID, InDoubt: *keyInDoubt}
 	}
-	a.Current = current != nil && *current
 	a.PurgeAfter, a.TaggedPurgeAfter, a.TaggingPurgeAfter = orZero(purge), orZero(tagged), orZero(tagging)
 	return a, translate("lease app", err)
 }

@@ -287,7 +287,7 @@ func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	r, err := scanRecovery(db.pool.QueryRow(ctx, `
 		WITH report AS `+findingsReport+`
 		SELECT `+recoveryColumns+`, (SELECT report.id FROM report),
-			EXISTS (SELECT FROM report JOIN reconciliations USING (id) WHERE state = 'done' AND created_at >= coalesce(recovery_since, '-infinity')),
+			EXISTS (SELECT FROM report JOIN reconciliations USING (id) WHERE state = 'done'),
 			(SELECT count(*) FROM reconciliation_items i JOIN report ON report.id = i.reconciliation_id WHERE i.action = 'decide' AND i.state = 'open'),
 			(SELECT count(*) FROM apps a WHERE a.state = 'retained' AND a.purge_after <= now()) + (SELECT count(*) FROM apps a WHERE a.state = 'purging' AND a.tenant_id IS NOT NULL),
 			(SELECT count(*) FROM campaigns WHERE ended_at IS NULL),

@@ -63,12 +63,12 @@ func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind,
 	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE reconciliation_items
-			SET action = $4, decided_by = $5, state = CASE WHEN $4 = 'keep' THEN 'done' ELSE 'decided' END,
-				ended_at = CASE WHEN $4 = 'keep' THEN now() END, note = CASE WHEN $4 = 'keep' THEN 'kept' ELSE '' END
+			SET action = $3, decided_by = $4, state = CASE WHEN $3 = 'keep' THEN 'done' ELSE 'decided' END,
+				ended_at = CASE WHEN $3 = 'keep' THEN now() END, note = CASE WHEN $3 = 'keep' THEN 'kept' ELSE '' END
 			WHERE reconciliation_id = `+findingsReport+`
 				AND (action = 'decide' AND state = 'open' OR decided_by IS NOT NULL AND state IN ('failed', 'skipped'))
-				AND CASE WHEN $1 > 0 THEN number = $1 ELSE kind = $2 AND decided_by IS NULL END AND kind = $3`,
-			number, kind, kind, choice, actor.Name)
+				AND kind = $2 AND CASE WHEN $1 > 0 THEN number = $1 ELSE decided_by IS NULL END`,
+			number, kind, choice, actor.Name)
 		if err != nil || tag.RowsAffected() == 0 {
 			return err
 		}

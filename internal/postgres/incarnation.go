@@ -219,7 +219,7 @@ const replicaTimeout = 15 * time.Second
 
 // Beat registers this replica, starts the next incarnation if the fingerprint of the database
 // has changed, and returns the state of recovery.
-func (db *DB) Beat(ctx context.Context, version string) (tenant.Beat, error) {
+func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return tenant.Beat{}, err
 	}
@@ -227,11 +227,11 @@ func (db *DB) Beat(ctx context.Context, version string) (tenant.Beat, error) {
 	var err error
 	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
 		WITH seen AS (
-			INSERT INTO replicas AS r (id, version, incarnation) SELECT $1, $2, id FROM current_incarnation
+			INSERT INTO replicas AS r (id, incarnation) SELECT $1, id FROM current_incarnation
 			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now()
-			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $3::interval OR r.last_seen_at > now()
+			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $2::interval OR r.last_seen_at > now()
 		)
-		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, version, replicaTimeout/3),
+		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3),
 		&b.ControlDue, &b.Retiring)
 	return b, translate("register replica", err)
 }

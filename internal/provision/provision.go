@@ -88,7 +88,7 @@ type Store interface {
 	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
 	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
 
-	Beat(ctx context.Context, version string) (tenant.Beat, error)
+	Beat(ctx context.Context) (tenant.Beat, error)
 	RetireApps(ctx context.Context) (int, error)
 	Recovery(ctx context.Context) (tenant.Recovery, error)
 	RecoveryStatus(ctx context.Context) (tenant.Recovery, error)
@@ -237,7 +237,6 @@ type Config struct {
 	PAT        *PAT // that Upstream uses
 	Keyring    *keyring.Keyring
 	Deployment tenant.Deployment // from Pin
-	Version    string            // of this binary, as other replicas see it
 	Profiles   []tenant.Profile  // one of them named tenant.DefaultProfile
 	Log        *zap.Logger
 	Metrics    *Metrics

@@ -23,7 +23,7 @@ import (
 // beat registers this replica, starts the next incarnation if the fingerprint of the database has
 // changed, and starts due work.
 func (s *Service) beat(ctx context.Context) error {
-	b, err := s.Store.Beat(ctx, s.Version)
+	b, err := s.Store.Beat(ctx)
 	if err != nil {
 		return err
 	}

@@ -207,7 +207,7 @@ type ListedKey struct {
 type AdoptedApp struct {
 	ID      AppID
 	Profile string
-	Owner   AppOwner // zero for an app that no tenant is known to have
+	Owner   AppOwner // the tenant that the ownership tag names
 	Keys    []AdoptedKey
 	// PurgeAfter is when the app is removed, by its ownership tag; zero if it is not.
 	PurgeAfter time.Time

@@ -31,9 +31,9 @@ type Recovery struct {
 	Record         ControlRecord
 	ControlSeenAt  time.Time // when the control record was last known to exist; zero for never
 	ControlProblem *Problem  // why the record cannot be written; nil if it can
-	Report         uuid.UUID // the newest report of this recovery; zero before the first
-	ReportDone     bool      // the report is complete; in recovery mode only if it began since
-	Undecided      int       // findings of the newest report that wait for a decision
+	Report         uuid.UUID // the newest that began in this recovery mode, otherwise the newest that is done; zero for none
+	ReportDone     bool      // Report is done
+	Undecided      int       // findings of Report that wait for a decision
 	Waiting        RecoveryWaiting
 }
 

@@ -153,8 +153,6 @@ type App struct {
 	UserID UserID
 	// Marked says that the app's marker upstream names its tenant.
 	Marked bool
-	// Current says that this incarnation of the database began the app.
-	Current bool
 	// PurgeAfter is when the app of a deleted tenant is removed. TaggedPurgeAfter is the time in
 	// its ownership tag, as last written. With Tagging the tag may have TaggingPurgeAfter instead,
 	// since the outcome of writing it is unknown. Zero is no removal.
