@@ -10,7 +10,6 @@ import (
 	"time"
 
 	"github.com/tenantry/tenantry/internal/clarifaisim"
-	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -80,7 +79,7 @@ func TestBackgroundWorkGivesWay(t *testing.T) {
 	w := provisiontest.New(t)
 	slow := func(c *provision.Config) { c.Rate = 20 }
 	replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: slow}), w.Start(provisiontest.Options{Adjust: slow})}
-	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), `
+	if _, err := connOf(t, w).Exec(t.Context(), `
 		INSERT INTO apps (id, profile, profile_revision, state) SELECT 'gone-' || i, 'default', 'x', 'purging' FROM generate_series(1, 3000) i`); err != nil {
 		t.Fatal(err)
 	}
@@ -148,7 +147,7 @@ func patient(c *provision.Config) {
 // liftPause makes a pause end now.
 func liftPause(t *testing.T, w *provisiontest.World) {
 	t.Helper()
-	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), `
+	if _, err := connOf(t, w).Exec(t.Context(), `
 		WITH budget AS (UPDATE upstream_budget SET paused_until = 'epoch', next_slot_at = 'epoch')
 		UPDATE refused_pats SET next_check_at = now()`); err != nil {
 		t.Fatal(err)
@@ -211,7 +210,7 @@ func TestFleetPauses(t *testing.T) {
 func deferred(t *testing.T, w *provisiontest.World, n int) bool {
 	t.Helper()
 	var waiting int
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `
+	if err := connOf(t, w).QueryRow(t.Context(), `
 		SELECT count(*) FROM apps WHERE state = 'building' AND leased_until = '-infinity' AND next_attempt_at > created_at`).
 		Scan(&waiting); err != nil {
 		t.Fatal(err)

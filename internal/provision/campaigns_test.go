@@ -7,12 +7,14 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
@@ -90,10 +92,26 @@ func rotatedKeys(t *testing.T, w *provisiontest.World) []string {
 func column(t *testing.T, w *provisiontest.World, sql string, args ...any) []string {
 	t.Helper()
 	texts := []string{}
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT array(`+sql+`)`, args...).Scan(&texts); err != nil {
+	if err := connOf(t, w).QueryRow(t.Context(), `SELECT array(`+sql+`)`, args...).Scan(&texts); err != nil {
 		t.Fatal(err)
 	}
 	return texts
+}
+
+// conns has one connection for each test and database: another one for each poll would take
+// most of the machine.
+var conns sync.Map
+
+func connOf(t testing.TB, w *provisiontest.World) *pgx.Conn {
+	t.Helper()
+	key := [2]string{t.Name(), w.URL.Reveal()}
+	if c, ok := conns.Load(key); ok && !c.(*pgx.Conn).IsClosed() {
+		return c.(*pgx.Conn)
+	}
+	c := pgtest.Conn(t, w.URL)
+	conns.Store(key, c)
+	t.Cleanup(func() { conns.Delete(key) })
+	return c
 }
 
 // A campaign rotates what its filter selects and nothing else, once.

@@ -324,7 +324,7 @@ func intended(t *testing.T, w *provisiontest.World) {
 		}
 	}
 	var denied []string
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `
+	if err := connOf(t, w).QueryRow(t.Context(), `
 		SELECT array(SELECT id FROM apps WHERE state = 'building' AND made_at IS NULL AND in_doubt_since IS NULL AND id = ANY ($1)
 			UNION ALL SELECT id::text FROM keys WHERE state = 'creating' AND in_doubt_since IS NULL AND id::text = ANY ($2))`,
 		apps, keys).Scan(&denied); err != nil {

@@ -301,7 +301,7 @@ func TestBatchRefuses(t *testing.T) {
 	}
 	var generation int
 	var labels map[string]string
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT generation, labels FROM tenants WHERE id = 'gone' AND background AND state = 'provisioning'`).Scan(&generation, &labels); err != nil || generation != 2 || labels["team"] != "a" {
+	if err := connOf(t, w).QueryRow(t.Context(), `SELECT generation, labels FROM tenants WHERE id = 'gone' AND background AND state = 'provisioning'`).Scan(&generation, &labels); err != nil || generation != 2 || labels["team"] != "a" {
 		t.Errorf("who was deleted is in generation %d with the labels %v, %v; want the next generation", generation, labels, err)
 	}
 }

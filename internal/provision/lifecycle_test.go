@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
@@ -634,11 +633,6 @@ func TestRestoreRacesWithPurge(t *testing.T) {
 		t.Errorf("Clarifai has %d apps, and %d tenants were restored", n, restored)
 	}
 	mendedWithout(t, r)
-}
-
-func connOf(t *testing.T, w *provisiontest.World) *pgx.Conn {
-	t.Helper()
-	return pgtest.Conn(t, w.URL)
 }
 
 // If a table was restored alone, an app may be held although no tenant has it.

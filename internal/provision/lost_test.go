@@ -163,7 +163,7 @@ func loseAnswer(t *testing.T, c lostCall, fault map[string]any, masked bool) {
 	}
 	sound(s, crashScenario{newcomers: c.newcomers, lost: lost})
 	var said int
-	if err := pgtest.Conn(t, s.w.URL).QueryRow(t.Context(), `SELECT count(*) FROM keys WHERE state = 'lost' AND problem ->> 'code' = 'key_lost'`).
+	if err := connOf(t, s.w).QueryRow(t.Context(), `SELECT count(*) FROM keys WHERE state = 'lost' AND problem ->> 'code' = 'key_lost'`).
 		Scan(&said); err != nil || said != lost {
 		t.Errorf("%d keys are said to be lost, %v; want %d", said, err, lost)
 	}

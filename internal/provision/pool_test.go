@@ -322,7 +322,7 @@ func aDayAgo(t *testing.T, w *provisiontest.World) {
 func loseKeyOf(t *testing.T, w *provisiontest.World) tenant.AppID {
 	t.Helper()
 	var app tenant.AppID
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT id FROM apps WHERE state = 'ready' ORDER BY ready_at, id LIMIT 1`).Scan(&app); err != nil {
+	if err := connOf(t, w).QueryRow(t.Context(), `SELECT id FROM apps WHERE state = 'ready' ORDER BY ready_at, id LIMIT 1`).Scan(&app); err != nil {
 		t.Fatal(err)
 	}
 	for _, k := range w.AppKeys() {
@@ -427,7 +427,7 @@ func TestReportProvesThePool(t *testing.T) {
 		is, err := r.DB.Reconciliation(t.Context(), began.ID)
 		return err == nil && is.Done
 	})
-	rows, _ := pgtest.Conn(t, w.URL).Query(t.Context(), `SELECT id FROM apps WHERE state = 'ready' AND proven_at IS NULL`)
+	rows, _ := connOf(t, w).Query(t.Context(), `SELECT id FROM apps WHERE state = 'ready' AND proven_at IS NULL`)
 	unproven, err := pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
 	if err != nil || !slices.Equal(unproven, []tenant.AppID{dead}) {
 		t.Errorf("%v are not proven, %v; want %s, whose key is gone", unproven, err, dead)

@@ -10,7 +10,6 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 
-	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -215,7 +214,7 @@ func TestProfileOfOtherReplicas(t *testing.T) {
 	var pending bool
 	look := func() {
 		t.Helper()
-		if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT id, state, pending FROM apps`).Scan(&app, &state, &pending); err != nil {
+		if err := connOf(t, w).QueryRow(t.Context(), `SELECT id, state, pending FROM apps`).Scan(&app, &state, &pending); err != nil {
 			t.Fatal(err)
 		}
 	}

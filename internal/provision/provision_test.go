@@ -396,7 +396,7 @@ func TestForeignAppIsLeftAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	var app string
-	if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `SELECT id FROM apps`).Scan(&app); err != nil {
+	if err := connOf(t, w).QueryRow(t.Context(), `SELECT id FROM apps`).Scan(&app); err != nil {
 		t.Fatal(err)
 	}
 	makeForeignApp(t, w, app)
@@ -461,7 +461,7 @@ func TestOldestWaiterFirst(t *testing.T) {
 	}
 	r := w.Start(provisiontest.Options{Workers: 1})
 	signUp(t, r, "user_9")
-	rows, err := pgtest.Conn(t, w.URL).Query(t.Context(), `SELECT tenant_id FROM audit_events WHERE action = 'tenant.activated' ORDER BY id`)
+	rows, err := connOf(t, w).Query(t.Context(), `SELECT tenant_id FROM audit_events WHERE action = 'tenant.activated' ORDER BY id`)
 	if err != nil {
 		t.Fatal(err)
 	}

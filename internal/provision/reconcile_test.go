@@ -99,7 +99,7 @@ func marked(t *testing.T, w *provisiontest.World) {
 
 func exec(t *testing.T, w *provisiontest.World, sql string, args ...any) {
 	t.Helper()
-	if _, err := pgtest.Conn(t, w.URL).Exec(t.Context(), sql, args...); err != nil {
+	if _, err := connOf(t, w).Exec(t.Context(), sql, args...); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -294,7 +294,7 @@ func TestReconcile(t *testing.T) {
 			}
 			provisiontest.Eventually(t, "nothing is in the works", func() bool {
 				var open int
-				err := pgtest.Conn(t, w.URL).QueryRow(t.Context(), `
+				err := connOf(t, w).QueryRow(t.Context(), `
 					SELECT (SELECT count(*) FROM apps WHERE state IN ('building', 'purging')) + (SELECT count(*) FROM keys WHERE state = 'revoking')`).Scan(&open)
 				return err == nil && open == 0
 			})
@@ -302,7 +302,7 @@ func TestReconcile(t *testing.T) {
 				t.Errorf("after the repair a report finds %+v", found)
 			}
 			var events int
-			if err := pgtest.Conn(t, w.URL).QueryRow(t.Context(),
+			if err := connOf(t, w).QueryRow(t.Context(),
 				`SELECT count(*) FROM audit_events WHERE actor = $1 AND detail ? 'finding'`, admin.Name).Scan(&events); err != nil || events != 1 {
 				t.Errorf("the repair wrote %d events, %v; want 1", events, err)
 			}

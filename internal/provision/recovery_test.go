@@ -617,7 +617,7 @@ func TestReportRetiresAppWithTenant(t *testing.T) {
 	want := accountOf(t, r, "lost")
 	marked(t, w)
 	poolIs(t, w, 1)
-	exec(t, w, `SET session_replication_role = replica; DELETE FROM tenants; UPDATE apps SET state = 'ready', tenant_id = NULL, tenant_generation = NULL, marked_at = NULL, pending = false WHERE state = 'held'`)
+	exec(t, w, `SET LOCAL session_replication_role = replica; DELETE FROM tenants; UPDATE apps SET state = 'ready', tenant_id = NULL, tenant_generation = NULL, marked_at = NULL, pending = false WHERE state = 'held'`)
 	report(t, r)
 	if got := column(t, w, `SELECT id FROM apps WHERE state = 'retired'`); !slices.Equal(got, []string{string(want.app)}) {
 		t.Fatalf("retired: %v; want %s", got, want.app)

@@ -392,7 +392,7 @@ func sealedRows(t testing.TB, w *provisiontest.World, n int) {
 // the key that its fingerprint says.
 func opened(t testing.TB, w *provisiontest.World, k *keyring.Keyring) {
 	t.Helper()
-	rows, _ := pgtest.Conn(t, w.URL).Query(t.Context(), `SELECT id, ciphertext, fingerprint FROM keys WHERE ciphertext IS NOT NULL`)
+	rows, _ := connOf(t, w).Query(t.Context(), `SELECT id, ciphertext, fingerprint FROM keys WHERE ciphertext IS NOT NULL`)
 	var id uuid.UUID
 	var ciphertext, fingerprint []byte
 	if _, err := pgx.ForEachRow(rows, []any{&id, &ciphertext, &fingerprint}, func() error {
