@@ -446,11 +446,16 @@ func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tena
 	return db.enqueue(ctx, keyJobs(keys))
 }
 
-// QuarantineSetback records a failed attempt on a leased quarantine and releases it.
+// QuarantineSetback records a failed attempt on a leased quarantine and releases it. Without a
+// problem it keeps the earlier one.
 func (db *DB) QuarantineSetback(ctx context.Context, k tenant.UnknownKey, s tenant.Setback) error {
+	problem := k.Problem
+	if s.Problem.Code != "" {
+		problem = &s.Problem
+	}
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE quarantines SET problem = $3, next_attempt_at = now() + $4::interval, attempts = attempts + $5::int, leased_until = '-infinity', updated_at = now()
-		WHERE id = $1 AND leased_until = $2`, k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
+		WHERE id = $1 AND leased_until = $2`, k.ID, k.LeasedUntil, problem, s.Delay, count(s.Counts))
 	return oneRow("record setback of quarantine", tag, err)
 }
 

@@ -821,14 +821,14 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"quarantine of an unknown key": {
 		points: []string{"Quarantine Quarantine", "quarantineUnknown BeginQuarantine", "quarantineUnknown Watch",
-			"quarantineUnknown QuarantineState", "askUnknownKeys LeaseQuarantine", "askUnknownKey Identify", "askUnknownKey EndQuarantine 2",
+			"quarantineUnknown QuarantineState", "askUnknownKey LeaseQuarantine", "identifyKey Identify", "identifyKey EndQuarantine 2",
 			"Quarantine Quarantine 2", "deleteKey KeyEnded"},
 		prepare: func(s *scene) { first(s); unknownKey(s) },
 		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
 		settle:  quarantined,
 	},
 	"quarantine of an unknown key that fails": {
-		points: []string{"askUnknownKeys QuarantineSetback"},
+		points: []string{"askUnknownKey QuarantineSetback"},
 		prepare: func(s *scene) {
 			first(s)
 			unknownKey(s)
@@ -838,7 +838,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: quarantined,
 	},
 	"quarantine of a key that is dead": {
-		points:  []string{"askUnknownKey EndQuarantine"},
+		points:  []string{"identifyKey EndQuarantine"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), tenant.NewSecret(nextPAT), wait, admin) },
 		settle: func(s *scene) {

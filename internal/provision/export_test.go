@@ -25,7 +25,9 @@ func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
 func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) { s.workCampaign(ctx, id) }
 func (s *Service) RotateAged(ctx context.Context) error           { return s.rotateAged(ctx) }
 func (s *Service) ControlOnce(ctx context.Context) error {
-	return errors.Join(s.askUnknownKeys(ctx), s.control(ctx))
+	err := s.control(ctx)
+	_, failed := s.askUnknownKey(ctx)
+	return errors.Join(err, failed)
 }
 
 // SendLate makes a call for the control record whose permit is so old that it must be replaced.

@@ -94,17 +94,23 @@ func (s *Service) KeepControl(ctx context.Context) error {
 		case <-s.controlDue:
 		case <-time.After(s.SweepEvery):
 		}
-		if err := s.askUnknownKeys(ctx); err != nil && ctx.Err() == nil {
+		err := s.control(ctx)
+		// Without a due turn or a permit there is nothing new to log.
+		if _, ok := errors.AsType[*deferred](err); !ok && !errors.Is(err, tenant.NotFound) && ctx.Err() == nil {
+			if err != nil && !failing {
+				s.Log.Warn("control record cannot be read or written; retrying", zap.Error(err))
+			}
+			failing = err != nil
+		}
+		// One key at a time: the checks of many keys must not delay the renewal of the record, or the
+		// watch of a copy would end.
+		asked, err := s.askUnknownKey(ctx)
+		if err != nil && ctx.Err() == nil {
 			s.Log.Warn("check of unknown key failed; retrying", zap.Error(err))
 		}
-		err := s.control(ctx)
-		if _, ok := errors.AsType[*deferred](err); ok || errors.Is(err, tenant.NotFound) || ctx.Err() != nil {
-			continue // no turn was due
+		if asked {
+			s.wakeControl()
 		}
-		if err != nil && !failing {
-			s.Log.Warn("control record cannot be read or written; retrying", zap.Error(err))
-		}
-		failing = err != nil
 	}
 }
 
@@ -253,35 +259,44 @@ func (s *Service) LeaveControl(ctx context.Context) error {
 	return s.writeControl(ctx, t, exists, "true")
 }
 
-// askUnknownKeys asks Clarifai which apps leaked keys without a row open. Keys that open an app of
-// ours are revoked.
-func (s *Service) askUnknownKeys(ctx context.Context) error {
-	for {
-		k, err := s.Store.LeaseQuarantine(ctx, s.Lease)
-		if errors.Is(err, tenant.NotFound) {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-		asking, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.JobTimeout)
-		err = s.askUnknownKey(asking, k)
-		cancel()
-		if err == nil || errors.Is(err, tenant.ErrLeaseLost) {
-			continue
-		}
-		set := tenant.Setback{Problem: tenant.Problem{Code: "internal", Detail: "Clarifai could not be asked which app the key opens", Since: time.Now().UTC()}, Delay: s.BackoffBase}
-		if up := asUpstream(err); up != nil {
-			set = s.setback(up, k.Attempts, k.Problem)
-		}
-		recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-		err = errors.Join(err, s.Store.QuarantineSetback(recording, k, set))
-		cancel()
-		return err
+// askUnknownKey asks Clarifai which app the next leaked key without a row opens. It reports whether
+// a key was due.
+func (s *Service) askUnknownKey(ctx context.Context) (asked bool, err error) {
+	k, err := s.Store.LeaseQuarantine(ctx, s.Lease)
+	if errors.Is(err, tenant.NotFound) {
+		return false, nil
 	}
+	if err != nil {
+		return false, err
+	}
+	asking, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.JobTimeout)
+	err = s.identifyKey(asking, k)
+	cancel()
+	if err == nil || errors.Is(err, tenant.ErrLeaseLost) {
+		return true, nil
+	}
+	set := tenant.Setback{Delay: backoff(s.BackoffBase, s.BackoffCap, k.Attempts), Counts: true,
+		Problem: tenant.Problem{Code: "internal", Detail: "Tenantry or its database failed; the log of its replicas says how", Since: time.Now().UTC()}}
+	d, isDeferred := errors.AsType[*deferred](err)
+	up := asUpstream(err)
+	switch {
+	case isDeferred:
+		set, err = tenant.Setback{Delay: d.bounded()}, nil
+	case ctx.Err() != nil: // this replica stops, and nothing is wrong with the key
+		set = tenant.Setback{}
+	case up != nil:
+		set = s.setback(up, k.Attempts, k.Problem)
+	}
+	if k.Problem != nil && k.Problem.Code == set.Problem.Code {
+		set.Problem.Since = k.Problem.Since
+	}
+	recording, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	return true, errors.Join(err, s.Store.QuarantineSetback(recording, k, set))
 }
 
-func (s *Service) askUnknownKey(ctx context.Context, k tenant.UnknownKey) error {
+// identifyKey ends the quarantine of a key, or reports why it cannot. A key of an app of ours is revoked.
+func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
 	secret, err := s.Keyring.Open(k.ID, k.Ciphertext)
 	if err != nil {
 		return err

@@ -1,0 +1,112 @@
+package provision_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/google/uuid"
+
+	"github.com/tenantry/tenantry/internal/provision"
+	"github.com/tenantry/tenantry/internal/provision/provisiontest"
+	"github.com/tenantry/tenantry/internal/tenant"
+)
+
+// keepingControl runs KeepControl of an idle replica until the test ends.
+func keepingControl(t *testing.T, r *provisiontest.Replica) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
+	ended := make(chan error, 1)
+	go func() { ended <- r.KeepControl(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// The control record is renewed before unknown keys are checked, and again between two of them: with
+// many keys and a slow Clarifai the watch of a copy would end otherwise. All due keys are checked
+// without a pause.
+func TestControlRecordGoesBeforeUnknownKeys(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.SweepEvery = time.Hour }}))
+	exec(t, w, `
+		CREATE FUNCTION test_always_due() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.control_due_at = '-infinity'; RETURN NEW; END $$;
+		CREATE TRIGGER test_always_due BEFORE UPDATE ON current_incarnation FOR EACH ROW EXECUTE FUNCTION test_always_due()`)
+	for i := range 3 {
+		beginQuarantine(t, w, r, tenant.NewSecret(fmt.Sprint("unknown-key-", i)))
+	}
+	keepingControl(t, r)
+	if _, err := r.Quarantine(t.Context(), tenant.NewSecret("the-last-unknown-key"), long, admin); !errors.Is(err, tenant.NotFound) {
+		t.Errorf("quarantine of the last key: %v; want it not found", err)
+	}
+	var order []string
+	for _, c := range w.Sim.Calls() {
+		if c.Call == "MyScopes" || c.Call == "GetApp" {
+			order = append(order, c.Call)
+		}
+	}
+	if want := slices.Repeat([]string{"GetApp", "MyScopes"}, 4); len(order) < len(want) || !slices.Equal(order[:len(want)], want) {
+		t.Errorf("the order of calls is %v; want %v", order, want)
+	}
+}
+
+// beginQuarantine records a leaked key without waiting for a worker.
+func beginQuarantine(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, secret tenant.Secret) {
+	t.Helper()
+	if err := r.DB.BeginQuarantine(t.Context(), sealedAs(t, w, uuid.Must(uuid.NewV7()), secret), admin); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func sealedAs(t *testing.T, w *provisiontest.World, id uuid.UUID, secret tenant.Secret) tenant.SealedKey {
+	t.Helper()
+	ciphertext, err := w.Keys.Seal(id, secret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return tenant.SealedKey{ID: id, Ciphertext: ciphertext, Fingerprint: w.Keys.Fingerprint(secret), Hint: w.Keys.Hint(secret)}
+}
+
+// A check of an unknown key that fails in the database is retried with backoff, like any other.
+func TestFailedCheckOfUnknownKeyBacksOff(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true})
+	app, leaked := leakedByHand(t, w, r)
+	beginQuarantine(t, w, r, leaked)
+	exec(t, w, `ALTER TABLE keys ADD CONSTRAINT none CHECK (end_reason <> 'quarantined') NOT VALID`)
+	for attempts := 1; attempts <= 2; attempts++ {
+		exec(t, w, `UPDATE quarantines SET next_attempt_at = now()`)
+		if err := r.ControlOnce(t.Context()); err == nil {
+			t.Fatal("the check does not fail")
+		}
+		if got, want := column(t, w, `SELECT concat_ws(' ', state, problem->>'code', attempts) FROM quarantines`), fmt.Sprint("checking internal ", attempts); !slices.Equal(got, []string{want}) {
+			t.Errorf("the quarantine is %q; want %q", got, want)
+		}
+	}
+	exec(t, w, `ALTER TABLE keys DROP CONSTRAINT none; UPDATE quarantines SET next_attempt_at = now()`)
+	if err := r.ControlOnce(t.Context()); err != nil && !errors.Is(err, tenant.NotFound) {
+		t.Fatal(err)
+	}
+	if got := column(t, w, `SELECT state || app_id FROM keys WHERE end_reason = 'quarantined'`); !slices.Equal(got, []string{"revoking" + string(app)}) {
+		t.Errorf("the ended keys are %q", got)
+	}
+}
+
+// leakedByHand signs user_1 up by another replica, and creates a key of the app without a row.
+func leakedByHand(t *testing.T, w *provisiontest.World, r *provisiontest.Replica) (tenant.AppID, tenant.Secret) {
+	t.Helper()
+	working := w.Start(provisiontest.Options{})
+	app := signUp(t, working, "user_1").AppID
+	rest(t, w)
+	working.Stop()
+	makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: strayKey}.String())
+	return app, leakedKey(&scene{t: t, w: w})
+}
