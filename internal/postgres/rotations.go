@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -410,7 +411,8 @@ func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.
 }
 
 // EndQuarantine ends a leased quarantine. If the key opens an app that the rows know, it
-// becomes a revoking key of that app.
+// becomes a revoking key of that app. If the key has got a row by now that does not say that it is
+// dead, EndQuarantine changes nothing and returns an error: the next attempt ends that row.
 func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
 	var keys []keyInLane
 	var owner tenant.ID
@@ -421,6 +423,9 @@ func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tena
 			}
 			if keys, err = endFound(ctx, tx, app, []tenant.AdoptedKey{found}, tenant.EndQuarantined); err != nil {
 				return err
+			}
+			if len(keys) == 0 { // or the quarantine would be done, and the key might work
+				return fmt.Errorf("the key %s has a row that is not dead", found.ID)
 			}
 			if err := audit(ctx, tx, k.RequestedBy, event{action: "key.quarantined", tenant: owner, app: app, key: found.ID,
 				detail: map[string]any{"found": true}}); err != nil {

@@ -110,3 +110,69 @@ func leakedByHand(t *testing.T, w *provisiontest.World, r *provisiontest.Replica
 	makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: strayKey}.String())
 	return app, leakedKey(&scene{t: t, w: w})
 }
+
+// If an unknown key gets a row during its quarantine, the row is ended, too, and the tenant gets a
+// successor of the key.
+func TestQuarantinedKeyGetsRow(t *testing.T) {
+	t.Parallel()
+	const adopted = `
+		WITH ended AS (UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL WHERE state = 'active' RETURNING app_id, name, scopes, ciphertext)
+		INSERT INTO keys (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
+		SELECT $1, app_id, name, scopes, 'active', $2, $3, $4, now() FROM ended`
+	const inDoubt = `
+		WITH ended AS (UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL WHERE state = 'active' RETURNING app_id, name, scopes)
+		INSERT INTO keys (id, app_id, name, scopes, state, in_doubt_since) SELECT $1, app_id, name, scopes, 'creating', now() FROM ended`
+	for name, c := range map[string]struct {
+		id      uuid.UUID
+		doubted bool
+	}{
+		"adopted with its id": {strayKey, false}, "adopted with another id": {uuid.Must(uuid.NewV7()), false}, "in doubt": {strayKey, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(provisiontest.Options{Idle: true})
+			app, leaked := leakedByHand(t, w, r)
+			beginQuarantine(t, w, r, leaked)
+			if c.doubted {
+				exec(t, w, inDoubt, c.id)
+			} else {
+				k := sealedAs(t, w, c.id, leaked)
+				exec(t, w, adopted, k.ID, k.Ciphertext, k.Fingerprint, k.Hint)
+			}
+			working := w.Start(provisiontest.Options{})
+			rest(t, w)
+			if keyOpens(t, w, leaked, app) {
+				t.Error("the quarantine is done, and the key works")
+			}
+			if got := column(t, w, `SELECT state || ' ' || end_reason FROM keys WHERE id = $1`, c.id); !slices.Equal(got, []string{"revoked quarantined"}) {
+				t.Errorf("the row of the key is %q", got)
+			}
+			if key, secret := keyOf(t, working, "user_1"); key.State != tenant.KeyActive || !keyOpens(t, w, secret, app) {
+				t.Errorf("the successor is %+v", key)
+			}
+		})
+	}
+}
+
+// A quarantine whose key gets a row at the last moment is not done.
+func TestQuarantineIsNotDoneWithoutRevocation(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true})
+	app, leaked := leakedByHand(t, w, r)
+	beginQuarantine(t, w, r, leaked)
+	k, err := r.DB.LeaseQuarantine(t.Context(), long)
+	if err != nil {
+		t.Fatal(err)
+	}
+	found := tenant.AdoptedKey{SealedKey: sealedAs(t, w, strayKey, leaked), Scopes: []string{"All"}}
+	exec(t, w, `INSERT INTO keys (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at) VALUES ($1, $2, 'adopted', '{All}', 'active', $3, $4, $5, now())`,
+		found.ID, app, found.Ciphertext, found.Fingerprint, found.Hint)
+	if err := r.DB.EndQuarantine(t.Context(), k, found, app, nil); err == nil {
+		t.Error("the quarantine is done, and the key is active")
+	}
+	if got := column(t, w, `SELECT state FROM quarantines`); !slices.Equal(got, []string{"checking"}) {
+		t.Errorf("the quarantine is %q", got)
+	}
+}

@@ -821,7 +821,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"quarantine of an unknown key": {
 		points: []string{"Quarantine Quarantine", "quarantineUnknown BeginQuarantine", "quarantineUnknown Watch",
-			"quarantineUnknown QuarantineState", "askUnknownKey LeaseQuarantine", "identifyKey Identify", "identifyKey EndQuarantine 2",
+			"quarantineUnknown QuarantineState", "askUnknownKey LeaseQuarantine", "identifyKey Quarantine", "identifyKey Identify", "identifyKey EndQuarantine 3",
 			"Quarantine Quarantine 2", "deleteKey KeyEnded"},
 		prepare: func(s *scene) { first(s); unknownKey(s) },
 		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
@@ -837,8 +837,23 @@ var crashScenarios = map[string]crashScenario{
 		act:    func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
 		settle: quarantined,
 	},
+	"quarantine of an unknown key that gets a row": {
+		points: []string{"identifyKey EndQuarantine"},
+		prepare: func(s *scene) {
+			first(s)
+			unknownKey(s)
+			s.r.Stop()
+			beginQuarantine(s.t, s.w, s.r, s.leaked)
+			k := sealedAs(s.t, s.w, strayKey, s.leaked)
+			exec(s.t, s.w, `
+				INSERT INTO keys (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, retires_at, activated_at)
+				VALUES ($1, $2, 'default', '{All}', 'retiring', $3, $4, $5, now() + interval '1 day', now())`,
+				k.ID, s.holds["user_1"], k.Ciphertext, k.Fingerprint, k.Hint)
+		},
+		settle: quarantined,
+	},
 	"quarantine of a key that is dead": {
-		points:  []string{"identifyKey EndQuarantine"},
+		points:  []string{"identifyKey EndQuarantine 2"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), tenant.NewSecret(nextPAT), wait, admin) },
 		settle: func(s *scene) {

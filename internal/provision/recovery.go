@@ -297,6 +297,15 @@ func (s *Service) askUnknownKey(ctx context.Context) (asked bool, err error) {
 
 // identifyKey ends the quarantine of a key, or reports why it cannot. A key of an app of ours is revoked.
 func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
+	// A decision or an adoption may have given the key a row since it was reported.
+	switch _, err := s.Store.Quarantine(ctx, k.Fingerprint, newRowID(), k.RequestedBy); {
+	case err == nil:
+		return s.Store.EndQuarantine(ctx, k, tenant.AdoptedKey{}, "", nil)
+	case errors.Is(err, tenant.ErrAnotherDatabase): // this one makes no calls for keys
+		return &deferred{wait: maxDefer}
+	case !errors.Is(err, tenant.NotFound):
+		return err
+	}
 	secret, err := s.Keyring.Open(k.ID, k.Ciphertext)
 	if err != nil {
 		return err
