@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -109,6 +110,44 @@ func leakedByHand(t *testing.T, w *provisiontest.World, r *provisiontest.Replica
 	working.Stop()
 	makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: strayKey}.String())
 	return app, leakedKey(&scene{t: t, w: w})
+}
+
+// A leaked key that works, but may not name its app, is not reported as one that needs no revocation.
+func TestQuarantineOfKeyThatMayNotNameItsApp(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	app := signUp(t, r, "user_1").AppID
+	makeKeyByHand(t, w, app, tenant.KeyMarker{Deployment: r.Deployment.ID, KeyID: strayKey}.String())
+	leaked := leakedKey(&scene{t: t, w: w})
+	lacking := map[string]any{"call": "MyScopes", "status": 11007}
+	w.Faults(lacking)
+	quarantine := func() *tenant.Error {
+		t.Helper()
+		_, err := r.Quarantine(t.Context(), leaked, 0, admin)
+		e, ok := errors.AsType[*tenant.Error](err)
+		if !ok {
+			t.Fatalf("the quarantine of a key that may not name its app ends with %v", err)
+		}
+		return e
+	}
+	provisiontest.Eventually(t, "the response says what to do", func() bool {
+		e := quarantine()
+		if e.Kind != tenant.Unavailable || e.Code != "quarantine_pending" {
+			t.Fatalf("the quarantine ends with %+v", e)
+		}
+		return strings.Contains(e.Detail, "revoke it in Clarifai")
+	})
+	if got := column(t, w, `SELECT state || ' ' || (problem->>'code') FROM quarantines`); !slices.Equal(got, []string{"checking key_app_unknown"}) {
+		t.Errorf("the quarantine is %q", got)
+	}
+	// A key that is not the operator's is nothing that Tenantry could revoke.
+	w.Faults(lacking, map[string]any{"call": "GetKey", "status": 11101})
+	provisiontest.Eventually(t, "a foreign key is refused", func() bool { return quarantine().Kind == tenant.NotFound })
+	w.Faults()
+	if q, err := r.Quarantine(t.Context(), leaked, long, admin); err != nil || q.TenantID != "user_1" || q.Key.State != tenant.KeyRevoked {
+		t.Errorf("once the key names its app: %+v, %v", q, err)
+	}
 }
 
 // If an unknown key gets a row during its quarantine, the row is ended, too, and the tenant gets a

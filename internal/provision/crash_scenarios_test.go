@@ -837,6 +837,16 @@ var crashScenarios = map[string]crashScenario{
 		act:    func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
 		settle: quarantined,
 	},
+	"quarantine of an unknown key that may not name its app": {
+		points: []string{"identifyKey KeyExists"},
+		prepare: func(s *scene) {
+			first(s)
+			unknownKey(s)
+			s.w.Faults(map[string]any{"call": "MyScopes", "status": 11007})
+		},
+		act:    func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
+		settle: quarantined,
+	},
 	"quarantine of an unknown key that gets a row": {
 		points: []string{"identifyKey EndQuarantine"},
 		prepare: func(s *scene) {

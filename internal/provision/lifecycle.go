@@ -255,8 +255,11 @@ func (s *Service) quarantineUnknown(ctx context.Context, leaked tenant.Secret, f
 	case tenant.UnknownRefused:
 		return tenant.Errorf(tenant.NotFound, "key_not_found", "Tenantry has no such key: %s", is.Problem.Detail)
 	}
-	return &tenant.Error{Kind: tenant.Unavailable, Code: "quarantine_pending", RetryAfter: 5 * time.Second,
-		Detail: "the database does not know this key, and Clarifai has not answered yet which app the key opens; repeat the request"}
+	detail := "the database does not know this key, and Clarifai has not answered yet which app the key opens; repeat the request"
+	if is.Problem != nil && is.Problem.Code == keyAppUnknown {
+		detail = is.Problem.Detail
+	}
+	return &tenant.Error{Kind: tenant.Unavailable, Code: "quarantine_pending", RetryAfter: 5 * time.Second, Detail: detail}
 }
 
 // RevealNew opens the secret of a key that has just been made, and writes that it was

@@ -278,12 +278,15 @@ func (s *Service) askUnknownKey(ctx context.Context) (asked bool, err error) {
 	set := tenant.Setback{Delay: backoff(s.BackoffBase, s.BackoffCap, k.Attempts), Counts: true,
 		Problem: tenant.Problem{Code: "internal", Detail: "Tenantry or its database failed; the log of its replicas says how", Since: time.Now().UTC()}}
 	d, isDeferred := errors.AsType[*deferred](err)
+	stands, isStanding := errors.AsType[*standing](err)
 	up := asUpstream(err)
 	switch {
 	case isDeferred:
 		set, err = tenant.Setback{Delay: d.bounded()}, nil
 	case ctx.Err() != nil: // this replica stops, and nothing is wrong with the key
 		set = tenant.Setback{}
+	case isStanding:
+		set.Problem, set.Delay = stands.problem, backoff(4*s.BackoffBase, 4*s.BackoffCap, k.Attempts)
 	case up != nil:
 		set = s.setback(up, k.Attempts, k.Problem)
 	}
@@ -294,6 +297,9 @@ func (s *Service) askUnknownKey(ctx context.Context) (asked bool, err error) {
 	defer cancel()
 	return true, errors.Join(err, s.Store.QuarantineSetback(recording, k, set))
 }
+
+// keyAppUnknown is the code of the problem of a leaked key that works and may not name its app.
+const keyAppUnknown = "key_app_unknown"
 
 // identifyKey ends the quarantine of a key, or reports why it cannot. A key of an app of ours is revoked.
 func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
@@ -317,10 +323,20 @@ func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
 		return refused("key_dead", "Clarifai does not accept the key: it is dead, or never was a key")
-	case err != nil && tenant.ClassOf(err) != tenant.UpstreamForbidden:
+	case tenant.ClassOf(err) == tenant.UpstreamForbidden:
+		err := s.call(ctx, urgent, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
+		switch {
+		case tenant.ClassOf(err) == tenant.UpstreamNotFound:
+			return refused("key_not_ours", "Clarifai does not say what the key opens, and the key is not among the operator's")
+		case err != nil:
+			return err
+		}
+		return &standing{tenant.Problem{Code: keyAppUnknown, Since: time.Now().UTC(),
+			Detail: "the key works and is the operator's, but its scopes do not let it name its app: revoke it in Clarifai"}}
+	case err != nil:
 		return err
-	case err != nil || opened.AppID == "":
-		return refused("key_not_ours", "the key does not name a single app")
+	case opened.AppID == "":
+		return refused("key_not_ours", "the key works, but does not name a single app, as Tenantry's keys do; revoke it in Clarifai")
 	}
 	found, err := s.foundKeys(ctx, urgent, opened.AppID)
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
