@@ -61,6 +61,13 @@ func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *
 		if is = w.was; w.was.Incarnation != t.Incarnation { // the next incarnation has begun
 			return nil
 		}
+		if (is.State == tenant.Watching || is.State == tenant.Stopped) && is.ControlProblem != nil {
+			// These states only read the record, and it has been read.
+			if w.was, err = scanRecovery(tx.QueryRow(ctx, `UPDATE current_incarnation SET control_problem = NULL, `+written+` RETURNING `+recoveryColumns)); err != nil {
+				return err
+			}
+			is = w.was
+		}
 		if record != nil {
 			if err := w.compare(ctx, tx); err != nil {
 				return err
@@ -200,8 +207,8 @@ func (db *DB) DeferControl(ctx context.Context, t tenant.ControlTurn, delay time
 	return translate("defer control turn", err)
 }
 
-// ControlWritten records that the control record was written in a turn. If the write failed,
-// problem says why.
+// ControlWritten records that the control record was written in a turn. If it could not be read or
+// written, problem says why.
 func (db *DB) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem *tenant.Problem) error {
 	_, err := db.pool.Exec(ctx, `
 		UPDATE current_incarnation

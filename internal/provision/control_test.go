@@ -215,3 +215,108 @@ func TestQuarantineIsNotDoneWithoutRevocation(t *testing.T) {
 		t.Errorf("the quarantine is %q", got)
 	}
 }
+
+// controlNow takes a turn at the control record, and returns recovery mode afterwards.
+func controlNow(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, faults ...map[string]any) tenant.Recovery {
+	t.Helper()
+	w.Faults(faults...)
+	exec(t, w, `
+		UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch', failures = 0, pauses = 0;
+		UPDATE current_incarnation SET control_due_at = '-infinity', written_by = pg_current_xact_id()::xid`)
+	if err := r.ControlOnce(t.Context()); err == nil != (len(faults) == 0) && !errors.Is(err, tenant.NotFound) {
+		t.Fatalf("a turn with the faults %v: %v", faults, err)
+	}
+	is, err := r.DB.Recovery(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return is
+}
+
+func problemCode(p *tenant.Problem) string {
+	if p == nil {
+		return ""
+	}
+	return p.Code
+}
+
+// A control record that cannot be read is a problem for everyone to see, until it is read.
+func TestUnreadableControlRecord(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{Idle: true}))
+	if is := controlNow(t, w, r); is.ControlSeenAt.IsZero() || is.ControlProblem != nil {
+		t.Fatalf("after the first turn: %+v", is)
+	}
+	for _, state := range []tenant.RecoveryState{tenant.NotRecovering, tenant.Recovering, tenant.Watching, tenant.Stopped} {
+		exec(t, w, provisiontest.SetRecovery(state))
+		forbidden := controlNow(t, w, r, map[string]any{"call": "GetApp", "status": 11007}).ControlProblem
+		if problemCode(forbidden) != "upstream_forbidden" {
+			t.Errorf("%q: a read that is forbidden is recorded as %+v", state, forbidden)
+			continue
+		}
+		if again := controlNow(t, w, r, map[string]any{"call": "GetApp", "status": 11007}).ControlProblem; again == nil || !again.Since.Equal(forbidden.Since) {
+			t.Errorf("%q: the same problem again is %+v; want it since %s", state, again, forbidden.Since)
+		}
+		if down := controlNow(t, w, r, map[string]any{"call": "GetApp", "http": 503}).ControlProblem; problemCode(down) != "upstream_unavailable" {
+			t.Errorf("%q: a read that fails is recorded as %+v", state, down)
+		}
+		is := controlNow(t, w, r)
+		if is.ControlProblem != nil || is.State != state {
+			t.Errorf("%q: after a read the state is %q with the problem %+v", state, is.State, is.ControlProblem)
+		}
+	}
+	// Upstream work may be paused because of other calls.
+	w.Faults()
+	exec(t, w, `UPDATE upstream_budget SET paused_until = now() + interval '1 hour', pauses = 1;
+		UPDATE current_incarnation SET control_due_at = '-infinity', written_by = pg_current_xact_id()::xid`)
+	_ = r.ControlOnce(t.Context())
+	if is, err := r.DB.Recovery(t.Context()); err != nil || problemCode(is.ControlProblem) != "upstream_paused" {
+		t.Errorf("while upstream work is paused the problem is %+v, %v", is.ControlProblem, err)
+	}
+}
+
+// The first build waits for the control record, unless the record can only be created after somebody
+// has acted.
+func TestFirstControlRecord(t *testing.T) {
+	t.Parallel()
+	for name, c := range map[string]struct {
+		fault map[string]any
+		code  string
+	}{
+		"read, down":       {map[string]any{"call": "GetApp", "http": 503}, ""},
+		"read, throttled":  {map[string]any{"call": "GetApp", "status": 11005}, ""},
+		"read, forbidden":  {map[string]any{"call": "GetApp", "status": 11007}, "upstream_forbidden"},
+		"read, refused":    {map[string]any{"call": "GetApp", "status": 11100}, "upstream_refused"},
+		"write, down":      {map[string]any{"call": "PostApps", "http": 503}, ""},
+		"write, throttled": {map[string]any{"call": "PostApps", "status": 11005}, ""},
+		"write, quota":     {map[string]any{"call": "PostApps", "status": 11006}, "upstream_quota"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(control(provisiontest.Options{Idle: true}))
+			if is := controlNow(t, w, r, c.fault); problemCode(is.ControlProblem) != c.code || !is.ControlSeenAt.IsZero() {
+				t.Errorf("the problem is %+v, and the record was seen at %s; want the problem %q", is.ControlProblem, is.ControlSeenAt, c.code)
+			}
+			if is := controlNow(t, w, r); is.ControlProblem != nil || is.ControlSeenAt.IsZero() {
+				t.Errorf("after the fault the problem is %+v, and the record was seen at %s", is.ControlProblem, is.ControlSeenAt)
+			}
+		})
+	}
+}
+
+// An app of another deployment with the id of the control record is a problem that a person must
+// solve. Sign-ups continue.
+func TestControlRecordOfAnotherDeployment(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	id := tenant.ControlID("t", w.Keys.DeploymentID(provisiontest.Operator))
+	w.AppByHand(provisiontest.PAT, id, map[string]any{"tenantry": map[string]any{"deployment": "another", "app": id}})
+	r := w.Start(control(provisiontest.Options{}))
+	signUp(t, r, "user_1")
+	is, err := r.DB.Recovery(t.Context())
+	if err != nil || problemCode(is.ControlProblem) != "control_record_taken" || !strings.Contains(is.ControlProblem.Detail, "another app prefix") {
+		t.Errorf("the problem is %+v, %v", is.ControlProblem, err)
+	}
+}

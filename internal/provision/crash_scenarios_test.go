@@ -733,6 +733,21 @@ var crashScenarios = map[string]crashScenario{
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 		control: true,
 	},
+	"control record that cannot be read": {
+		points: []string{"controlFailed ControlWritten", "control DeferControl"},
+		prepare: func(s *scene) {
+			firstRecorded(s)
+			s.r.Stop()
+			s.w.Faults(map[string]any{"call": "GetApp", "status": 11007})
+		},
+		settle: func(s *scene) {
+			provisiontest.Eventually(s.t, "the control record is read", func() bool {
+				is, err := s.r.DB.Recovery(s.t.Context())
+				return err == nil && is.ControlProblem == nil
+			})
+		},
+		control: true,
+	},
 	"last replica that stops": {
 		points:  []string{"LeaveControl Leave", "LeaveControl Recovery", "LeaveControl LeaseControl", "LeaveControl ExamineControl"},
 		prepare: firstRecorded,

@@ -56,7 +56,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.retired = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "tenantry_retired_apps", Help: "Apps of earlier incarnations of the database that no tenant is known to hold, up to 1,000 per profile. Each start of Postgres retires the pools. Retired apps count against the account's quota."}, []string{"profile"})
 	m.controlFails = prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "tenantry_control_record_failing", Help: "1 while the control record cannot be written: a copy of the database would not be detected."})
+		Name: "tenantry_control_record_failing", Help: "1 while the control record cannot be read or written: a copy of the database would not be detected."})
 	reg.MustRegister(m.recovery, m.undecided, m.retired, m.controlFails)
 	m.paused = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_upstream_paused", Help: "1 while no call is made because Clarifai fails or throttles."})

@@ -143,7 +143,7 @@ const controlRetry = 2 * time.Second
 func (s *Service) useControl(ctx context.Context, t tenant.ControlTurn) error {
 	record, exists, err := s.readControl(ctx)
 	if err != nil {
-		return err
+		return errors.Join(err, s.controlFailed(ctx, t, err))
 	}
 	is, write, err := s.Store.ExamineControl(ctx, t, record)
 	if err != nil {
@@ -173,7 +173,8 @@ func (s *Service) readControl(ctx context.Context) (record *tenant.ControlRecord
 	case app.Marker == nil:
 		return nil, true, nil
 	case app.Marker.Deployment != s.Deployment.ID:
-		return nil, true, fmt.Errorf("the app %s belongs to the deployment %.32q: choose another app prefix", id, app.Marker.Deployment)
+		return nil, true, &standing{tenant.Problem{Code: "control_record_taken", Since: time.Now().UTC(),
+			Detail: fmt.Sprintf("the app %s, whose metadata would be the control record, belongs to the deployment %.32q: choose another app prefix", id, app.Marker.Deployment)}}
 	}
 	return app.Marker.Control, true, nil
 }
@@ -209,18 +210,53 @@ func (s *Service) writeControl(ctx context.Context, t tenant.ControlTurn, exists
 	if tenant.ClassOf(err) == tenant.UpstreamDuplicate { // the response of an earlier call was lost
 		return s.writeControl(ctx, t, true, stopped)
 	}
-	up := asUpstream(err)
-	if err != nil && up == nil {
-		return err
-	}
-	var problem *tenant.Problem
-	if up != nil {
-		p := problemOf(up, t.ControlProblem)
-		problem = &p
+	if err != nil {
+		return errors.Join(err, s.controlFailed(ctx, t, err))
 	}
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
 	defer cancel()
-	return errors.Join(err, s.Store.ControlWritten(ctx, t, problem))
+	return s.Store.ControlWritten(ctx, t, nil)
+}
+
+// controlFailed records why the control record could not be read or written. It records nothing for
+// other failures.
+func (s *Service) controlFailed(ctx context.Context, t tenant.ControlTurn, failed error) error {
+	problem := s.controlProblem(ctx, t, failed)
+	if problem == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
+	defer cancel()
+	return s.Store.ControlWritten(ctx, t, problem)
+}
+
+// controlProblem returns the problem of a failed turn, or nil if there is none to record.
+func (s *Service) controlProblem(ctx context.Context, t tenant.ControlTurn, failed error) *tenant.Problem {
+	if errors.Is(ctx.Err(), context.Canceled) { // this replica stops
+		return nil
+	}
+	// A problem lets the first build start without the control record. So before the first record, only
+	// a failure that retries cannot solve is a problem.
+	first := t.ControlSeenAt.IsZero() && !t.Active()
+	if stands, ok := errors.AsType[*standing](failed); ok {
+		if t.ControlProblem != nil && t.ControlProblem.Code == stands.problem.Code {
+			stands.problem.Since = t.ControlProblem.Since
+		}
+		return &stands.problem
+	}
+	if up := asUpstream(failed); up != nil {
+		permanent := up.Class == tenant.UpstreamQuota || up.Class == tenant.UpstreamForbidden || up.Class == tenant.UpstreamRefused
+		if first && !permanent {
+			return nil
+		}
+		problem := problemOf(up, t.ControlProblem)
+		return &problem
+	}
+	// A failure is probably the reason for the pause: it says more.
+	if _, ok := errors.AsType[*deferred](failed); ok && !first && t.ControlProblem == nil {
+		return &tenant.Problem{Code: "upstream_paused", Detail: "no call to Clarifai is allowed now; `tenantry upstream` says why", Since: time.Now().UTC()}
+	}
+	return nil
 }
 
 const controlDescription = "Tenantry's control record. Do not delete: it tells a restored database from a copy."

@@ -30,7 +30,7 @@ type Recovery struct {
 	// Record is the control record as the watch last read it; the zero value means none.
 	Record         ControlRecord
 	ControlSeenAt  time.Time // when the control record was last known to exist; zero for never
-	ControlProblem *Problem  // why the record cannot be written; nil if it can
+	ControlProblem *Problem  // why the record cannot be read or written; nil if it can
 	Report         uuid.UUID // the newest that began in this recovery mode, otherwise the newest that is done; zero for none
 	ReportDone     bool      // Report is done
 	Undecided      int       // findings of Report that wait for a decision
