@@ -728,7 +728,7 @@ var crashScenarios = map[string]crashScenario{
 		settle:  func(s *scene) { rekeyed(s.t, s.r.DB, primaryOf(s.t, s.w.Keys)) },
 	},
 	"first start with a control record": {
-		points: []string{"control LeaseControl", "readControl App", "control ExamineControl", "writeControl CreateApp",
+		points: []string{"control LeaseControl", "readControl App", "useControl ExamineControl", "writeControl CreateApp",
 			"writeControl ControlWritten", "createApp CreateApp"},
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 		control: true,
@@ -758,7 +758,7 @@ var crashScenarios = map[string]crashScenario{
 		control: true,
 	},
 	"database that was restarted": {
-		points: []string{"beat RetireApps", "control LeaseControl", "readControl App", "control ExamineControl", "writeControl MarkApp",
+		points: []string{"beat RetireApps", "control LeaseControl", "readControl App", "useControl ExamineControl", "writeControl MarkApp",
 			"writeControl ControlWritten", "build FinishBuild"},
 		prepare: func(s *scene) {
 			firstRecorded(s)
@@ -771,7 +771,7 @@ var crashScenarios = map[string]crashScenario{
 		control: true, retired: 1,
 	},
 	"database that was restored": {
-		points: []string{"beat RetireApps", "control ExamineControl", "writeControl MarkApp", "startDueReports StartDueReport", "listApps Recovery",
+		points: []string{"beat RetireApps", "useControl ExamineControl", "writeControl MarkApp", "startDueReports StartDueReport", "listApps Recovery",
 			"endReconciliation EndReconciliation", "startDueReports StartDueDecisions", "adopt AdoptApp"},
 		prepare: func(s *scene) {
 			firstRecorded(s)
@@ -801,7 +801,7 @@ var crashScenarios = map[string]crashScenario{
 		control: true, retired: 1,
 	},
 	"take over": {
-		points: []string{"TakeOver TakeOver", "control ExamineControl", "writeControl MarkApp"},
+		points: []string{"TakeOver TakeOver", "useControl ExamineControl", "writeControl MarkApp"},
 		prepare: func(s *scene) {
 			firstRecorded(s)
 			s.r.Stop()
@@ -810,6 +810,20 @@ var crashScenarios = map[string]crashScenario{
 		act: takeOver,
 		settle: func(s *scene) {
 			takeOver(s)
+			inState(s.t, s.r, tenant.NotRecovering)
+		},
+		control: true,
+	},
+	"recovery mode that is ended by hand": {
+		points: []string{"EndRecovery RecoveryStatus", "EndRecovery EndRecovery"},
+		prepare: func(s *scene) {
+			firstRecorded(s)
+			s.r.Stop()
+			exec(s.t, s.w, provisiontest.SetRecovery(tenant.Recovering))
+		},
+		act: endRecovery,
+		settle: func(s *scene) {
+			endRecovery(s)
 			inState(s.t, s.r, tenant.NotRecovering)
 		},
 		control: true,
@@ -1648,6 +1662,12 @@ func retiredRemoved(f tenant.RetiredFilter, confirm string) func(*scene) {
 	return func(s *scene) {
 		removeRetired(f, confirm)(s)
 		provisiontest.Eventually(s.t, "the app is removed", func() bool { return appsIn(s.t, s.w, tenant.AppDeleted) == 1 })
+	}
+}
+
+func endRecovery(s *scene) {
+	if _, err := s.r.EndRecovery(s.t.Context(), s.r.Deployment.ID, admin); err != nil {
+		s.t.Fatal(err)
 	}
 }
 

@@ -188,6 +188,11 @@ func (s watchedStore) RecoveryStatus(ctx context.Context) (tenant.Recovery, erro
 	return s.Store.RecoveryStatus(ctx)
 }
 
+func (s watchedStore) EndRecovery(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error) {
+	defer s.returned()
+	return s.Store.EndRecovery(ctx, actor)
+}
+
 func (s watchedStore) TakeOver(ctx context.Context, actor tenant.Actor) (tenant.Recovery, error) {
 	defer s.returned()
 	return s.Store.TakeOver(ctx, actor)
