@@ -5,6 +5,7 @@ GO ?= go
 TOOL := $(GO) tool -modfile=tools.mod
 FUZZTIME ?= 20s
 HISTORIES ?= 300
+SERIES := ^(TestCrash|TestHistories|TestLostAnswers|TestSharedCallsThatFail|TestBuildSurvivesFaults)$$
 BASE ?= HEAD~1
 BENCH ?= LookUp|SignUpPooled|Layers
 BENCHTIME ?= 1000x
@@ -23,13 +24,14 @@ run: build ## run the whole thing here: private Postgres, simulated Clarifai, Te
 	bin/sandbox
 
 .PHONY: test
-test: ## run all tests, with the race detector but for the replicas that are killed at each of their calls
-	$(GO) test -race -timeout 18m -skip '^TestCrash$$' ./...
-	$(GO) test -timeout 10m -run '^TestCrash$$' ./internal/provision
+test: ## run all tests, all but the longest series of like cases with the race detector
+	$(GO) test -race -timeout 18m -skip '$(SERIES)' ./...
+	$(GO) test -timeout 10m -run '$(SERIES)' ./internal/provision
 
 .PHONY: check-full
-check-full: ## run what takes too long for test: failovers and restores of real servers, and HISTORIES (300) random histories
+check-full: ## run what takes too long for test: failovers and restores of real servers, all crashes, and HISTORIES (300) random histories
 	CHECK_FULL=1 $(GO) test -timeout 60m -count 1 ./test/cluster
+	CHECK_FULL=1 $(GO) test -timeout 30m -count 1 -run '^TestCrash$$' ./internal/provision
 	HISTORIES=$(HISTORIES) $(GO) test -timeout 120m -count 1 -run '^TestHistories$$' ./internal/provision
 
 .PHONY: check

@@ -230,12 +230,16 @@ func TestCrash(t *testing.T) {
 	for _, name := range crashPoints(t) {
 		points[name] = true
 	}
+	// Each scenario at each of its points takes too long for every change.
+	full := os.Getenv("CHECK_FULL") != ""
 	walked := map[string]bool{}
 	type walk struct{ scenario, point string }
 	var walks []walk
 	for _, name := range slices.Sorted(maps.Keys(crashScenarios)) {
 		for _, point := range crashScenarios[name].points {
-			walks = append(walks, walk{name, point})
+			if !walked[point] || full {
+				walks = append(walks, walk{name, point})
+			}
 			walked[point] = true
 			if !points[point] {
 				t.Errorf("scenario %q dies at %q, which the engine does not have", name, point)
