@@ -644,8 +644,7 @@ func TestReadOnly(t *testing.T) {
 			t.Errorf("%s %s returns %d %s", c[0], c[1], status, body)
 		}
 	}
-	time.Sleep(1500 * time.Millisecond) // a sweep would have come by
-	p.stop()
+	p.stop() // each loop works once when it starts, and the process waits for its loops
 	if exit := <-p.exit; exit != 0 {
 		t.Errorf("serve exits with %d: %s", exit, p.stderr.String())
 	}

@@ -232,14 +232,14 @@ func testEnd(t *testing.T, conn *pgx.Conn, admin operatorAt) {
 		INSERT INTO reconciliations (id, kind, phase, requested_by, apps_seen, leased_until) VALUES (gen_random_uuid(), 'report', 'apps', 'worker', 7, 'infinity')`); err != nil {
 		t.Fatal(err)
 	}
-	out, log := admin.exits(0, words("recover show"), "recovering, since ")
+	out, log := admin.exits(0, words("recover show"), "recovering, since ", "the report is running, and more findings may follow (apps: 7 apps")
 	if strings.Contains(out+log, "no finding waits") {
 		t.Errorf("before a report is done, show prints\n%s%s", out, log)
 	}
 	var is shownRecovery
 	admin.read(&is, "recover", "show")
 	deployment := is.Recovery.Deployment
-	admin.types("yes\n").exits(1, words("recover end"), "waiting work", "removals: 0, campaigns: 0, keys to be created: 0",
+	admin.types("yes\n").exits(1, words("recover end"), "the report is running", "waiting work", "removals: 0, campaigns: 0, keys to be created: 0",
 		"Type "+deployment+" to go on", "nothing was changed")
 	out, _ = admin.types(deployment+"\n").exits(0, words("recover end -o json"))
 	var ended struct{ State string }
