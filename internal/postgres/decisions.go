@@ -16,7 +16,7 @@ import (
 // findingsReport selects the report whose findings are shown and decided: in recovery mode the
 // newest one that began in it, also while it is running; otherwise the newest finished one.
 const findingsReport = `(
-	SELECT r.id FROM reconciliations r, current_incarnation c
+	SELECT r.id FROM reconciliations r, (SELECT recovery, recovery_since FROM current_incarnation LIMIT 1) c
 	WHERE r.kind = 'report' AND CASE WHEN c.recovery IS NULL THEN r.state = 'done' ELSE r.created_at >= c.recovery_since END
 	ORDER BY r.created_at DESC LIMIT 1)`
 

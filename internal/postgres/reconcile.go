@@ -136,7 +136,7 @@ func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Durat
 				WHEN 'watching' THEN false
 				WHEN 'stopped' THEN false
 				ELSE greatest(d.created_at, last.created_at) < now() - $1::interval END, false)
-		FROM current_incarnation c, deployment d LEFT JOIN LATERAL (
+		FROM (SELECT recovery, recovery_since FROM current_incarnation LIMIT 1) c, (SELECT created_at FROM deployment LIMIT 1) d LEFT JOIN LATERAL (
 			SELECT id, created_at, state FROM reconciliations WHERE kind = 'report' ORDER BY created_at DESC LIMIT 1) last ON true`,
 		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {
 		return false, translate("look for a due report", err)

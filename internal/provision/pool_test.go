@@ -541,8 +541,8 @@ func TestDrainedAppOfATenantIsKept(t *testing.T) {
 		"app": map[string]any{"metadata": map[string]any{"tenantry": marker}}, "metadata_action": map[string]any{"op": "merge"}})
 	exec(t, w, `UPDATE apps SET state = 'purging', next_attempt_at = now() WHERE id = $1`, app)
 	r.WorkApp(t.Context(), app)
-	if got := column(t, w, `SELECT problem->>'code' FROM apps`); !slices.Equal(got, []string{"purge_contested"}) {
-		t.Errorf("the problem of the app is %q", got)
+	if got := column(t, w, `SELECT state FROM apps`); !slices.Equal(got, []string{"retired"}) {
+		t.Errorf("the app is %q", got)
 	}
 	if s := w.State(); s.Apps != 1 || s.Calls["DeleteApp"] != 0 {
 		t.Errorf("the app of a tenant was removed: %v", s.Calls)
