@@ -51,7 +51,7 @@ var crashScenarios = map[string]crashScenario{
 		points: []string{
 			"SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
-			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked", "reserve ReserveSlot",
+			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked 2", "reserve ReserveSlot",
 			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
 			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
@@ -239,8 +239,22 @@ var crashScenarios = map[string]crashScenario{
 			stateOf(s.t, is, err, tenant.Active)
 		},
 	},
+	"delete a tenant whose app is gone": {
+		points: []string{"tag AppMarked"},
+		prepare: func(s *scene) {
+			first(s)
+			marked(s.t, s.w)
+			askClarifai(s.t, s.w, "DELETE", "/apps/"+s.w.Sim.Apps()[0].ID, nil)
+		},
+		act: func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, caller) },
+		settle: func(s *scene) {
+			is, err := s.r.Delete(s.t.Context(), "user_1", true, wait, caller)
+			stateOf(s.t, is, err, tenant.Deleted)
+		},
+		moves: true,
+	},
 	"restore": {
-		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked", "makeHeldKey BeginLeasedKey"},
+		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked 2", "makeHeldKey BeginLeasedKey"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
 		settle: func(s *scene) {
@@ -249,7 +263,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"purge": {
-		points: []string{"tag BeginTag", "tag MarkApp", "tag AppMarked", "purge PurgeWait", "inUse UnknownKeys", "beginPurge BeginPurge", "purge DeleteApp",
+		points: []string{"tag BeginTag", "tag MarkApp", "tag AppMarked 2", "purge PurgeWait", "inUse UnknownKeys", "beginPurge BeginPurge", "purge DeleteApp",
 			"purge AppDeleted"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
@@ -935,7 +949,7 @@ var crashScenarios = map[string]crashScenario{
 		moves:   true,
 	},
 	"purge of a deleted tenant": {
-		points:  []string{"Delete Delete", "tag BeginTag", "tag MarkApp", "tag AppMarked", "beginPurge BeginPurge"},
+		points:  []string{"Delete Delete", "tag BeginTag", "tag MarkApp", "tag AppMarked 2", "beginPurge BeginPurge"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", true, wait, admin) },
 		settle:  purgedFirst,
@@ -958,7 +972,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"restore that is taken back": {
-		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked"},
+		points:  []string{"Restore Restore", "tag BeginTag", "tag MarkApp", "tag AppMarked 2"},
 		prepare: deleted,
 		act:     func(s *scene) { _, _ = s.r.Restore(s.t.Context(), "user_1", wait, caller) },
 		settle:  purgedFirst,

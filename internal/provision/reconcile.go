@@ -320,17 +320,20 @@ func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error
 	if e, ok := errors.AsType[*tenant.Error](err); ok && e.Kind == tenant.Conflict {
 		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, e.Detail)
 	}
+	// Only one reconciliation runs at a time: a finding whose repair always fails would stop all reports.
 	up := asUpstream(err)
-	if up != nil && (up.Class == tenant.UpstreamRefused || up.Class == tenant.UpstreamForbidden || up.Class == tenant.UpstreamNotFound) {
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, up.Error())
-	}
 	_, isDeferred := errors.AsType[*deferred](err)
-	if err != nil && up == nil && !isDeferred && !errors.Is(err, tenant.ErrLeaseLost) && ctx.Err() == nil && r.Attempts >= maxContradictions {
-		// Only one reconciliation runs at a time: a finding that fails for ever would stop all reports.
-		s.Log.Error("finding given up", zap.Int64("finding", f.Number), zap.Error(err))
-		return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, "Tenantry or its database failed; the log of its replicas says how")
+	why := ""
+	switch {
+	case up != nil && (up.Class == tenant.UpstreamRefused || up.Class == tenant.UpstreamForbidden || up.Class == tenant.UpstreamNotFound):
+		why = up.Error()
+	case err == nil || up != nil || isDeferred || errors.Is(err, tenant.ErrLeaseLost) || ctx.Err() != nil || r.Attempts < maxContradictions:
+		return err
+	default:
+		s.Log.Error("repair given up", zap.Int64("finding", f.Number), zap.Error(err))
+		why = "Tenantry or its database failed; the log of its replicas says how"
 	}
-	return err
+	return s.Store.EndFinding(ctx, r, f, tenant.FindingFailed, why)
 }
 
 func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
