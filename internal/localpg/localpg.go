@@ -391,7 +391,9 @@ func ForTests(ctx context.Context) (c *Cluster, stop func(), err error) {
 	if err := os.Chmod(dir, 0o755); err != nil {
 		return nil, nil, err
 	}
-	c, err = Open(ctx, Config{Dir: dir, Throwaway: true, Say: func(s string) { fmt.Fprintln(os.Stderr, s) }})
+	c, err = Open(ctx, Config{Dir: dir, Throwaway: true, Say: func(s string) { fmt.Fprintln(os.Stderr, s) },
+		// The connections of a test live for seconds: they would spend most of their time on planning.
+		Settings: []string{"plan_cache_mode=force_generic_plan"}})
 	if err != nil {
 		_ = os.RemoveAll(dir)
 		return nil, nil, err
