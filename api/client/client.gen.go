@@ -2792,9 +2792,10 @@ type ClientInterface interface {
 	// RemoveRetiredAppsWithBody Remove retired apps
 	//
 	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+	// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use.
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 	// id. 409 `app_not_retired`: the app is not retired.
@@ -2807,9 +2808,10 @@ type ClientInterface interface {
 	// RemoveRetiredApps Remove retired apps
 	//
 	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+	// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use.
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 	// id. 409 `app_not_retired`: the app is not retired.
@@ -3866,9 +3868,10 @@ func (c *Client) GetRecoveryFinding(ctx context.Context, finding int64, reqEdito
 // RemoveRetiredAppsWithBody Remove retired apps
 //
 // With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
+// 409 `recovery_watching`: it is not known yet whether another database is in use.
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 // that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 // id. 409 `app_not_retired`: the app is not retired.
@@ -3891,9 +3894,10 @@ func (c *Client) RemoveRetiredAppsWithBody(ctx context.Context, contentType stri
 // RemoveRetiredApps Remove retired apps
 //
 // With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
+// 409 `recovery_watching`: it is not known yet whether another database is in use.
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 // that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 // id. 409 `app_not_retired`: the app is not retired.
@@ -7730,9 +7734,10 @@ type ClientWithResponsesInterface interface {
 	// RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 	//
 	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+	// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use.
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 	// id. 409 `app_not_retired`: the app is not retired.
@@ -7745,9 +7750,10 @@ type ClientWithResponsesInterface interface {
 	// RemoveRetiredAppsWithResponse Remove retired apps
 	//
 	// With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-	// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+	// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+	// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 	//
+	// 409 `recovery_watching`: it is not known yet whether another database is in use.
 	// 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 	// that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 	// id. 409 `app_not_retired`: the app is not retired.
@@ -17532,9 +17538,10 @@ func (c *ClientWithResponses) GetRecoveryFindingWithResponse(ctx context.Context
 // RemoveRetiredAppsWithBodyWithResponse Remove retired apps
 //
 // With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
+// 409 `recovery_watching`: it is not known yet whether another database is in use.
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 // that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 // id. 409 `app_not_retired`: the app is not retired.
@@ -17553,9 +17560,10 @@ func (c *ClientWithResponses) RemoveRetiredAppsWithBodyWithResponse(ctx context.
 // RemoveRetiredAppsWithResponse Remove retired apps
 //
 // With `app_id`: removes this app, whatever it contains. With `before`: removes all retired apps that were begun or found before
-// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes
-// a finding `purge_contested`. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
+// that time. Of these, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired,
+// and the audit log says why. With `before` and without `confirm`: counts the apps, and changes nothing. Role: admin.
 //
+// 409 `recovery_watching`: it is not known yet whether another database is in use.
 // 400 `invalid_confirm`: `confirm` is neither the id nor a number. 409 `count_differs`: `confirm` is not the number of apps
 // that are selected; nothing was changed. 404 `app_not_retired`: there is no app with this
 // id. 409 `app_not_retired`: the app is not retired.

@@ -359,7 +359,7 @@ type recoverRemoveCmd struct {
 func (recoverRemoveCmd) Help() string {
 	return `Asks for the id of the app, or with --before for the number of apps, on a terminal or as a line of stdin.
 
-An app that is named by its id is removed whatever it contains. With --before, an app that has inputs, an ownership tag that names a tenant, or an unknown key is not removed: it becomes a finding.`
+An app that is named by its id is removed whatever it contains. With --before, an app that has inputs, an ownership tag that names a tenant, or an unknown key stays retired: the log and the audit log say why.`
 }
 
 func (c recoverRemoveCmd) Run(ctx context.Context, e env) error {
