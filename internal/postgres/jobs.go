@@ -54,9 +54,16 @@ func keyJobs(keys []keyInLane) []river.InsertManyParams {
 	return jobs
 }
 
+// longAgo is when every job was due. River would take the time of this process: if the clock of the
+// database is behind, the jobs would wait for as long.
+var longAgo = time.Unix(0, 0)
+
 func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error {
 	if len(jobs) == 0 {
 		return nil
+	}
+	for i := range jobs {
+		jobs[i].InsertOpts.ScheduledAt = longAgo
 	}
 	_, err := db.jobs.InsertManyFast(ctx, jobs)
 	return translate("insert jobs", err)
@@ -76,9 +83,6 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
 	batch := &pgx.Batch{}
-	// River inserts jobs with the time of this process. If the clock of the database is behind,
-	// they would wait for as long.
-	batch.Queue(`UPDATE river_job SET scheduled_at = now() WHERE state = 'available' AND scheduled_at > now() + interval '1 second'`)
 	collect(batch, &building, `
 		UPDATE apps SET enqueued_at = now()
 		WHERE id = ANY (ARRAY(

@@ -129,13 +129,11 @@ func (db *DB) StartDueReport(ctx context.Context, id uuid.UUID, every time.Durat
 	if err := db.pool.QueryRow(ctx, `
 		SELECT coalesce(
 			NOT EXISTS (SELECT FROM reconciliations WHERE state = 'running')
-			AND CASE c.recovery
-				WHEN 'recovering' THEN last.created_at IS NULL OR last.created_at < c.recovery_since
+			AND coalesce(c.recovery, '') NOT IN ('watching', 'stopped')
+			AND (greatest(d.created_at, last.created_at) < now() - $1::interval
+				OR c.recovery = 'recovering' AND (last.created_at IS NULL OR last.created_at < c.recovery_since
 					OR last.state = 'done' AND NOT EXISTS (
-						SELECT FROM reconciliation_items WHERE reconciliation_id = last.id AND (action = 'decide' AND state = 'open' OR state = 'decided'))
-				WHEN 'watching' THEN false
-				WHEN 'stopped' THEN false
-				ELSE greatest(d.created_at, last.created_at) < now() - $1::interval END, false)
+						SELECT FROM reconciliation_items WHERE reconciliation_id = last.id AND (action = 'decide' AND state = 'open' OR state = 'decided')))), false)
 		FROM (SELECT recovery, recovery_since FROM current_incarnation LIMIT 1) c, (SELECT created_at FROM deployment LIMIT 1) d LEFT JOIN LATERAL (
 			SELECT id, created_at, state FROM reconciliations WHERE kind = 'report' ORDER BY created_at DESC LIMIT 1) last ON true`,
 		every).Scan(&due); err != nil && !errors.Is(err, pgx.ErrNoRows) {

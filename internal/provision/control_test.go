@@ -320,3 +320,27 @@ func TestControlRecordOfAnotherDeployment(t *testing.T) {
 		t.Errorf("the problem is %+v, %v", is.ControlProblem, err)
 	}
 }
+
+// The job of a first build that came before the control record is not missed for long.
+func TestFirstBuildsGoOn(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(control(provisiontest.Options{Idle: true}))
+	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	r.WorkApp(t.Context(), tenant.AppID(column(t, w, `SELECT id FROM apps`)[0]))
+	if n := w.State().Calls["PostApps"]; n != 0 {
+		t.Fatalf("%d apps were made before the control record", n)
+	}
+	turn, err := r.DB.LeaseControl(t.Context(), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := r.DB.ControlWritten(t.Context(), turn, nil); err != nil {
+		t.Fatal(err)
+	}
+	if n, err := r.DB.Enqueue(t.Context()); err != nil || n != 1 {
+		t.Errorf("%d jobs were enqueued, %v; want the build", n, err)
+	}
+}

@@ -392,9 +392,17 @@ func (h *history) restoreTenant() {
 	}
 }
 
-// purge lets the retention of deleted tenants end.
+// purge lets the retention of deleted tenants end. It waits, since the ownership tags have the time of
+// the removal, too.
 func (h *history) purge() {
-	time.Sleep(310 * time.Millisecond) // the retention, which is in the ownership tags too
+	provisiontest.Eventually(h.t, "each retention has ended", func() bool {
+		for _, r := range h.replicas {
+			if rowsOf[bool](h, h.nameOf(r), `SELECT EXISTS (SELECT FROM apps WHERE purge_after > now())`)[0] {
+				return false
+			}
+		}
+		return true
+	})
 	h.work(h.replicas)
 }
 

@@ -691,7 +691,8 @@ func TestLostCommands(t *testing.T) {
 			d.within(3*time.Minute, "no key of "+c.id+" works", func() bool { return len(keysOf(c.id)) == 0 })
 		}
 	}
-	d.command(r, http.MethodPost, "/v1/recovery/end", nil)
+	d.command(r, http.MethodPost, "/v1/recovery/end",
+		map[string]any{"confirm": r.Call(http.MethodGet, "/v1/recovery", nil, tenant.Admin).Text("deployment")})
 	d.Primary.Exec(`UPDATE apps SET purge_after = now(), next_attempt_at = now() WHERE state = 'retained' AND tenant_id LIKE 'undone%'`)
 	for _, c := range cases {
 		if strings.HasSuffix(c.id, "resumed") {
