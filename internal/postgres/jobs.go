@@ -54,18 +54,13 @@ func keyJobs(keys []keyInLane) []river.InsertManyParams {
 	return jobs
 }
 
-// longAgo is when every job was due. River would take the time of this process: if the clock of the
-// database is behind, the jobs would wait for as long.
-var longAgo = time.Unix(0, 0)
-
 func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error {
 	if len(jobs) == 0 {
 		return nil
 	}
-	for i := range jobs {
-		jobs[i].InsertOpts.ScheduledAt = longAgo
-	}
-	_, err := db.jobs.InsertManyFast(ctx, jobs)
+	// InsertManyFast would insert them with the time of this process: if the clock of the database is
+	// behind, the jobs would wait for as long.
+	_, err := db.jobs.InsertMany(ctx, jobs)
 	return translate("insert jobs", err)
 }
 
