@@ -11,6 +11,7 @@ import (
 
 	"github.com/google/uuid"
 
+	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -37,6 +38,12 @@ func TestControlRecordGoesBeforeUnknownKeys(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	r := w.Start(control(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.SweepEvery = time.Hour }}))
+	t.Cleanup(func() { // the next test has the same database
+		ctx := context.WithoutCancel(t.Context())
+		if _, err := pgtest.Conn(t, w.URL).Exec(ctx, `DROP FUNCTION test_always_due CASCADE`); err != nil {
+			t.Error(err)
+		}
+	})
 	exec(t, w, `
 		CREATE FUNCTION test_always_due() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN NEW.control_due_at = '-infinity'; RETURN NEW; END $$;
 		CREATE TRIGGER test_always_due BEFORE UPDATE ON current_incarnation FOR EACH ROW EXECUTE FUNCTION test_always_due()`)
