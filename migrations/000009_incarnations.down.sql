@@ -27,6 +27,7 @@ ALTER TABLE apps
     DROP COLUMN tagging,
     DROP COLUMN tagging_purge_after,
     DROP COLUMN end_unknown_keys,
+    DROP COLUMN keys_listed_in,
     DROP COLUMN inputs,
     DROP COLUMN removal_confirmed,
     ADD CONSTRAINT apps_state CHECK (state IN ('building', 'ready', 'held', 'retained', 'purging', 'deleted')),

@@ -90,6 +90,7 @@ ALTER TABLE apps
     -- A command ended the keys of an app of an earlier incarnation: keys at Clarifai with our tag and
     -- without a row must be ended too.
     ADD COLUMN end_unknown_keys boolean NOT NULL DEFAULT false,
+    ADD COLUMN keys_listed_in uuid, -- the incarnation in which such keys were last ended
     ADD COLUMN inputs bigint, -- in a retired app, by the last report; null if Clarifai did not say
     -- A person named this app for removal: neither tag nor unknown keys stop the removal.
     ADD COLUMN removal_confirmed boolean NOT NULL DEFAULT false;

@@ -343,7 +343,8 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 			return err
 		}
 		tag, err := tx.Exec(ctx, `
-			UPDATE apps SET end_unknown_keys = false, attempts = 0, problem = NULL WHERE id = $1 AND leased_until = $2 AND end_unknown_keys`, a.ID, a.LeasedUntil)
+			UPDATE apps SET end_unknown_keys = false, keys_listed_in = stored_incarnation(), attempts = 0, problem = NULL
+			WHERE id = $1 AND leased_until = $2 AND end_unknown_keys`, a.ID, a.LeasedUntil)
 		if err := oneRow("record listed keys", tag, err); err != nil {
 			return err
 		}

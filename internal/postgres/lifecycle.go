@@ -189,11 +189,13 @@ func urgently() *tenant.Lane {
 
 // endUnknownKeys requests the end of keys that Clarifai lists for an app, with our ownership
 // tag and without a row. Only an app of an earlier incarnation can have such keys; for other
-// apps it does nothing and reports false.
+// apps it does nothing and reports false. It does so once in an incarnation, or a caller who
+// repeats the request would never see it done.
 func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, error) {
 	tag, err := tx.Exec(ctx, `
 		UPDATE apps SET end_unknown_keys = true, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
-		WHERE id = $1 AND state IN ('held', 'retained') AND user_id IS NULL AND incarnation <> stored_incarnation()`, app)
+		WHERE id = $1 AND state IN ('held', 'retained') AND user_id IS NULL AND incarnation <> stored_incarnation()
+			AND keys_listed_in IS DISTINCT FROM stored_incarnation() AND NOT end_unknown_keys`, app)
 	return tag.RowsAffected() > 0, err
 }
 
@@ -321,13 +323,13 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 		case t.State == tenant.Provisioning:
 			return nil, move(ctx, tx, t, tenant.Deleted, actor, nil)
 		case t.State == tenant.Deleting: // only the date changes
-			if err := audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID}); err != nil {
+			tag, err := tx.Exec(ctx, `
+				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+				WHERE id = $1 AND state = 'retained' AND purge_after > now()`, t.AppID)
+			if err != nil || tag.RowsAffected() == 0 { // a repeated request must not move the date: the tag would never have it
 				return nil, err
 			}
-			_, err := tx.Exec(ctx, `
-				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
-				WHERE id = $1 AND state = 'retained'`, t.AppID)
-			return nil, err
+			return nil, audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID})
 		}
 		keys, err := endKeys(ctx, tx, actor, tenant.EndDeleted, urgently(), true, `k.app_id = $6`, t.AppID)
 		if err != nil {

@@ -631,6 +631,26 @@ func TestReportRetiresAppWithTenant(t *testing.T) {
 	}
 }
 
+// Who repeats a request until it is done sees it done, for a tenant of an earlier incarnation, too.
+func TestRepeatedRequestsEnd(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	signUp(t, r, "user_1")
+	marked(t, w)
+	r.Stop()
+	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL)))
+	r = w.Start(control(provisiontest.Options{}))
+	provisiontest.Eventually(t, "the tenant is suspended", func() bool {
+		got, err := r.Suspend(t.Context(), "user_1", 0, caller)
+		return err == nil && got.State == tenant.Suspended
+	})
+	provisiontest.Eventually(t, "the tenant is deleted", func() bool {
+		got, err := r.Delete(t.Context(), "user_1", true, 0, admin)
+		return err == nil && got.State == tenant.Deleted
+	})
+}
+
 // In recovery mode decisions and creations without a command wait, and everything that ends a key
 // continues.
 func TestWhatWaitsInRecovery(t *testing.T) {
