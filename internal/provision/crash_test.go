@@ -220,6 +220,17 @@ func TestDyingReplica(t *testing.T) {
 // database most of the time.
 const maxCrashes = 4
 
+// crashReads are calls that change nothing: a replica that dies after one leaves what the call before it
+// has left. Only the full check walks them.
+var crashReads = map[string]bool{
+	"Watch": true, "Tenant": true, "Recovery": true, "RecoveryStatus": true, "Key": true, "Keys": true, "KeyOf": true, "KeysOfApp": true,
+	"DefaultKeyOf": true, "KeyExists": true, "Whoami": true, "Opens": true, "App": true, "Apps": true, "AppKeys": true, "AppOf": true,
+	"Rotation": true, "Sealed": true, "CountSealed": true, "NextFinding": true, "Finding": true, "CountFindings": true, "CountOpenFindings": true,
+	"LastReport": true, "Reconciliation": true, "RemovalsInLastHour": true, "Pools": true, "CountCampaign": true, "CountCampaigns": true,
+	"CountByRevision": true, "CountTenants": true, "CountKeys": true, "NextMisfit": true, "Misfits": true, "QuarantineState": true,
+	"SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true,
+}
+
 // Wherever a replica dies, another finishes what it began: who was told of an app
 // has it, every tenant has one app and one key, and nothing is upstream that the
 // database does not know.
@@ -237,7 +248,9 @@ func TestCrash(t *testing.T) {
 	var walks []walk
 	for _, name := range slices.Sorted(maps.Keys(crashScenarios)) {
 		for _, point := range crashScenarios[name].points {
-			if !walked[point] || full {
+			_, call, _ := strings.Cut(point, " ")
+			call, _, _ = strings.Cut(call, " ")
+			if full || !walked[point] && !crashReads[call] {
 				walks = append(walks, walk{name, point})
 			}
 			walked[point] = true
