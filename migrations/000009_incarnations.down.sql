@@ -12,7 +12,7 @@ ALTER TABLE reconciliations
 DROP TABLE quarantines;
 ALTER TABLE adoptions DROP COLUMN by_admin, DROP COLUMN reserved;
 ALTER TABLE keys DROP COLUMN incarnation;
-DROP INDEX apps_pending, apps_retired, apps_ready;
+DROP INDEX apps_pending, apps_retired, apps_retired_by_age, apps_ready;
 ALTER TABLE apps
     DROP CONSTRAINT apps_state,
     DROP CONSTRAINT apps_tenant_by_state,

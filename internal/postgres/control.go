@@ -242,7 +242,7 @@ func (db *DB) BeginRecovery(ctx context.Context, reason string, actor tenant.Act
 	return db.Recovery(ctx)
 }
 
-// errWatching refuses what must not happen in a copy.
+// errWatching is the error of a command that must not run in a copy.
 func errWatching(is tenant.Recovery) error {
 	return tenant.Errorf(tenant.Conflict, "recovery_watching", "it is not known until %s whether another database is in use; see docs/recovery.md",
 		is.WatchUntil.UTC().Format(time.RFC3339))

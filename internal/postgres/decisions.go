@@ -501,7 +501,7 @@ func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count i
 		case is.State == tenant.Watching:
 			return errWatching(is)
 		}
-		// With this incarnation: if the next one has begun, the apps are retired again.
+		// The apps get the incarnation that was just read: if the next one begins meanwhile, they are retired again.
 		rows, _ := tx.Query(ctx, `
 			WITH removing AS (
 				UPDATE apps SET state = 'purging', incarnation = $5, removal_confirmed = $3 <> '', attempts = 0, problem = NULL,

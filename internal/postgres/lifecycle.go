@@ -91,8 +91,8 @@ func move(ctx context.Context, tx pgx.Tx, t tenant.Tenant, to tenant.State, acto
 	return audit(ctx, tx, actor, event{action: "tenant." + string(to), tenant: t.ID, app: t.AppID, detail: detail})
 }
 
-// lastingProblem is the problem of a tenant that its next state does not end: its app is
-// contested, and its key must not be shown.
+// lastingProblem keeps the problem of a tenant with a contested app when the state of the tenant
+// changes: the key must stay hidden.
 const lastingProblem = `CASE WHEN problem->>'code' = '` + tenant.AppContested + `' THEN problem END`
 
 // noneCreating says of the tenant t that none of its keys is being made.
@@ -326,7 +326,7 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 			tag, err := tx.Exec(ctx, `
 				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
 				WHERE id = $1 AND state = 'retained' AND purge_after > now()`, t.AppID)
-			if err != nil || tag.RowsAffected() == 0 { // a repeated request must not move the date: the tag would never have it
+			if err != nil || tag.RowsAffected() == 0 { // a repeated request must not move the time, or the tag would never have the current one
 				return nil, err
 			}
 			return nil, audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID})

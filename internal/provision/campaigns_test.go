@@ -98,8 +98,8 @@ func column(t *testing.T, w *provisiontest.World, sql string, args ...any) []str
 	return texts
 }
 
-// conns has one connection for each test and database: another one for each poll would take
-// most of the machine.
+// conns has one connection for each test and database. One for each poll would reach the limit of
+// the server.
 var conns sync.Map
 
 func connOf(t testing.TB, w *provisiontest.World) *pgx.Conn {

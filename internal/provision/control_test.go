@@ -328,7 +328,7 @@ func TestControlRecordOfAnotherDeployment(t *testing.T) {
 	}
 }
 
-// The job of a first build that came before the control record is not missed for long.
+// A first build whose job ran before the control record existed is enqueued as soon as it exists.
 func TestFirstBuildsGoOn(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)

@@ -220,8 +220,8 @@ func TestDyingReplica(t *testing.T) {
 // database most of the time.
 const maxCrashes = 4
 
-// crashReads are calls that change nothing: a replica that dies after one leaves what the call before it
-// has left. Only the full check walks them.
+// crashReads are calls that change nothing. A replica that dies after such a call leaves the same state
+// as one that dies after the call before it, so only the full check includes them.
 var crashReads = map[string]bool{
 	"Watch": true, "Tenant": true, "Recovery": true, "RecoveryStatus": true, "Key": true, "Keys": true, "KeyOf": true, "KeysOfApp": true,
 	"DefaultKeyOf": true, "KeyExists": true, "Whoami": true, "Opens": true, "App": true, "Apps": true, "AppKeys": true, "AppOf": true,

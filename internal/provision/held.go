@@ -63,7 +63,7 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 		l = normal // a caller may wait for keys, which are created once the tag names no removal
 	}
 	app, err := s.lookAt(ctx, l, a.ID)
-	if a.State == tenant.AppRetained && tenant.ClassOf(err) == tenant.UpstreamNotFound { // nothing keeps a tag: the removal finds that out again
+	if a.State == tenant.AppRetained && tenant.ClassOf(err) == tenant.UpstreamNotFound { // the removal checks again that the app is gone
 		a.TaggedPurgeAfter = a.PurgeAfter
 		return s.Store.AppMarked(ctx, *a)
 	}

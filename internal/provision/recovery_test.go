@@ -159,7 +159,7 @@ func TestRestoredDatabase(t *testing.T) {
 	}
 }
 
-// Recovery mode ends by itself after the last finding was kept, too.
+// Recovery mode ends by itself also when the last decision was to keep a finding.
 func TestKeepEndsRecovery(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -631,7 +631,8 @@ func TestReportRetiresAppWithTenant(t *testing.T) {
 	}
 }
 
-// Who repeats a request until it is done sees it done, for a tenant of an earlier incarnation, too.
+// A caller who repeats a request until it is done sees that it is done, also for a tenant of an earlier
+// incarnation.
 func TestRepeatedRequestsEnd(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
