@@ -100,6 +100,10 @@ func TestMigrateUpAndDown(t *testing.T) {
 		t.Fatal(err)
 	}
 
+	// The newest can be taken back and repeated.
+	if err := errors.Join(postgres.MigrateDown(t.Context(), url, 1), postgres.MigrateUp(t.Context(), url)); err != nil {
+		t.Fatal(err)
+	}
 	if err := postgres.MigrateDown(t.Context(), url, 1000); err != nil {
 		t.Fatalf("migrate down: %v", err)
 	}
