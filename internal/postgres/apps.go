@@ -184,8 +184,13 @@ func (db *DB) BeginTag(ctx context.Context, a tenant.App) error {
 func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	if a.Attempts > 0 { // the app may have been contested
 		if _, err := db.pool.Exec(ctx, `
-			UPDATE tenants SET problem = NULL, version = version + 1, updated_at = now()
-			WHERE id = $1 AND app_id = $2 AND problem->>'code' = '`+tenant.AppContested+`'`, a.Tenant, a.ID); err != nil {
+			WITH ended AS (
+				UPDATE tenants t SET problem = NULL, version = version + 1, updated_at = now()
+				FROM apps a
+				WHERE t.id = $1 AND t.app_id = $2 AND t.problem->>'code' = '`+tenant.AppContested+`' AND a.id = $2 AND a.leased_until = $3
+				RETURNING t.id, t.app_id)
+			INSERT INTO audit_events (actor, action, tenant_id, app_id, detail)
+			SELECT 'worker', 'app.contest_ended', id, app_id, '{}' FROM ended`, a.Tenant, a.ID, a.LeasedUntil); err != nil {
 			return translate("end contest of app", err)
 		}
 	}

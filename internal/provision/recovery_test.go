@@ -159,25 +159,31 @@ func TestRestoredDatabase(t *testing.T) {
 	}
 }
 
-// Recovery mode ends by itself also when the last decision was to keep a finding.
-func TestKeepEndsRecovery(t *testing.T) {
-	t.Parallel()
+// withoutSignUp restores a dump that lacks the sign-up of the tenant lost, and waits for the report.
+func withoutSignUp(t *testing.T) (*provisiontest.World, *provisiontest.Replica, account) {
+	t.Helper()
 	w := provisiontest.New(t)
 	r := w.Start(control(provisiontest.Options{}))
 	controlRecorded(t, r)
 	dump := pgtest.Dump(t, w.URL)
-	app := signUp(t, r, "lost").AppID
+	lost := accountOf(t, r, "lost")
 	marked(t, w)
 	r.Stop()
-
 	w = on(w, pgtest.Restore(t, dump))
 	r = w.Start(control(provisiontest.Options{}))
 	if got := kindsOf(undecided(t, r)); !slices.Equal(got, []string{"app_unknown"}) {
 		t.Fatalf("the report found %v", got)
 	}
+	return w, r, lost
+}
+
+// Recovery mode ends by itself also when the last decision was to keep a finding.
+func TestKeepEndsRecovery(t *testing.T) {
+	t.Parallel()
+	w, r, lost := withoutSignUp(t)
 	decide(t, r, tenant.FoundAppUnknown, tenant.Keep)
 	inState(t, r, tenant.NotRecovering)
-	if keysOpening(t, w, app) != 1 {
+	if keysOpening(t, w, lost.app) != 1 {
 		t.Error("the key of the tenant that was lost works no longer")
 	}
 }
@@ -403,14 +409,9 @@ func TestContestedApp(t *testing.T) {
 	w.Faults(map[string]any{"call": "PatchApp", "probability": 1, "http": 503})
 	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.TripAfter = 1 << 20 }})
 	app := signUp(t, r, "user_1").AppID
-	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
-	if err != nil {
-		t.Fatal(err)
-	}
 	w.Faults()
 	r.Stop()
-	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "merge"},
-		"app": map[string]any{"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: r.Deployment.ID, App: app, Tenant: sealed}}}})
+	tagAs(t, w, r, app, "another")
 	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
 	r = w.Start(provisiontest.Options{})
 	provisiontest.Eventually(t, "the app is contested", func() bool {
@@ -450,6 +451,38 @@ func codeOf(err error) string {
 	return ""
 }
 
+// A contest ends by itself when somebody has corrected the ownership tag at Clarifai.
+func TestContestEnds(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	app := signUp(t, r, "user_1").AppID
+	marked(t, w)
+	tagAs(t, w, r, app, "another")
+	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+	reveals := func(code string) func() bool {
+		return func() bool {
+			_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
+			return codeOf(err) == code && (err == nil) == (code == "")
+		}
+	}
+	provisiontest.Eventually(t, "the app is contested", reveals("app_contested"))
+	tagAs(t, w, r, app, "user_1")
+	exec(t, w, `UPDATE apps SET next_attempt_at = now(), enqueued_at = '-infinity'`)
+	provisiontest.Eventually(t, "the key is shown again", reveals(""))
+}
+
+// tagAs overwrites the tenant in the ownership tag of an app.
+func tagAs(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, app tenant.AppID, id tenant.ID) {
+	t.Helper()
+	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: id, Generation: 1, Profile: tenant.DefaultProfile})
+	if err != nil {
+		t.Fatal(err)
+	}
+	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "merge"},
+		"app": map[string]any{"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: r.Deployment.ID, App: app, Tenant: sealed}}}})
+}
+
 // A decision about an app that is gone by now fails, and does not stop the reports.
 func TestDecisionAboutAppThatIsGone(t *testing.T) {
 	t.Parallel()
@@ -457,12 +490,7 @@ func TestDecisionAboutAppThatIsGone(t *testing.T) {
 	r := w.Start(provisiontest.Options{})
 	app := signUp(t, r, "user_1").AppID
 	marked(t, w)
-	sealed, err := w.Keys.SealOwner(app, tenant.AppOwner{Tenant: "another", Generation: 1, Profile: tenant.DefaultProfile})
-	if err != nil {
-		t.Fatal(err)
-	}
-	askClarifai(t, w, "PATCH", "/apps/"+string(app), map[string]any{"action": "overwrite", "metadata_action": map[string]any{"op": "merge"},
-		"app": map[string]any{"metadata": map[string]any{"tenantry": tenant.Marker{Deployment: r.Deployment.ID, App: app, Tenant: sealed}}}})
+	tagAs(t, w, r, app, "another")
 	report(t, r)
 	found, err := r.DB.Undecided(t.Context(), tenant.FoundAppDiffers, tenant.Finding{}, 10)
 	if err != nil || len(found) != 1 {
@@ -482,18 +510,7 @@ func TestDecisionAboutAppThatIsGone(t *testing.T) {
 // A restart of the database does not end a recovery whose findings are not decided.
 func TestRestartDuringRecovery(t *testing.T) {
 	t.Parallel()
-	w := provisiontest.New(t)
-	r := w.Start(control(provisiontest.Options{}))
-	controlRecorded(t, r)
-	dump := pgtest.Dump(t, w.URL)
-	want := accountOf(t, r, "lost")
-	marked(t, w)
-	r.Stop()
-	w = on(w, pgtest.Restore(t, dump))
-	r = w.Start(control(provisiontest.Options{}))
-	if got := kindsOf(undecided(t, r)); !slices.Equal(got, []string{"app_unknown"}) {
-		t.Fatalf("the report found %v", got)
-	}
+	w, r, want := withoutSignUp(t)
 	before := inState(t, r, tenant.Recovering)
 	r.Stop()
 	w = on(w, pgtest.Restore(t, pgtest.Dump(t, w.URL))) // another fingerprint, and every event
