@@ -61,6 +61,9 @@ func TestRecoveryStates(t *testing.T) {
 	t.Parallel()
 	s := newSite(t)
 	s.call(tenant.Provisioner, "PUT", "/v1/tenants/user_1", "", "Prefer", "wait=30")
+	// With this tenant undecided, no report ends recovery mode by itself.
+	gone := s.call(tenant.Provisioner, "PUT", "/v1/tenants/gone", "", "Prefer", "wait=30")
+	removeByHand(t, s.world, fmt.Sprint("/apps/", gone.at(t, "app", "id")))
 	normal := s.call(tenant.Viewer, "GET", "/v1/recovery", "")
 	if normal.at(t, "state") != "none" || normal.at(t, "since") != nil || normal.at(t, "ends_when") != nil || normal.at(t, "undecided_findings") != 0.0 ||
 		normal.at(t, "retired_apps", "count") != 0.0 || normal.at(t, "control_app") != "t-c"+s.replica.Deployment.ID || normal.at(t, "deployment") != s.replica.Deployment.ID {
