@@ -15,6 +15,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
@@ -222,9 +223,14 @@ func (h *history) alone(name, sql string) {
 		err := h.admin.QueryRow(h.t.Context(), `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1`, name).Scan(&n)
 		return err == nil && n == 0
 	})
-	if _, err := h.admin.Exec(h.t.Context(), sql); err != nil {
-		h.t.Fatalf("%s: %v", sql, err)
-	}
+	// Connections that are being refused count as users of the database, too.
+	provisiontest.Eventually(h.t, sql, func() bool {
+		_, err := h.admin.Exec(h.t.Context(), sql)
+		if pgErr, ok := errors.AsType[*pgconn.PgError](err); err != nil && (!ok || pgErr.Code != "55006") {
+			h.t.Fatalf("%s: %v", sql, err)
+		}
+		return err == nil
+	})
 }
 
 func (h *history) open(name string) {
