@@ -420,15 +420,30 @@ func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor
 // signUpAlone is the sign-up of a tenant that is there, or for which no app was ready.
 // What has changed since is seen: it is one transaction of its own.
 func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
-	s := tenant.SignedUp{}
-	if err := db.ensureIncarnation(ctx); err != nil {
-		return s, err
+	// A new incarnation may begin meanwhile, but not each time.
+	for tries := 3; ; tries-- {
+		s, current, err := db.trySignUpAlone(ctx, n, actor)
+		if err != nil || current {
+			return s, err
+		}
+		if err := db.ensureIncarnation(ctx); err != nil {
+			return s, err
+		}
+		if tries == 0 {
+			return s, tenant.Errorf(tenant.Unavailable, "database_unavailable", "the database is being replaced again and again")
+		}
 	}
+}
+
+// trySignUpAlone is one attempt of signUpAlone. It changes nothing, and reports false, unless the
+// incarnation of the database is current and not stopped.
+func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (s tenant.SignedUp, current bool, err error) {
 	var began []tenant.AppID
 	batch := &pgx.Batch{}
 	made := `
 			INSERT INTO tenants (id, profile, display_name, labels, attributes_hash)
-			VALUES ($1, $2, $3, $4, $5) ON CONFLICT (id) DO NOTHING`
+			SELECT $1, $2, $3, $4, $5 WHERE ` + currentIncarnation + ` IS NOT NULL
+			ON CONFLICT (id) DO NOTHING`
 	if n.Again {
 		// Not ON CONFLICT DO UPDATE: that would lock the row of each tenant that is there.
 		made = `
@@ -436,7 +451,7 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 			SET generation = generation + 1, profile = $2, display_name = $3, labels = $4, attributes_hash = $5, state = 'provisioning',
 				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false, background = false,
 				version = version + 1, updated_at = now()
-			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted')`
+			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted') AND ` + currentIncarnation + ` IS NOT NULL`
 	}
 	batch.Queue(`
 		WITH made AS (`+made+`
@@ -453,24 +468,27 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 			return err
 		})
 	var background bool
-	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background FROM tenants t WHERE t.id = $1`, n.ID).
+	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background, `+currentIncarnation+` IS NOT NULL FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
 			fields, done := tenantFields(&s.Tenant)
 			defer done()
-			return row.Scan(append(fields, &s.FirstHash, &background)...)
+			err := row.Scan(append(fields, &s.FirstHash, &background, &current)...)
+			if errors.Is(err, pgx.ErrNoRows) { // it was not inserted
+				return nil
+			}
+			return err
 		})
 	// Without BEGIN, the statements of a batch are one transaction.
-	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
-		return s, translate("sign up", err)
+	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil || !current {
+		return s, current, translate("sign up", err)
 	}
 	db.changed(s.Tenant.ID, s.Tenant.AppID)
 	if background && s.Tenant.State == tenant.Provisioning && s.Tenant.Profile == n.Profile.Name {
-		var err error
 		s.Tenant, err = db.hurry(ctx, n, actor)
-		return s, err
+		return s, true, err
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
-	return s, db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	return s, true, db.enqueueApps(ctx, tenant.QueueInteractive, began)
 }
 
 // Retry makes due now what a tenant waits for and whose next try is due later, and
