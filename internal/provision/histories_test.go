@@ -17,6 +17,7 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 
+	"github.com/tenantry/tenantry/internal/clarifaisim"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
@@ -394,7 +395,10 @@ func (h *history) restoreTenant() {
 	})
 	if err == nil {
 		h.commanded(id)
-		delete(h.removable, string(got.AppID))
+		// An app that was removed before the loss stays removed.
+		if slices.ContainsFunc(h.w.Sim.Apps(), func(a clarifaisim.AppInfo) bool { return a.ID == string(got.AppID) }) {
+			delete(h.removable, string(got.AppID))
+		}
 	}
 }
 
