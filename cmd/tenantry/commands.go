@@ -80,7 +80,7 @@ func (f databaseFlags) open(ctx context.Context, e env) (*postgres.DB, error) {
 	if err != nil {
 		return nil, err
 	}
-	return postgres.Open(ctx, postgres.Config{URL: direct, MaxConns: 2})
+	return postgres.Open(ctx, postgres.Config{URL: direct, MaxConns: 2, Standby: true})
 }
 
 type tokenCmd struct {

@@ -107,9 +107,9 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		return tx.QueryRow(ctx, `SELECT `+adoptionColumns+` FROM adoptions a WHERE tenant_id = $1 AND dry_run = $2`, n.TenantID, n.DryRun).
 			Scan(adoptionFields(&b.Adoption)...)
 	}
-	err := pgx.BeginFunc(ctx, db.pool, begin)
+	err := db.inTx(ctx, begin)
 	if errors.Is(err, errAppeared) {
-		err = pgx.BeginFunc(ctx, db.pool, begin)
+		err = db.inTx(ctx, begin)
 	}
 	if err != nil {
 		return b, translate("begin adoption", err)
@@ -212,7 +212,7 @@ func (db *DB) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (boo
 // tenant.Conflict if the app, the tenant's id or the key were taken meanwhile.
 func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
 	var making []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		generation, there, err := lockAdopter(ctx, tx, a)
 		if err != nil {
 			return err
@@ -403,7 +403,7 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 // EndAdoption ends a leased adoption without carrying it out. Of what was given it keeps
 // what tells the same adoption, and nothing that is a secret or says who somebody is.
 func (db *DB) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error {
-	return translate("end adoption", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("end adoption", db.inTx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE adoptions
 			SET state = $3, problem = $4, ciphertext = NULL, reserved = false, display_name = '', labels = '{}', leased_until = '-infinity', updated_at = now()

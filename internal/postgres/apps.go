@@ -131,7 +131,7 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 // retired instead.
 func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
 	var began []tenant.AppID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
 		var ready, active int64
 		batch.Queue(`

@@ -88,7 +88,7 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 // ends, and what waited because of it is tried now. It reports whether a pause
 // ended.
 func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `
 			WITH was AS (SELECT pauses FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
 			UPDATE upstream_budget

@@ -121,7 +121,7 @@ func (db *DB) Caller(ctx context.Context, tokenID string) (tenant.Caller, error)
 // It reports tenant.NotFound for an id that no token has.
 func (db *DB) RevokeCaller(ctx context.Context, tokenID string, actor tenant.Actor) (tenant.Caller, error) {
 	var c tenant.Caller
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		c, err = revokeCaller(ctx, tx, tokenID, actor)
 		return err
 	})
@@ -147,7 +147,7 @@ func revokeCaller(ctx context.Context, tx pgx.Tx, tokenID string, actor tenant.A
 // token that can manage callers: without one, only who has the database could.
 func (db *DB) RevokeCallerUnlessLast(ctx context.Context, tokenID string, actor tenant.Actor) (tenant.Caller, error) {
 	var c tenant.Caller
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		// Locked, in one order, so that two admins do not revoke each other at once.
 		rows, _ := tx.Query(ctx, `
 			SELECT token_id FROM callers
@@ -175,7 +175,7 @@ func (db *DB) RevokeCallerUnlessLast(ctx context.Context, tokenID string, actor 
 // before.
 func (db *DB) RotateCaller(ctx context.Context, tokenID string, next tenant.Token, r tenant.TokenRotation, actor tenant.Actor) (tenant.Caller, error) {
 	var c tenant.Caller
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+callerColumns+` FROM callers WHERE token_id = $1 FOR UPDATE`, tokenID)
 		old, err := oneCaller(rows)
 		if err != nil {

@@ -59,7 +59,7 @@ func (db *DB) NoteProfiles(ctx context.Context, profiles []tenant.Profile) error
 // filter is running or paused.
 func (db *DB) StartCampaign(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (tenant.Campaign, error) {
 	var c tenant.Campaign
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		var err error
 		c, err = insertCampaign(ctx, tx, n, actor, `true`)
 		return err
@@ -105,7 +105,7 @@ func insertCampaign(ctx context.Context, tx pgx.Tx, n tenant.NewCampaign, actor 
 // none or such a campaign is open. It reports whether it did.
 func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error) {
 	var c tenant.Campaign
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		var err error
 		c, err = insertCampaign(ctx, tx, n, actor, `
 			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
@@ -176,7 +176,7 @@ func (db *DB) CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[t
 // ChangeCampaign pauses, resumes or stops a campaign. It reports tenant.Conflict if
 // its state does not allow that, and changes nothing if it is so already.
 func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.CampaignChange, actor tenant.Actor) (c tenant.Campaign, changed bool, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+campaignColumns+` FROM campaigns c WHERE id = $1 FOR UPDATE OF c`, id)
 		if c, err = oneCampaign(rows); err != nil {
 			return err
@@ -348,7 +348,7 @@ var sharedProblems = []string{"upstream_throttled", "upstream_unavailable", "ups
 // SettleCampaign counts the rotations of a leased campaign whose end is known, and
 // ends the campaign if nothing is left of it.
 func (db *DB) SettleCampaign(ctx context.Context, c tenant.Campaign, actor tenant.Actor) (s tenant.Settling, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		var problem *tenant.Problem
 		err := tx.QueryRow(ctx, `
 			WITH looked AS (
@@ -445,7 +445,7 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 // rotateNext begins one rotation of a leased campaign, or skips the key. It reports
 // whether it began, and whether the campaign goes on.
 func (db *DB) rotateNext(ctx context.Context, c tenant.Campaign, k walkedKey, id uuid.UUID, actor tenant.Actor) (begins, goesOn bool, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		if goesOn, err = holdCampaign(ctx, tx, c); err != nil || !goesOn {
 			return err
 		}
@@ -608,7 +608,7 @@ func (db *DB) NextMisfit(ctx context.Context, c tenant.Campaign) (tenant.Misfit,
 // KeyRescopedTo writes down the scopes that a key of an app got at Clarifai for a
 // campaign.
 func (db *DB) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Misfit, k tenant.MisfitKey, scopes []string, actor tenant.Actor) error {
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE keys SET scopes = $2, updated_at = now() WHERE id = $1 AND state IN ('active', 'retiring')`, k.ID, scopes)
 		if err != nil || tag.RowsAffected() == 0 { // it is being revoked
@@ -626,7 +626,7 @@ func (db *DB) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Mis
 // if the app's keys or its tenant have changed since m was read.
 func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (ok bool, err error) {
 	var added []keyInLane
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		ok, added = false, nil
 		// Finished also if it was paused meanwhile.
 		if _, err := holdCampaign(ctx, tx, c); err != nil {
@@ -686,7 +686,7 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 
 // LeaveMisfit ends an app of a leased campaign that was skipped or has failed.
 func (db *DB) LeaveMisfit(ctx context.Context, c tenant.Campaign, m tenant.Misfit, state tenant.CampaignItemState, problem tenant.Problem) error {
-	return translate("leave app as it is", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("leave app as it is", db.inTx(ctx, func(tx pgx.Tx) error {
 		if _, err := holdCampaign(ctx, tx, c); err != nil {
 			return err
 		}

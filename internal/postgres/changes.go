@@ -190,7 +190,7 @@ func (e lostEvent) Error() string {
 
 // once follows the log over one connection.
 func (f *follower) once(ctx context.Context, following func()) error {
-	conn, err := pgx.ConnectConfig(ctx, f.db.direct.Config().ConnConfig)
+	conn, err := f.db.sessions.connect(ctx)
 	if err != nil {
 		return err
 	}
@@ -266,13 +266,6 @@ func (f *follower) restart() {
 func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
-	var standby bool
-	if err := conn.QueryRow(ctx, `SELECT pg_is_in_recovery()`).Scan(&standby); err != nil {
-		return err
-	}
-	if standby {
-		return errors.New("the database is a standby")
-	}
 	var now history
 	// The name of the log file has the timeline at once; the control file has it only
 	// after the first checkpoint.

@@ -50,7 +50,7 @@ func (db *DB) LeaseControl(ctx context.Context, force bool) (tenant.ControlTurn,
 // the record.
 func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *tenant.ControlRecord) (is tenant.Recovery, write bool, err error) {
 	var behind string
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err = db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		write, behind = false, ""
 		w := watch{record: record}
 		if w.was, err = scanRecovery(tx.QueryRow(ctx, `
@@ -278,7 +278,7 @@ func (db *DB) changeRecovery(ctx context.Context, what string, change func(pgx.T
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return is, err
 	}
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		was, err := scanRecovery(tx.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation FOR UPDATE`))
 		if err != nil {
 			return err

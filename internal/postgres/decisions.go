@@ -60,7 +60,7 @@ func (db *DB) Finding(ctx context.Context, number int64) (tenant.Finding, error)
 // not wait for a decision are left out.
 func (db *DB) Decide(ctx context.Context, number int64, kind tenant.FindingKind, choice tenant.RepairAction, actor tenant.Actor) (int, error) {
 	var n int
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE reconciliation_items
 			SET action = $3, decided_by = $4, state = CASE WHEN $3 = 'keep' THEN 'done' ELSE 'decided' END,
@@ -337,7 +337,7 @@ func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.A
 // Workers revoke the listed keys that have no row.
 func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.AdoptedKey, actor tenant.Actor) error {
 	var keys []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
 		if err != nil {
 			return err
@@ -434,7 +434,7 @@ func (db *DB) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenan
 // shows that the rows may be out of date. A person must decide. Until then the key of a held app
 // is not shown.
 func (db *DB) Contested(ctx context.Context, a tenant.App, f tenant.Finding, problem tenant.Problem, retry tenant.Setback) error {
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
 		if err != nil {
 			return err
@@ -493,7 +493,7 @@ func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count i
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return err
 	}
-	return translate("remove retired apps", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("remove retired apps", db.inTx(ctx, func(tx pgx.Tx) error {
 		is, err := scanRecovery(tx.QueryRow(ctx, `SELECT `+recoveryColumns+` FROM current_incarnation`))
 		switch {
 		case err != nil:

@@ -37,3 +37,6 @@ func (db *DB) Poll(ctx context.Context, from int64, gaps []int64) error {
 	_, err := db.pool.Exec(ctx, newEventsSQL, from, gaps, mostEvents)
 	return err
 }
+
+// InTx runs f in a transaction.
+func (db *DB) InTx(ctx context.Context, f func(tx pgx.Tx) error) error { return db.inTx(ctx, f) }

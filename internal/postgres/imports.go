@@ -188,7 +188,7 @@ func (db *DB) ClaimInBackground(ctx context.Context, p tenant.Profile, actor ten
 		return translate("look who waits in the background", err)
 	}
 	defer db.wakeFollowers()
-	return translate("claim in the background", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("claim in the background", db.inTx(ctx, func(tx pgx.Tx) error {
 		// Two at once would each see the same surplus, and together take more.
 		var alone bool
 		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('claim in background'), hashtext($1))`, p.Name).

@@ -149,7 +149,7 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 		return db.startIncarnation(ctx, tx, was, reason, c)
 	}
 	for {
-		err = pgx.BeginFunc(ctx, db.pool, start)
+		err = db.inTx(ctx, start)
 		pg, ok := errors.AsType[*pgconn.PgError](err)
 		if !ok || pg.Code != "55P03" || ctx.Err() != nil { // lock_not_available: let waiting transactions continue, and retry
 			break
@@ -249,7 +249,7 @@ func (db *DB) Leave(ctx context.Context) (last bool, err error) {
 // leased: that worker retires it. It returns the number of marked apps.
 func (db *DB) RetireApps(ctx context.Context) (int, error) {
 	var n int
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		if err := tx.QueryRow(ctx, `
 			WITH old AS (
 				SELECT id FROM apps WHERE (state = 'ready' OR state = 'building' OR state = 'purging') AND tenant_id IS NULL

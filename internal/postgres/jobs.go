@@ -170,7 +170,7 @@ func collect[T any](batch *pgx.Batch, ids *[]T, sql string, args ...any) {
 // build runs for, with the given ids, at most as many as there are ids at once.
 func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
 	var began []tenant.AppID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		// Two sweeps at once would each see the same want and build for it twice.
 		var alone bool
 		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('start builds'), hashtext($1))`, p.Name).

@@ -93,7 +93,7 @@ func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Ac
 	if what.AppID != "" {
 		which, arg = `a.id = $1`, what.AppID
 	}
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		err := tx.QueryRow(ctx, `
 			SELECT a.id, a.state, coalesce(a.tenant_id, ''), now() FROM apps a WHERE a.id = (
 				SELECT a.id FROM apps a LEFT JOIN keys k ON k.app_id = a.id WHERE `+which+` LIMIT 1)`, arg).
@@ -180,7 +180,7 @@ func (db *DB) BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error {
 func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error) {
 	var next tenant.LeasedKey
 	var owner tenant.ID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
@@ -224,7 +224,7 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
 	var retired []keyInLane
 	var owner tenant.ID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
@@ -318,7 +318,7 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 		state, action = tenant.KeyLost, "key.lost"
 	}
 	var owner tenant.ID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}
@@ -354,7 +354,7 @@ func (db *DB) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Pro
 // dead: a person must decide.
 func (db *DB) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error {
 	var owner tenant.ID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
 			return err
 		}

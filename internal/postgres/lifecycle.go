@@ -52,7 +52,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return t, err
 	}
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, id)
 		var err error
 		if t, err = oneTenant(rows); err != nil {
@@ -137,7 +137,7 @@ func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
 		return translate("find tenants to settle", err)
 	}
 	for _, id := range ids {
-		err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		err := db.inTx(ctx, func(tx pgx.Tx) error {
 			if _, err := tx.Exec(ctx, `SELECT FROM tenants WHERE id = $1 FOR UPDATE`, id); err != nil {
 				return err
 			}
@@ -419,7 +419,7 @@ func purgeWait(ctx context.Context, q querier, perHour int) (wait time.Duration,
 // After that the tenant cannot be restored. Up to perHour apps of tenants are removed in an hour;
 // at that limit it changes nothing and returns how long to wait.
 func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		// Two at once would each count what the other is about to remove for nothing.
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('purge apps'))`); err != nil {
 			return err
@@ -454,7 +454,7 @@ func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor t
 // EndDueKeys ends the keys whose overlap is over and those that have expired.
 func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 	var keys []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		for _, due := range []struct {
 			reason tenant.EndReason
 			lane   *tenant.Lane
@@ -486,7 +486,7 @@ func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 // has. A tenant that is not active gets them when it resumes.
 func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error {
 	var added []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		var owner tenant.ID
 		err := tx.QueryRow(ctx, `SELECT id FROM tenants WHERE app_id = $1 AND state = 'active' FOR UPDATE`, a.ID).Scan(&owner)
 		if errors.Is(err, pgx.ErrNoRows) {

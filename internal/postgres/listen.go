@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -100,7 +99,7 @@ func (db *DB) Listen(ctx context.Context, log *zap.Logger) error {
 
 func (db *DB) listenOnce(ctx context.Context, listening func()) error {
 	// A connection of its own: one that listens must not go back to a pool.
-	conn, err := pgx.ConnectConfig(ctx, db.direct.Config().ConnConfig)
+	conn, err := db.sessions.connect(ctx)
 	if err != nil {
 		return err
 	}

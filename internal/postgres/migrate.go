@@ -182,6 +182,9 @@ func underMigrationLock(ctx context.Context, direct tenant.Secret, act func(*DB,
 	}
 	// Closing the session releases the lock, also when this process is killed.
 	defer func() { _ = conn.Conn().Close(context.WithoutCancel(ctx)); conn.Release() }()
+	if _, err := conn.Exec(ctx, `SET lock_timeout = 0; SET statement_timeout = 0`); err != nil { // another process may migrate for long
+		return translate("connect", err)
+	}
 	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock($1)`, int64(migrationLock)); err != nil {
 		return translate("wait for the migration lock", err)
 	}

@@ -60,7 +60,7 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 	if is, err := dueNow(db.pool); err != nil || len(is) == 0 {
 		return translate("look for pools to plan", err)
 	}
-	return translate("plan pools", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("plan pools", db.inTx(ctx, func(tx pgx.Tx) error {
 		var alone bool
 		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('plan pools'))`).Scan(&alone); err != nil || !alone {
 			return err
@@ -227,7 +227,7 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
 	var began []tenant.AppID
 	first := 0 // of those, that are for the pool
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		// As in StartBuilds.
 		var alone bool
 		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('fill pool'), hashtext($1))`, p.Name).
@@ -293,7 +293,7 @@ func (db *DB) KeyProven(ctx context.Context, a tenant.App) error {
 // MemberDead retires a leased app of the pool whose key is gone, since it may have been handed
 // out. It reports tenant.ErrLeaseLost if a tenant has it by now.
 func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error {
-	return translate("take dead app out of the pool", pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate("take dead app out of the pool", db.inTx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			WITH gone AS (
 				UPDATE apps
@@ -312,7 +312,7 @@ func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) 
 // more, the key stays as it is.
 func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
 	var made []keyInLane
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
 		if err != nil {
 			return err

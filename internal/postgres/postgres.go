@@ -12,16 +12,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
-	"net"
-	"strings"
 	"sync"
 	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/riverqueue/river"
 	"github.com/riverqueue/river/riverdriver/riverpgxv5"
@@ -34,8 +30,10 @@ import (
 type DB struct {
 	pool   *pgxpool.Pool
 	direct *pgxpool.Pool
-	jobs   *river.Client[pgx.Tx]
-	hub    *hub
+	// sessions opens connections to the database itself, outside the pools.
+	sessions *connector
+	jobs     *river.Client[pgx.Tx]
+	hub      *hub
 
 	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
 	cache   *cache
@@ -53,6 +51,11 @@ type Config struct {
 	// DirectURL must give sessions: listening, jobs and migrations need them.
 	// Unset means URL.
 	DirectURL tenant.Secret
+	// RereadURL and RereadDirectURL read them again for each new connection. Unset means that they
+	// cannot change.
+	RereadURL, RereadDirectURL func() (tenant.Secret, error)
+	// Standby allows connections to a standby, which returns old data and takes no change.
+	Standby bool
 	// MaxConns bounds each of the two pools. Zero means 16.
 	MaxConns int32
 	Log      *zap.Logger // nil logs nothing
@@ -71,77 +74,22 @@ type Config struct {
 	tracer pgx.QueryTracer // sees each statement, in tests
 }
 
-// connectTimeout bounds one attempt to connect, so that a request learns in
-// time that the database is away.
-const connectTimeout = 3 * time.Second
-
-// ParseURL checks a connection string. Its error never repeats the string,
-// which holds a password.
-func ParseURL(url tenant.Secret) error {
-	_, err := poolConfig(url, 0)
-	return err
-}
-
-// cutPassword reports whether a slash, question mark or hash in a password ends the
-// host early, as in postgres://user:12/34@host/db: the rest of the password would be
-// the database's name, which errors show.
-func cutPassword(url string) bool {
-	_, rest, ok := strings.Cut(url, "://")
-	if !ok {
-		return false
-	}
-	end := strings.IndexAny(rest, "/?#")
-	if end < 0 || strings.Contains(rest[:end], "@") {
-		return false
-	}
-	// An at sign in the value of a parameter is in order, as in ?user=a@b.
-	name, _, _ := strings.Cut(rest[end:], "=")
-	return strings.Contains(name, "@")
-}
-
-func poolConfig(url tenant.Secret, maxConns int32) (*pgxpool.Config, error) {
-	cfg, err := pgxpool.ParseConfig(url.Reveal())
-	if err != nil || cutPassword(url.Reveal()) {
-		return nil, errors.New("not a Postgres connection string: it should read like postgres://user:password@host:5432/database, " +
-			"with the special characters of the password percent-encoded")
-	}
-	if maxConns <= 0 {
-		maxConns = 16
-	}
-	cfg.MaxConns = maxConns
-	if cfg.ConnConfig.ConnectTimeout <= 0 || cfg.ConnConfig.ConnectTimeout > connectTimeout {
-		cfg.ConnConfig.ConnectTimeout = connectTimeout
-	}
-	if cfg.ConnConfig.RuntimeParams["application_name"] == "" {
-		cfg.ConnConfig.RuntimeParams["application_name"] = "tenantry"
-	}
-	return cfg, nil
-}
-
 // Open prepares a DB. It does not connect: see Ping.
 func Open(ctx context.Context, cfg Config) (*DB, error) {
-	pc, err := poolConfig(cfg.URL, cfg.MaxConns)
+	log := cmp.Or(cfg.Log, zap.NewNop())
+	pooled := cfg.DirectURL.IsSet() && cfg.DirectURL.Reveal() != cfg.URL.Reveal()
+	requests := &connector{log: log, standby: cfg.Standby, pooled: pooled, url: cfg.RereadURL}
+	sessions := requests
+	pool, err := requests.open(ctx, cfg.URL, cfg.MaxConns, cfg.tracer)
 	if err != nil {
 		return nil, err
 	}
-	pc.ConnConfig.Tracer = cfg.tracer
-	prepares := preparer{log: cmp.Or(cfg.Log, zap.NewNop())}
-	prepares.watch(pc)
-	pool, err := pgxpool.NewWithConfig(ctx, pc)
-	if err != nil {
-		return nil, fmt.Errorf("open pool: %w", err)
-	}
-	prepares.pool.Store(pool)
 	direct := pool
-	if cfg.DirectURL.IsSet() && cfg.DirectURL.Reveal() != cfg.URL.Reveal() {
-		pc, err := poolConfig(cfg.DirectURL, cfg.MaxConns)
-		if err != nil {
+	if pooled {
+		sessions = &connector{log: log, standby: cfg.Standby, url: cfg.RereadDirectURL}
+		if direct, err = sessions.open(ctx, cfg.DirectURL, cfg.MaxConns, nil); err != nil {
 			pool.Close()
 			return nil, fmt.Errorf("direct connection: %w", err)
-		}
-		if direct, err = pgxpool.NewWithConfig(ctx, pc); err != nil {
-			pool.Close()
-			return nil, fmt.Errorf("open direct pool: %w", err)
 		}
 	}
 	// A client without workers only inserts.
@@ -152,7 +100,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open job client: %w", err)
 	}
-	db := &DB{pool: pool, direct: direct, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
+	db := &DB{pool: pool, direct: direct, sessions: sessions, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
 		unsent: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
 	db.lookups = &lookups{db: db}
 	return db, nil
@@ -205,38 +153,14 @@ func translate(act string, err error) error {
 	if _, ok := errors.AsType[*tenant.Error](err); ok {
 		return err
 	}
-	if away(err) {
+	if why := whyUnavailable(err); why != "" {
 		return &tenant.Error{
 			Kind:       tenant.Unavailable,
 			Code:       "database_unavailable",
-			Detail:     "the database cannot be reached; try again",
+			Detail:     why + "; try again",
 			RetryAfter: 2 * time.Second,
 			Err:        fmt.Errorf("%s: %w", act, err),
 		}
 	}
 	return fmt.Errorf("%s: %w", act, err)
-}
-
-// away reports whether err means that the database cannot be used just now,
-// rather than that a statement is wrong.
-func away(err error) bool {
-	if pg, ok := errors.AsType[*pgconn.PgError](err); ok {
-		switch pg.Code[:2] {
-		case "08", "53", "57", "58": // connection, resources, operator intervention, system
-			return true
-		}
-		switch pg.Code {
-		case "25006", "40001", "40P01": // read-only after a fail-over, serialisation, deadlock
-			return true
-		}
-		return statementLost(pg) || planStale(pg)
-	}
-	if _, ok := errors.AsType[*pgconn.ConnectError](err); ok {
-		return true
-	}
-	if _, ok := errors.AsType[net.Error](err); ok {
-		return true
-	}
-	return errors.Is(err, context.DeadlineExceeded) || errors.Is(err, net.ErrClosed) || errors.Is(err, io.ErrUnexpectedEOF) ||
-		pgconn.SafeToRetry(err)
 }

@@ -92,7 +92,7 @@ func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, actor
 func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, insert string, args ...any) (tenant.Reconciliation, error) {
 	args = append(args, actor.RequestID)
 	var r tenant.Reconciliation
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, insert+` RETURNING `+reconciliationColumns, args[:len(args)-1]...)
 		var err error
 		if r, err = pgx.CollectExactlyOneRow(rows, scanReconciliation); err != nil {
@@ -245,7 +245,7 @@ func (db *DB) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.
 
 // underLease runs act in a transaction that holds the leased reconciliation.
 func (db *DB) underLease(ctx context.Context, what string, r tenant.Reconciliation, act func(pgx.Tx) error) error {
-	return translate(what, pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	return translate(what, db.inTx(ctx, func(tx pgx.Tx) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE reconciliations SET attempts = 0, problem = NULL WHERE id = $1 AND leased_until = $2 AND state = 'running'`,
 			r.ID, r.LeasedUntil)

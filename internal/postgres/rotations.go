@@ -354,10 +354,10 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		}
 		return wakeTenant(ctx, tx, owner)
 	}
-	err := pgx.BeginFunc(ctx, db.pool, quarantine)
+	err := db.inTx(ctx, quarantine)
 	for range 2 {
 		if errors.Is(err, errAppeared) {
-			err = pgx.BeginFunc(ctx, db.pool, quarantine)
+			err = db.inTx(ctx, quarantine)
 		}
 	}
 	if errors.Is(err, errAppeared) { // its tenant did not appear: a table was restored alone
@@ -416,7 +416,7 @@ func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.
 func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
 	var keys []keyInLane
 	var owner tenant.ID
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) (err error) {
+	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if app != "" {
 			if owner, err = lockOwner(ctx, tx, app); err != nil {
 				return err

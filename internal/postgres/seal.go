@@ -40,7 +40,7 @@ func (db *DB) Sealed(ctx context.Context) (tenant.Sealed, error) {
 // the row as it is. Rows that somebody is at are passed over.
 func (db *DB) Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(id uuid.UUID, ciphertext []byte) []byte) (tenant.Resealed, error) {
 	var r tenant.Resealed
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		r = tenant.Resealed{}
 		rows, _ := tx.Query(ctx, `
 			SELECT id, ciphertext FROM keys
@@ -179,7 +179,7 @@ func countSealed(ctx context.Context, q sender) (tenant.SealedCounts, error) {
 // keyset, if nothing needs it: from then on it can be taken out of the keyset. It
 // returns what needs it, and has changed nothing if anything does.
 func (db *DB) RemoveSealKey(ctx context.Context, id tenant.SealKeyID, actor tenant.Actor) (needs tenant.SealedCounts, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		// Who writes now may be sealing by the key; who comes later is refused.
 		if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '10s'`); err != nil {
 			return err

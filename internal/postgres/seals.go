@@ -185,7 +185,7 @@ func auditWritersOf(ctx context.Context, q querier, before []string) (running bo
 // sealNext seals the oldest events that no seal covers, up to last. It reports
 // false if there are none or another replica is at it.
 func (db *DB) sealNext(ctx context.Context, last int64) (made bool, err error) {
-	err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		var alone bool
 		s := tenant.AuditSeal{}
 		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('seal audit')), clock_timestamp()`).Scan(&alone, &s.SealedAt); err != nil || !alone {

@@ -179,7 +179,7 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	if f.HasProblem == nil {
 		tenants, err = read(db.pool)
 	} else {
-		err = pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+		err = db.inTx(ctx, func(tx pgx.Tx) error {
 			if err := interpreted(ctx, tx); err != nil {
 				return err
 			}
@@ -496,7 +496,7 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 // can go on. It reports tenant.NotFound for an id that never signed up.
 func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
 	var t tenant.Tenant
-	err := pgx.BeginFunc(ctx, db.pool, func(tx pgx.Tx) error {
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
 		var err error
 		if t, err = oneTenant(rows); err != nil {
