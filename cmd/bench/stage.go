@@ -226,7 +226,7 @@ func (s *stage) replica(ctx context.Context, name string, clarifai *program, set
 func (r *replica) env() []string {
 	return append([]string{"DATABASE_URL=" + r.stage.cluster.URL(r.name), "CLARIFAI_PAT=" + r.stage.pat, "CLARIFAI_API_BASE=" + r.clarifai.url,
 		// Databases with the same keyset, account and prefix would count as copies of each other.
-		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true", fmt.Sprint("TENANTRY_APP_PREFIX=b", r.number)}, r.settings...)
+		"TENANTRY_KEYSET_FILE=" + r.stage.keyset, "TENANTRY_PPROF=true", "TENANTRY_SHUTDOWN_DELAY=0s", fmt.Sprint("TENANTRY_APP_PREFIX=b", r.number)}, r.settings...)
 }
 
 // start starts its Tenantry, and waits until it is ready, of which it asks with pauses.

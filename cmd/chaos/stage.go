@@ -185,7 +185,7 @@ func (s *stage) startTenantry(ctx context.Context) error {
 		"TENANTRY_KEYSET_FILE=" + s.file("keyset.json"), fmt.Sprint("TENANTRY_UPSTREAM_RATE=", rate),
 		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool),
 		// Each crash of Postgres starts a watch. A shorter watch renews the control record more often.
-		"TENANTRY_RECOVERY_WATCH=10s"}
+		"TENANTRY_RECOVERY_WATCH=10s", "TENANTRY_SHUTDOWN_DELAY=1s"}
 	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
 		if _, err := s.command(ctx, args...); err != nil {
 			return err

@@ -161,6 +161,7 @@ func (s *sandbox) startClarifai(ctx context.Context) error {
 	s.vars["CLARIFAI_PAT"], s.vars["CLARIFAI_API_BASE"] = pat, base
 	// The simulator serves this database only, so a short watch is enough. Real Clarifai may serve
 	// another database of this deployment.
+	s.vars["TENANTRY_SHUTDOWN_DELAY"] = cmp.Or(s.getenv("TENANTRY_SHUTDOWN_DELAY"), "0s")
 	s.vars["TENANTRY_RECOVERY_WATCH"] = cmp.Or(s.getenv("TENANTRY_RECOVERY_WATCH"), "2s")
 	s.say("clarifai    simulated, at %s", base)
 	return nil

@@ -10,11 +10,14 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -56,8 +59,12 @@ type process struct {
 func start(t *testing.T, vars map[string]string, args ...string) *process {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.WithoutCancel(t.Context()))
-	if len(args) > 0 && args[0] == "serve" && !slices.Contains(args, "--profiles-file") { // tests count the apps of tenants
-		args = append([]string{"serve", "--pool-max", "0"}, args[1:]...)
+	if len(args) > 0 && args[0] == "serve" {
+		defaults := []string{"serve", "--shutdown-delay", "0s"}
+		if !slices.Contains(args, "--profiles-file") { // tests count the apps of tenants
+			defaults = append(defaults, "--pool-max", "0")
+		}
+		args = append(defaults, args[1:]...)
 	}
 	p := &process{t: t, stop: cancel, exit: make(chan int, 1)}
 	ended := make(chan struct{})
@@ -344,6 +351,76 @@ func TestStopAnswersThoseWhoWait(t *testing.T) {
 	}
 }
 
+// After SIGTERM no request fails: for TENANTRY_SHUTDOWN_DELAY requests are served, and each response
+// closes its connection, so that the client's next request goes to another replica.
+func TestSignal(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
+	token := strings.TrimSpace(must(t, vars, "token", "create", "--name", "saas", "--role", "provisioner"))
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, append(serve, "--pool-max", "0", "--shutdown-delay", "3s")...)
+	log := &buffer{}
+	cmd.Env, cmd.Stderr = append(os.Environ(), asCommand+"=1"), log
+	for name, value := range vars {
+		cmd.Env = append(cmd.Env, name+"="+value)
+	}
+	done, err := localpg.StartChild(cmd)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &process{t: t}
+	p.listening(addrFile)
+	p.ready()
+	if status, body := p.request(http.MethodPut, p.url+"/v1/tenants/user_1", token, "Prefer", "wait=30"); status != http.StatusCreated {
+		t.Fatalf("sign-up returns %d %s", status, body)
+	}
+
+	var clients sync.WaitGroup
+	var requests atomic.Int64
+	for range 40 {
+		clients.Go(func() {
+			client := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1}}
+			for closed := false; !closed; requests.Add(1) {
+				// A request with a body is not repeated by the client when its connection breaks.
+				req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, p.url+"/v1/tenants/user_1", strings.NewReader("{}"))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				req.Header.Set("Authorization", "Bearer "+token)
+				req.Header.Set("Content-Type", "application/json")
+				resp, err := client.Do(req)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				_, _ = io.Copy(io.Discard, resp.Body)
+				_ = resp.Body.Close()
+				if closed = resp.Close; resp.StatusCode != http.StatusOK {
+					t.Errorf("a request returns %s", resp.Status)
+				}
+			}
+		})
+	}
+	provisiontest.Eventually(t, "all clients send requests", func() bool { return requests.Load() > 200 })
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the replica is not ready", func() bool {
+		status, body := p.get(p.internal + "/readyz")
+		return status == http.StatusServiceUnavailable && strings.Contains(body, "shutting down")
+	})
+	clients.Wait()
+	<-done
+	if code := cmd.ProcessState.ExitCode(); code != 0 {
+		t.Errorf("serve exits with %d: %s", code, log.String())
+	}
+}
+
 // The first build waits for the control record. If it cannot be read at first, it is read again
 // soon, not at its next renewal a minute later.
 func TestFirstSignUpWhenControlFails(t *testing.T) {
@@ -595,13 +672,66 @@ func TestHelp(t *testing.T) {
 	}
 }
 
-// A missing PAT is reported like any other missing setting, also if nothing else is missing.
-func TestMissingPAT(t *testing.T) {
+// Each setting alone is missing, empty or invalid, and all others are valid.
+func TestOneFaultOfSettings(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
 	vars, serve, _ := settings(t, w.URL.Reveal(), w.Clarifai)
-	delete(vars, "CLARIFAI_PAT")
-	fails(t, vars, serve, "tenantry: the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE\n")
+	dir := t.TempDir()
+	files := map[string]string{"empty": "", "blank": " \n", "bad": "hunter2 hunter2\n", "binary": "\x00\xff"}
+	for name, text := range files {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	file := func(name string) string { return filepath.Join(dir, name) }
+	const noPAT = "tenantry: the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE\n"
+	for _, c := range []struct {
+		name, value string // of a variable; no name: none changes
+		flags       []string
+		says        string
+	}{
+		{"CLARIFAI_PAT", "", nil, noPAT},
+		{"CLARIFAI_PAT", " ", nil, "CLARIFAI_PAT"},
+		{"CLARIFAI_PAT", "hunter2 hunter2", nil, "CLARIFAI_PAT"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", file("none")}, "CLARIFAI_PAT_FILE"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", file("empty")}, "CLARIFAI_PAT_FILE"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", file("blank")}, "CLARIFAI_PAT_FILE"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", file("bad")}, "CLARIFAI_PAT_FILE"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", file("binary")}, "CLARIFAI_PAT_FILE"},
+		{"CLARIFAI_PAT", "", []string{"--clarifai-pat-file", dir}, "CLARIFAI_PAT_FILE"},
+		{"DATABASE_URL", "", nil, "tenantry: the database is not named: set DATABASE_URL"},
+		{"DATABASE_URL", " ", nil, "DATABASE_URL"},
+		{"DATABASE_URL", "mysql://u:hunter2@h/d", nil, "DATABASE_URL: not a Postgres connection string"},
+		{"DATABASE_URL", "", []string{"--database-url-file", file("none")}, "DATABASE_URL_FILE"},
+		{"DATABASE_URL", "", []string{"--database-url-file", file("empty")}, "DATABASE_URL_FILE"},
+		{"DATABASE_URL", "", []string{"--database-url-file", file("bad")}, "DATABASE_URL_FILE"},
+		{"DATABASE_URL", "", []string{"--database-url-file", file("binary")}, "DATABASE_URL_FILE"},
+		{"DATABASE_DIRECT_URL", "hunter2", nil, "DATABASE_DIRECT_URL"},
+		{"", "", []string{"--database-direct-url-file", file("empty")}, "DATABASE_DIRECT_URL_FILE"},
+		{"", "", []string{"--keyset-file", ""}, "the keyset is missing"},
+		{"", "", []string{"--keyset-file", file("none")}, "none"},
+		{"", "", []string{"--keyset-file", file("empty")}, "empty"},
+		{"", "", []string{"--keyset-file", file("bad")}, "bad"},
+		{"", "", []string{"--keyset-file", file("binary")}, "binary"},
+		{"", "", []string{"--keyset-file", dir}, dir},
+		{"TENANTRY_KEYSET_KMS", "hunter2", nil, "TENANTRY_KEYSET_KMS"},
+		{"", "", []string{"--profiles-file", file("none")}, "TENANTRY_PROFILES_FILE"},
+		{"", "", []string{"--profiles-file", file("empty")}, "TENANTRY_PROFILES_FILE"},
+		{"", "", []string{"--profiles-file", file("binary")}, "TENANTRY_PROFILES_FILE"},
+		{"", "", []string{"--clarifai-api-base", "clarifai"}, "CLARIFAI_API_BASE"},
+		{"", "", []string{"--addr", "nowhere"}, "TENANTRY_ADDR"},
+		{"", "", []string{"--addr-file", filepath.Join(dir, "none", "file")}, "none"},
+	} {
+		t.Run(fmt.Sprintf("%s=%q %q", c.name, c.value, c.flags), func(t *testing.T) {
+			t.Parallel()
+			with := maps.Clone(vars)
+			if c.name != "" {
+				with[c.name] = c.value
+			}
+			fails(t, with, append(slices.Clone(serve), c.flags...), c.says)
+		})
+	}
 }
 
 // On a copy of the database a read-only service serves lookups only, without PAT and keyset.

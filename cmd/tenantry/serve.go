@@ -33,7 +33,7 @@ type serveCmd struct {
 	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen."`
 	Pprof           bool          `env:"TENANTRY_PPROF" help:"Serve profiles of the process at /debug/pprof/ of the internal listener, for go tool pprof."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
-	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"0s" help:"On SIGTERM, how long to go on taking requests while /readyz says no; for load balancers that learn slowly."`
+	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"5s" help:"On SIGTERM, how long to go on serving requests while /readyz says no and responses close their connections: clients and load balancers need this time to go elsewhere."`
 	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end."`
 
 	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
@@ -95,6 +95,14 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 	var err error
 	p.database.URL, p.database.DirectURL, err = c.urls(e)
 	note(err)
+	// The files are read for each new connection: a password is replaced without a restart.
+	if c.DatabaseURLFile != "" {
+		p.database.RereadURL = func() (tenant.Secret, error) { return secretSetting(e, "DATABASE_URL", c.DatabaseURLFile) }
+	}
+	if c.DatabaseDirectURLFile != "" {
+		p.database.RereadDirectURL = func() (tenant.Secret, error) { return secretSetting(e, "DATABASE_DIRECT_URL", c.DatabaseDirectURLFile) }
+	}
+	p.database.Standby = c.ReadOnly
 	p.database.MaxConns = c.DatabaseMaxConns
 	if c.DatabaseMaxConns < 2 || c.DatabaseMaxConns > 1000 {
 		note(fmt.Errorf("TENANTRY_DATABASE_MAX_CONNS: %d must be from 2 to 1000", c.DatabaseMaxConns))
@@ -121,6 +129,10 @@ func (c serveCmd) check(e env, observe func(call, outcome string, took time.Dura
 		p.database.CacheEntries = 0 // a cache needs a follower of the change log
 	case err == nil && !pat.IsSet():
 		note(errors.New("the operator's PAT is missing: set CLARIFAI_PAT or CLARIFAI_PAT_FILE"))
+	case err == nil:
+		if err := clarifai.CheckPAT(pat); err != nil {
+			note(fmt.Errorf("%s: %w", variableOf("CLARIFAI_PAT", c.PATFile), err))
+		}
 	}
 	if !c.ReadOnly {
 		p.keyset, p.keys, err = c.keyring(e)
@@ -436,8 +448,8 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		s.started.Store(true)
 		s.log.Info("ready", zap.String("operator", string(engine.Deployment.Operator)), zap.String("deployment", engine.Deployment.ID))
 		<-serving.Done()
-		if cause := context.Cause(serving); cause != ctx.Err() {
-			err = cause
+		if ctx.Err() == nil { // no signal: a listener failed
+			err = context.Cause(serving)
 		}
 	}
 
@@ -504,6 +516,9 @@ func (s *service) leave(engine *provision.Service) {
 }
 
 func (s *service) serveAPI(w http.ResponseWriter, r *http.Request) {
+	if s.ending.Load() { // the client's next request goes to another replica
+		w.Header().Set("Connection", "close")
+	}
 	if h := s.api.Load(); h != nil {
 		(*h).ServeHTTP(w, r)
 		return

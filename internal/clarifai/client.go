@@ -192,6 +192,14 @@ func (c *Client) do(ctx context.Context, r request, read func(answer) string) er
 	return err
 }
 
+// CheckPAT reports whether a PAT can be sent at all.
+func CheckPAT(pat tenant.Secret) error {
+	if !printable(pat.Reveal()) {
+		return errors.New("the PAT has white space or other characters that no PAT has")
+	}
+	return nil
+}
+
 // newRequest builds the HTTP request, or says why the call cannot be made.
 func (c *Client) newRequest(r request, pat tenant.Secret) (*http.Request, *tenant.UpstreamError) {
 	fault := func(class tenant.UpstreamClass, detail string) (*http.Request, *tenant.UpstreamError) {
@@ -200,8 +208,8 @@ func (c *Client) newRequest(r request, pat tenant.Secret) (*http.Request, *tenan
 	if !pat.IsSet() || pat.Reveal() == "" {
 		return fault(tenant.UpstreamPAT, "there is no PAT")
 	}
-	if !printable(pat.Reveal()) {
-		return fault(tenant.UpstreamPAT, "the PAT has white space or other characters that no PAT has")
+	if err := CheckPAT(pat); err != nil {
+		return fault(tenant.UpstreamPAT, err.Error())
 	}
 	u := c.base
 	u.Path, u.RawPath = u.Path+"/v2", u.EscapedPath()+"/v2"

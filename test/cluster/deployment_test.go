@@ -36,7 +36,7 @@ const watch = 4 * time.Second
 // deploy starts a cluster with a pool of 3 and waits until the control record exists.
 func deploy(t *testing.T, o cluster.Options) *deployment {
 	t.Helper()
-	env := map[string]string{"TENANTRY_RECOVERY_WATCH": watch.String(), "TENANTRY_LOG_LEVEL": "warn",
+	env := map[string]string{"TENANTRY_RECOVERY_WATCH": watch.String(), "TENANTRY_SHUTDOWN_DELAY": "0s", "TENANTRY_LOG_LEVEL": "warn",
 		"TENANTRY_POOL_MIN": "3", "TENANTRY_POOL_MAX": "3"}
 	maps.Copy(env, o.Env)
 	o.Env = env
