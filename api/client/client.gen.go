@@ -312,6 +312,7 @@ const (
 	KeyDrifted     FindingKind = "key_drifted"
 	KeyGone        FindingKind = "key_gone"
 	KeyLost        FindingKind = "key_lost"
+	KeyPending     FindingKind = "key_pending"
 	KeyUnknown     FindingKind = "key_unknown"
 	KeyUnmanaged   FindingKind = "key_unmanaged"
 	PurgeContested FindingKind = "purge_contested"
@@ -345,6 +346,8 @@ func (e FindingKind) Valid() bool {
 	case KeyGone:
 		return true
 	case KeyLost:
+		return true
+	case KeyPending:
 		return true
 	case KeyUnknown:
 		return true
@@ -1110,7 +1113,8 @@ type DecisionRequest struct {
 	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
 	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
 	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
-	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_pending`: was requested
+	// before transactions were lost and is not created yet, and the tenant has no live key. `key_lost`: may work, but
 	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
 	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
 	// retry.
@@ -1147,7 +1151,8 @@ type Finding struct {
 	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
 	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
 	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
-	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_pending`: was requested
+	// before transactions were lost and is not created yet, and the tenant has no live key. `key_lost`: may work, but
 	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
 	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
 	// retry.
@@ -1170,7 +1175,8 @@ type FindingAction string
 // generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
 // does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
 // `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
-// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_pending`: was requested
+// before transactions were lost and is not created yet, and the tenant has no live key. `key_lost`: may work, but
 // Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
 // app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
 // retry.
@@ -1633,7 +1639,8 @@ type RecoveryFinding struct {
 	// generations of one tenant. `app_alive`, `key_alive`: exists, but is removed in the rows. `app_gone`, `key_gone`:
 	// does not exist, or does not work, any more. `app_renamed`: has another id. `app_unmarked`: has lost its tag.
 	// `purge_contested`: the app is due for removal, but its tag or an unknown key shows that it may be in use.
-	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_lost`: may work, but
+	// `key_contested`: as `key_unknown`, but the tenant is suspended or deleting in the rows. `key_pending`: was requested
+	// before transactions were lost and is not created yet, and the tenant has no live key. `key_lost`: may work, but
 	// Clarifai hides its secret, so remove the key by hand. `key_drifted`: has other scopes. `key_unmanaged`: a key on an
 	// app of Tenantry that Tenantry did not create. `in_doubt`: the outcome of a call has been unknown for long; workers
 	// retry.

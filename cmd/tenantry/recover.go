@@ -77,7 +77,7 @@ func shownRetired(r client.RetiredCount, now time.Time) string {
 type recoverShowCmd struct {
 	apiFlags
 	outputFlags
-	Kind    *string `enum:"app_unknown,app_forgotten,app_differs,app_gone,purge_contested,key_unknown,key_contested,key_gone" placeholder:"KIND" help:"Only findings of this kind: ${enum}."`
+	Kind    *string `enum:"app_unknown,app_forgotten,app_differs,app_gone,purge_contested,key_unknown,key_contested,key_gone,key_pending" placeholder:"KIND" help:"Only findings of this kind: ${enum}."`
 	Retired bool    `help:"List the retired apps, newest first, instead of findings."`
 	Limit   int     `default:"100" help:"Maximum number of findings or apps to print; 0 prints all."`
 }
@@ -451,7 +451,7 @@ type recoverDecideCmd struct {
 	apiFlags
 	outputFlags
 	waitFlags
-	Kind    *string `enum:"app_unknown,app_forgotten,app_differs,app_gone,purge_contested,key_unknown,key_contested,key_gone" placeholder:"KIND" help:"Decide all findings of this kind that wait for a decision, instead of one: ${enum}."`
+	Kind    *string `enum:"app_unknown,app_forgotten,app_differs,app_gone,purge_contested,key_unknown,key_contested,key_gone,key_pending" placeholder:"KIND" help:"Decide all findings of this kind that wait for a decision, instead of one: ${enum}."`
 	Finding string  `arg:"" help:"The number of the finding. With --kind, leave it out."`
 	Choice  string  `arg:"" optional:"" help:"What to do: recover show lists the choices and their effects."`
 }

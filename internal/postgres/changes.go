@@ -85,7 +85,9 @@ func (db *DB) Follow(ctx context.Context, log *zap.Logger) error {
 		db.sendWakeUps(ctx)
 	}()
 	if db.cache.entries > 0 {
+		db.follows.Store(true)
 		db.follow(ctx, log)
+		db.follows.Store(false)
 	}
 	<-done
 	db.cache.forgetAll(false)
@@ -363,7 +365,7 @@ func (f *follower) stillWriting(ctx context.Context, conn *pgx.Conn, before []st
 // newEventsSQL reads the events from the last one on, and those of the gaps: all in one
 // snapshot. The last one is read again, to see that it is still there.
 const newEventsSQL = `
-	SELECT pg_snapshot_xmin(s.now)::text::bigint, pg_snapshot_xmax(s.now)::text::bigint,
+	SELECT (SELECT id FROM current_incarnation), pg_snapshot_xmin(s.now)::text::bigint, pg_snapshot_xmax(s.now)::text::bigint,
 		e.id, coalesce(e.tenant_id, ''), coalesce(e.app_id, ''), coalesce(e.token_id, '')
 	FROM (SELECT pg_current_snapshot() AS now) s LEFT JOIN (
 		(SELECT id, tenant_id, app_id, CASE WHEN action LIKE 'token.%' THEN detail->>'token_id' END AS token_id
@@ -387,6 +389,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	defer rows.Close()
+	var incarnation uuid.UUID
 	var xmin, xmax, newest int64
 	newest = f.last
 	seen := map[int64]bool{}
@@ -396,7 +399,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		var of tenant.ID
 		var app tenant.AppID
 		var token string
-		if err := rows.Scan(&xmin, &xmax, &id, &of, &app, &token); err != nil {
+		if err := rows.Scan(&incarnation, &xmin, &xmax, &id, &of, &app, &token); err != nil {
 			return err
 		}
 		if id == nil { // there are no events
@@ -446,6 +449,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	f.last = newest
+	f.db.compared.Store(&incarnation)
 	f.db.cache.gaps.Store(int64(len(f.gaps)))
 	f.db.cache.current(began)
 	return nil

@@ -147,6 +147,8 @@ func (db *DB) watched(ctx context.Context, tx pgx.Tx, w watch) (tenant.Recovery,
 		lost = w.unknown
 	case w.missing:
 		lost = fmt.Sprintf("the control record names the audit event %d, which is not in the database", w.record.EventID())
+	case w.over && !w.registered && w.was.Reason == restored && (w.record == nil || w.record.Stopped != "true"):
+		lost = "the database was restored or copied, and no replica of the time before is left that could tell what is missing"
 	}
 	renewed := w.read && w.record != nil && *w.record != w.was.Record
 	if renewed {

@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -35,10 +36,11 @@ const handOut = `incarnation AS MATERIALIZED (
 	)`
 
 // inRecovery says that the database is in recovery mode; watching says that it is not known
-// yet whether another database is in use.
+// yet whether another database is in use. Both hold, too, before anybody has noticed that the
+// fingerprint has changed.
 const (
-	inRecovery = `EXISTS (SELECT FROM current_incarnation WHERE recovery IS NOT NULL)`
-	watching   = `EXISTS (SELECT FROM current_incarnation WHERE recovery = 'watching')`
+	inRecovery = `EXISTS (SELECT FROM current_incarnation WHERE recovery IS NOT NULL OR NOT (` + sameDatabase + `))`
+	watching   = `EXISTS (SELECT FROM current_incarnation WHERE recovery = 'watching' OR NOT (` + sameDatabase + `))`
 )
 
 // written stamps a row version of current_incarnation. Every update of the table must set it.
@@ -107,6 +109,9 @@ type cause struct {
 	actor  tenant.Actor
 }
 
+// restored is the reason of an incarnation that began because the table apps has another file.
+const restored = "the database, or its table apps, was restored, copied or rewritten"
+
 // lockTimeout is the maximum time that sign-ups queue behind the start of an incarnation,
 // which waits for other transactions.
 const lockTimeout = `SET LOCAL lock_timeout = '2s'`
@@ -141,7 +146,7 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 		case server:
 			reason = "the database server was restarted, failed over or replaced"
 		case file:
-			reason = "the database, or its table apps, was restored, copied or rewritten"
+			reason = restored
 		default:
 			reason = "the rows of the database were loaded again or changed by hand"
 		}
@@ -225,13 +230,20 @@ func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
 	}
 	var b tenant.Beat
 	var err error
+	// A replica that registers here after a failover ends the watch, so first its follower must have
+	// looked for the events that it had read.
+	var compared *uuid.UUID
+	if db.follows.Load() {
+		compared = cmp.Or(db.compared.Load(), &uuid.Nil)
+	}
 	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
 		WITH seen AS (
-			INSERT INTO replicas AS r (id, incarnation) SELECT $1, id FROM current_incarnation
+			INSERT INTO replicas AS r (id, incarnation)
+			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END FROM current_incarnation
 			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now()
 			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $2::interval OR r.last_seen_at > now()
 		)
-		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3),
+		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3, compared),
 		&b.ControlDue, &b.Retiring)
 	return b, translate("register replica", err)
 }

@@ -58,9 +58,17 @@ func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error 
 	if len(jobs) == 0 {
 		return nil
 	}
-	// InsertManyFast would insert them with the time of this process: if the clock of the database is
-	// behind, the jobs would wait for as long.
-	_, err := db.jobs.InsertMany(ctx, jobs)
+	inserted, err := db.jobs.InsertMany(ctx, jobs)
+	if err != nil {
+		return translate("insert jobs", err)
+	}
+	ids := make([]int64, len(inserted))
+	for i, j := range inserted {
+		ids[i] = j.Job.ID
+	}
+	// River inserts them with the time of this process: if the clock of the database is behind, they
+	// would wait for as long.
+	_, err = db.pool.Exec(ctx, `UPDATE river_job SET scheduled_at = now() WHERE id = ANY ($1) AND state = 'available' AND scheduled_at > now()`, ids)
 	return translate("insert jobs", err)
 }
 

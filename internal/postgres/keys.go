@@ -132,9 +132,12 @@ const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
 	k.state = 'revoking' AND (NOT ` + watching + ` OR k.incarnation <> (SELECT id FROM current_incarnation) OR k.end_reason IS NULL
 		OR k.end_reason NOT IN ('suspended', 'deleted', 'revoked')
 		OR (SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id))
-	OR k.state = 'creating' AND (SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND NOT a.tagging AND (a.incarnation = ` + currentIncarnation + `
+	OR k.state = 'creating' AND ` + mayCreate + `)`
+
+// mayCreate says of a key that it may be created: see dueKey.
+const mayCreate = `(SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND NOT a.tagging AND (a.incarnation = ` + currentIncarnation + `
 			OR NOT ` + inRecovery + ` OR k.incarnation = (SELECT id FROM current_incarnation) AND NOT ` + watching + `)
-		FROM apps a WHERE a.id = k.app_id))`
+		FROM apps a WHERE a.id = k.app_id)`
 
 const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
 	(SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id) IS TRUE, k.replaces,
@@ -169,8 +172,8 @@ func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (
 // outcome is recorded, it may exist upstream.
 func (db *DB) BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys SET in_doubt_since = coalesce(in_doubt_since, now()), updated_at = now()
-		WHERE id = $1 AND leased_until = $2 AND state = 'creating'`, k.ID, k.LeasedUntil)
+		UPDATE keys k SET in_doubt_since = coalesce(in_doubt_since, now()), updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'creating' AND `+mayCreate, k.ID, k.LeasedUntil)
 	return oneRow("record intent to make key", tag, err)
 }
 

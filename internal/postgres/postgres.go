@@ -14,6 +14,7 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/google/uuid"
@@ -41,6 +42,8 @@ type DB struct {
 	unsent  chan struct{} // holds one while other replicas are to be woken
 
 	replica       uuid.UUID // of this process
+	follows       atomic.Bool
+	compared      atomic.Pointer[uuid.UUID] // the last incarnation in which the follower found all events that it had read
 	recoveryWatch time.Duration
 }
 

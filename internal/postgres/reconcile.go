@@ -410,6 +410,14 @@ var compareSQL = []string{
 	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
 	WHERE a.id > $3 AND a.id <= $4 AND k.state IN ('active', 'retiring') AND k.activated_at < $2
 		AND NOT EXISTS (SELECT FROM reconciliation_keys l WHERE l.reconciliation_id = $1 AND (l.key_id = k.id OR l.fingerprint = k.fingerprint))`,
+	// Keys that were requested before a loss, which may have been suspensions, too.
+	`SELECT 'key_pending', 'decide', a.id, k.id, a.tenant_id, '', 'open'
+	FROM keys k JOIN apps a ON a.id = k.app_id AND a.state = 'held' AND a.user_id IS NULL
+	JOIN reconciliation_apps s ON s.reconciliation_id = $1 AND s.app_id = a.id
+	WHERE a.id > $3 AND a.id <= $4 AND k.state = 'creating' AND ` + inRecovery + `
+		AND a.incarnation <> ` + currentIncarnation + ` AND k.incarnation <> ` + currentIncarnation + `
+		AND NOT EXISTS (SELECT FROM keys live JOIN reconciliation_keys l ON l.reconciliation_id = $1 AND (l.key_id = live.id OR l.fingerprint = live.fingerprint)
+			WHERE live.app_id = a.id AND live.state IN ('active', 'retiring'))`,
 	`SELECT 'key_drifted', 'rescope', a.id, k.id, a.tenant_id,
 		'Clarifai has ' || array_to_string(s.scopes, ', ') || ', the row ' || array_to_string(k.scopes, ', '), 'open'
 	FROM reconciliation_keys s JOIN keys k ON k.id = s.key_id JOIN apps a ON a.id = k.app_id

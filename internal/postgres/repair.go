@@ -121,10 +121,16 @@ func (db *DB) DiscardApp(ctx context.Context, r tenant.Reconciliation, f tenant.
 		WHERE id = $1 AND state = 'ready'`, f.AppID)
 }
 
-// RemakeKey writes down that a key of an active tenant is gone upstream, and that another
-// is to be made.
+// RemakeKey records that a key of an active tenant is dead at Clarifai, and requests another. A
+// pending key from before a loss is requested again.
 func (db *DB) RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.NewKeyRow) error {
 	return db.repair(ctx, r, f, "key.gone", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+		if f.Kind == tenant.FoundKeyPending {
+			tag, err := tx.Exec(ctx, `
+				UPDATE keys SET incarnation = `+currentIncarnation+`, next_attempt_at = now(), enqueued_at = now(), updated_at = now()
+				WHERE id = $1 AND state = 'creating' AND `+currentIncarnation+` IS NOT NULL`, f.KeyID)
+			return tag.RowsAffected() == 1, []keyInLane{{f.KeyID, tenant.Normal}}, err
+		}
 		if t.State != tenant.Active {
 			return false, nil, nil
 		}

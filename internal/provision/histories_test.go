@@ -16,6 +16,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/clarifaisim"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
@@ -93,6 +94,7 @@ type history struct {
 	backups  []string                 // databases without connections
 	made     []string                 // all databases
 	tags     bool
+	follows  map[*provisiontest.Replica]func() // stops the follower of a replica
 
 	owner     map[string]tenant.ID // of each app that a tenant was told of
 	told      map[string]tenant.ID // of each key
@@ -108,15 +110,14 @@ func play(t *testing.T, template string, seed uint64) {
 		t.Fatal(err)
 	}
 	rng := rand.New(rand.NewPCG(seed, 1))
-	h := &history{t: t, rng: rng, admin: admin, conns: map[string]*pgx.Conn{}, tags: rng.IntN(4) > 0, owner: map[string]tenant.ID{}, told: map[string]tenant.ID{},
+	h := &history{t: t, rng: rng, admin: admin, conns: map[string]*pgx.Conn{}, follows: map[*provisiontest.Replica]func(){}, tags: rng.IntN(4) > 0, owner: map[string]tenant.ID{}, told: map[string]tenant.ID{},
 		removable: map[string]bool{}, asked: map[tenant.ID]bool{}, dead: map[string]tenant.ID{}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("HISTORY=%d, tags %v:\n%s", seed, h.tags, strings.Join(h.log, "\n"))
 		}
 		for _, r := range slices.Concat(h.replicas, h.copied) {
-			r.Kill()
-			r.DB.Close()
+			h.end(r)
 		}
 		for _, name := range h.made {
 			h.disconnect(name)
@@ -255,11 +256,26 @@ func (h *history) start(name string) *provisiontest.Replica {
 	h.t.Helper()
 	w := *h.w
 	w.URL = h.url(name)
-	return w.Start(provisiontest.Options{Idle: true, Control: true, Adjust: func(c *provision.Config) {
+	r := w.Start(provisiontest.Options{Idle: true, Control: true, Adjust: func(c *provision.Config) {
 		c.ReportEvery, c.TripAfter, c.SkipMarks = 1000*time.Hour, 1<<20, !h.tags
 		c.Settle = 10 * time.Millisecond
 		c.Profiles = []tenant.Profile{{Name: tenant.DefaultProfile, BaseWorkflow: "Empty", KeyScopes: []string{"All"}, PoolMin: 2, PoolMax: 2, Retention: 300 * time.Millisecond}}
 	}})
+	ctx, cancel := context.WithCancel(context.WithoutCancel(h.t.Context()))
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		_ = r.DB.Follow(ctx, zap.NewNop())
+	}()
+	h.follows[r] = func() { cancel(); <-done }
+	return r
+}
+
+// end kills a replica.
+func (h *history) end(r *provisiontest.Replica) {
+	h.follows[r]()
+	r.Kill()
+	r.DB.Close()
 }
 
 func (h *history) replica() *provisiontest.Replica { return h.replicas[h.rng.IntN(len(h.replicas))] }
@@ -488,8 +504,7 @@ func (h *history) restore() {
 	h.kill()
 	h.name = name
 	for i, r := range h.replicas {
-		r.Kill()
-		r.DB.Close()
+		h.end(r)
 		h.replicas[i] = h.start(name)
 	}
 }
@@ -501,6 +516,14 @@ func (h *history) failOver() {
 		return
 	}
 	h.lost()
+	// What a replica has not read of the log yet is lost unnoticed.
+	began := time.Now()
+	for _, r := range h.replicas {
+		provisiontest.Eventually(h.t, "the log has been read", func() bool {
+			behind := r.DB.CacheStats().Behind
+			return behind >= 0 && behind < time.Since(began)
+		})
+	}
 	old := fmt.Sprintf("%sx%d", h.name, h.step)
 	h.made = append(h.made, old)
 	h.alone(h.name, `ALTER DATABASE `+h.name+` RENAME TO `+old)
@@ -519,8 +542,7 @@ func (h *history) failOver() {
 // kill restarts the replicas without a clean stop.
 func (h *history) kill() {
 	for i, r := range h.replicas {
-		r.Kill()
-		r.DB.Close()
+		h.end(r)
 		h.replicas[i] = h.start(h.name)
 	}
 }
@@ -538,8 +560,7 @@ func (h *history) stop() {
 // copy starts a replica on a copy of the database.
 func (h *history) copy() {
 	for _, r := range h.copied {
-		r.Kill()
-		r.DB.Close()
+		h.end(r)
 	}
 	name := h.copyOf(h.name)
 	h.copied = []*provisiontest.Replica{h.start(name)}
@@ -770,8 +791,7 @@ func (h *history) rest() {
 	h.t.Helper()
 	h.w.Faults()
 	for _, r := range h.copied {
-		r.Kill()
-		r.DB.Close()
+		h.end(r)
 	}
 	h.copied = nil
 	h.step = historySteps + 1

@@ -398,8 +398,10 @@ func (s *Service) repair(ctx context.Context, r tenant.Reconciliation, f tenant.
 		}
 		return s.Store.DiscardApp(ctx, r, f)
 	case tenant.Remake, tenant.MakeKey:
-		if exists, err := s.keyExists(ctx, f); err != nil || exists {
-			return errors.Join(err, s.skipUnless(err, skip, "it is there"))
+		if f.Kind == tenant.FoundKeyGone {
+			if exists, err := s.keyExists(ctx, f); err != nil || exists {
+				return errors.Join(err, s.skipUnless(err, skip, "it is there"))
+			}
 		}
 		id, err := uuid.NewV7()
 		if err != nil {

@@ -310,6 +310,51 @@ func TestUnknownKeyOfSuspended(t *testing.T) {
 	}
 }
 
+// A resumption had not ended at the backup, and the tenant may have been suspended since: a person
+// decides whether its key is created.
+func TestPendingKey(t *testing.T) {
+	t.Parallel()
+	for choice, wantKeys := range map[tenant.RepairAction]int{tenant.MakeKey: 1, tenant.SuspendTenant: 0} {
+		t.Run(string(choice), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(control(provisiontest.Options{}))
+			app := signUp(t, r, "user_1").AppID
+			marked(t, w)
+			suspended(t, r, "user_1")
+			w.Faults(map[string]any{"call": "PostKeys", "http": 503})
+			if _, err := r.Resume(t.Context(), "user_1", 0, caller); err != nil {
+				t.Fatal(err)
+			}
+			dump := pgtest.Dump(t, w.URL)
+			if _, err := r.Suspend(t.Context(), "user_1", long, caller); err != nil {
+				t.Fatal(err)
+			}
+			r.Kill()
+			w = on(w, pgtest.Restore(t, dump))
+			w.Faults()
+			r = w.Start(control(provisiontest.Options{}))
+			inState(t, r, tenant.Recovering)
+			found := undecided(t, r)
+			if got := kindsOf(found); !slices.Equal(got, []string{"key_pending"}) {
+				t.Fatalf("the report found %v", got)
+			}
+			if n := keysOpening(t, w, app); n != 0 {
+				t.Fatalf("before the decision, %d keys work", n)
+			}
+			if _, err := r.Decide(t.Context(), found[0].Number, "", choice, "user_1", admin); err != nil {
+				t.Fatal(err)
+			}
+			carriedOut(t, r)
+			inState(t, r, tenant.NotRecovering)
+			got, err := r.Tenant(t.Context(), "user_1", long)
+			if want := map[bool]tenant.State{true: tenant.Active, false: tenant.Suspended}[wantKeys == 1]; err != nil || got.State != want || keysOpening(t, w, app) != wantKeys {
+				t.Errorf("the tenant is %s with %d keys, %v; want %s with %d", got.State, keysOpening(t, w, app), err, want, wantKeys)
+			}
+		})
+	}
+}
+
 func suspended(t *testing.T, r *provisiontest.Replica, id tenant.ID) {
 	t.Helper()
 	if got, err := r.Suspend(t.Context(), id, long, caller); err != nil || got.State != tenant.Suspended {

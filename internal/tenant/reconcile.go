@@ -69,6 +69,7 @@ const (
 	FoundKeyContested FindingKind = "key_contested"   // the same, and the rows say that the tenant is suspended or deleting
 	FoundKeyAlive     FindingKind = "key_alive"       // the row says that it was revoked or lost
 	FoundKeyGone      FindingKind = "key_gone"        // the row says that it works
+	FoundKeyPending   FindingKind = "key_pending"     // requested before a loss and not created yet, for a tenant without a live key
 	FoundKeyLost      FindingKind = "key_lost"        // may work and cannot be addressed: an operator must remove it
 	FoundKeyDrifted   FindingKind = "key_drifted"     // other scopes than the row's
 	FoundKeyUnmanaged FindingKind = "key_unmanaged"   // on an app of ours, and not of our making
@@ -77,7 +78,7 @@ const (
 
 // FindingKinds lists every kind of finding.
 var FindingKinds = []FindingKind{FoundAppUnknown, FoundAppForgotten, FoundAppDiffers, FoundAppAlive, FoundAppGone, FoundAppRenamed, FoundAppUnmarked,
-	FoundPurge, FoundKeyUnknown, FoundKeyContested, FoundKeyAlive, FoundKeyGone, FoundKeyLost, FoundKeyDrifted, FoundKeyUnmanaged, FoundInDoubt}
+	FoundPurge, FoundKeyUnknown, FoundKeyContested, FoundKeyAlive, FoundKeyGone, FoundKeyPending, FoundKeyLost, FoundKeyDrifted, FoundKeyUnmanaged, FoundInDoubt}
 
 // A RepairAction is what a repair does about a finding.
 type RepairAction string
@@ -146,6 +147,10 @@ func (k FindingKind) Choices() []Choice {
 		return []Choice{
 			{Name: SuspendTenant, Effect: "Suspends the tenant, which may have been suspended before the loss. `resume` creates new keys."}, keep,
 			{Name: MakeKey, Typed: true, Effect: "Creates a new key. If the tenant had been suspended, it has access again."}}
+	case FoundKeyPending: // not keep: without a decision the key is created when recovery mode ends
+		return []Choice{
+			{Name: SuspendTenant, Effect: "Suspends the tenant, which may have been suspended before the loss. `resume` creates new keys."},
+			{Name: MakeKey, Typed: true, Effect: "Creates the key. If the tenant had been suspended, it has access again."}}
 	case FoundAppGone:
 		return []Choice{keep,
 			{Name: MakeApp, Typed: true, Effect: "The tenant gets a new, empty app. If the tenant had been deleted, it exists again."}}
