@@ -27,7 +27,7 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 // mayRemove says of an app that is to be removed that the removal may start now.
 const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	WHEN tenant_id IS NULL THEN false
-	ELSE EXISTS (SELECT FROM current_incarnation WHERE recovery IS NULL OR recovery = 'recovering' AND removal_confirmed) END`
+	ELSE EXISTS (SELECT FROM current_incarnation WHERE (recovery IS NULL OR recovery = 'recovering' AND removal_confirmed) AND ` + sameDatabase + `) END`
 
 // untagged says of a retained app that its ownership tag does not have the time of the removal yet.
 const untagged = `(user_id IS NULL AND (tagging OR tagged_purge_after IS DISTINCT FROM purge_after))`
