@@ -18,7 +18,6 @@ import (
 	"github.com/jackc/pgx/v5/pgconn"
 	"go.uber.org/zap"
 
-	"github.com/tenantry/tenantry/internal/clarifaisim"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
@@ -406,15 +405,11 @@ func (h *history) delete() {
 }
 
 func (h *history) restoreTenant() {
-	id, got, err := h.change("restore", func(ctx context.Context, r *provisiontest.Replica, id tenant.ID) (tenant.Tenant, error) {
+	id, _, err := h.change("restore", func(ctx context.Context, r *provisiontest.Replica, id tenant.ID) (tenant.Tenant, error) {
 		return r.Service.Restore(ctx, id, 0, caller)
 	})
 	if err == nil {
 		h.commanded(id)
-		// An app that was removed before the loss stays removed.
-		if slices.ContainsFunc(h.w.Sim.Apps(), func(a clarifaisim.AppInfo) bool { return a.ID == string(got.AppID) }) {
-			delete(h.removable, string(got.AppID))
-		}
 	}
 }
 
@@ -767,6 +762,13 @@ func (h *history) check() {
 	there := map[string]bool{}
 	for _, a := range h.w.Sim.Apps() {
 		there[a.ID] = true
+	}
+	// A restored tenant keeps its app from the moment that it is active. Before, nothing at Clarifai
+	// shows that its deletion was undone.
+	for _, app := range rowsOf[string](h, h.name, `SELECT app_id FROM tenants WHERE state = 'active'`) {
+		if there[app] {
+			delete(h.removable, app)
+		}
 	}
 	for app, id := range h.owner {
 		if !there[app] && !h.removable[app] {
