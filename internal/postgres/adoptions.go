@@ -445,11 +445,12 @@ func (db *DB) DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay 
 // adoptionMemory is how long it is known how an adoption ended that was not carried out.
 const adoptionMemory = 24 * time.Hour
 
-// forgetAdoptions queues what forgets adoptions that ended long ago.
-func forgetAdoptions(batch *pgx.Batch) {
-	batch.Queue(`
+// forgetAdoptions deletes adoptions that ended long ago.
+func (db *DB) forgetAdoptions(ctx context.Context) error {
+	_, err := db.pool.Exec(ctx, `
 		DELETE FROM adoptions WHERE id IN (
 			SELECT id FROM adoptions WHERE state <> 'checking' AND updated_at < now() - $1::interval LIMIT 100)`, adoptionMemory)
+	return translate("forget adoptions", err)
 }
 
 // notOurs reports tenant.Conflict for a tenant whose app is shared with the operator.

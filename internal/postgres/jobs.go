@@ -72,56 +72,79 @@ func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error 
 	return translate("insert jobs", err)
 }
 
-// Enqueue inserts jobs for the rows that are due, unleased and not in the queue:
-// those whose job was lost with a crash, and those whose next try has come. It
+// Enqueue inserts jobs for the rows of a kind that are due, unleased and not in the queue:
+// those whose job was lost with a crash, and those whose next attempt is due. It
 // returns how many it inserted. Of what can wait it keeps the queue short.
-func (db *DB) Enqueue(ctx context.Context) (int, error) {
+func (db *DB) Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error) {
 	const most, mostBackground = 100, 50
-	var jobs []river.InsertManyParams
-	add := func(queue string, priority int, args river.JobArgs) {
-		jobs = append(jobs, river.InsertManyParams{Args: args, InsertOpts: &river.InsertOpts{Queue: queue, Priority: priority}})
-	}
-	var building, later, marks []tenant.AppID // those in building are urgent
-	var reconciliations, adoptions, campaigns []uuid.UUID
-	var keys []keyInLane
 	const notQueued = `enqueued_at < now() - $1::interval`
+	var jobs []river.InsertManyParams
+	var err error
+	// rows marks the due rows of a table as enqueued.
+	rows := func(table, where, order string) string {
+		return `UPDATE ` + table + ` SET enqueued_at = now()
+			WHERE id = ANY (ARRAY(
+				SELECT id FROM ` + table + ` k WHERE ` + where + ` AND ` + notQueued + `
+				ORDER BY ` + order + ` LIMIT $2 FOR UPDATE SKIP LOCKED))
+			RETURNING id`
+	}
+	switch kind {
+	case tenant.BuildWork:
+		var ids []tenant.AppID
+		ids, err = due[tenant.AppID](ctx, db, rows("apps", `state = 'building' AND NOT for_pool AND `+dueApp, "next_attempt_at"), requeueAfter, most)
+		jobs = appJobs(tenant.QueueInteractive, 1, ids)
+	case tenant.TagWork:
+		// A caller waits for keys to be ended, and for the ownership tag, which precedes new keys.
+		var ids []tenant.AppID
+		ids, err = due[tenant.AppID](ctx, db, rows("apps", `state IN ('held', 'retained') AND pending AND NOT background
+			AND (end_unknown_keys OR state = 'held' AND (tagging OR tagged_purge_after IS NOT NULL)) AND `+dueApp, "next_attempt_at"), requeueAfter, most)
+		jobs = appJobs(tenant.QueueInteractive, 1, ids)
+	case tenant.KeyWork:
+		var keys []keyInLane
+		found, _ := db.pool.Query(ctx, rows("keys", dueKey, "lane, next_attempt_at")+`, lane`, requeueAfter, most)
+		keys, err = pgx.CollectRows(found, pgx.RowToStructByPos[keyInLane])
+		jobs = keyJobs(keys)
+	case tenant.ReconciliationWork:
+		var ids []uuid.UUID
+		ids, err = due[uuid.UUID](ctx, db, rows("reconciliations", `state = 'running' AND next_attempt_at <= now() AND leased_until < now()`, "next_attempt_at"), requeueAfter, most)
+		for _, id := range ids {
+			jobs = append(jobs, river.InsertManyParams{Args: tenant.ReconciliationJob{ReconciliationID: id},
+				InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: priorityReport}})
+		}
+	case tenant.AdoptionWork:
+		if err := db.forgetAdoptions(ctx); err != nil {
+			return 0, err
+		}
+		var ids []uuid.UUID
+		ids, err = due[uuid.UUID](ctx, db, rows("adoptions", dueAdoption, "next_attempt_at"), requeueAfter, most)
+		for _, id := range ids {
+			jobs = append(jobs, adoptionJob(id))
+		}
+	case tenant.CampaignWork:
+		var ids []uuid.UUID
+		ids, err = due[uuid.UUID](ctx, db, rows("campaigns", dueCampaign, "next_attempt_at"), requeueAfter, most)
+		for _, id := range ids {
+			jobs = append(jobs, campaignJob(id))
+		}
+	case tenant.BackgroundWork:
+		jobs, err = db.dueInBackground(ctx, mostBackground, notQueued)
+	}
+	if err != nil {
+		return 0, translate("find rows that are due", err)
+	}
+	return len(jobs), db.enqueue(ctx, jobs)
+}
+
+// due returns the ids of the rows that a statement marks as enqueued.
+func due[T any](ctx context.Context, db *DB, sql string, args ...any) ([]T, error) {
+	rows, _ := db.pool.Query(ctx, sql, args...)
+	return pgx.CollectRows(rows, pgx.RowTo[T])
+}
+
+// dueInBackground returns jobs for apps that can wait.
+func (db *DB) dueInBackground(ctx context.Context, most int, notQueued string) ([]river.InsertManyParams, error) {
+	var later, marks []tenant.AppID
 	batch := &pgx.Batch{}
-	collect(batch, &building, `
-		UPDATE apps SET enqueued_at = now()
-		WHERE id = ANY (ARRAY(
-			SELECT id FROM apps WHERE state = 'building' AND NOT for_pool AND `+dueApp+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
-		RETURNING id`, requeueAfter, most)
-	// A caller waits for keys to be ended, and for the ownership tag, which precedes new keys.
-	collect(batch, &building, `
-		UPDATE apps SET enqueued_at = now()
-		WHERE id = ANY (ARRAY(
-			SELECT id FROM apps WHERE state IN ('held', 'retained') AND pending AND NOT background
-				AND (end_unknown_keys OR state = 'held' AND (tagging OR tagged_purge_after IS NOT NULL)) AND `+dueApp+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
-		RETURNING id`, requeueAfter, most)
-	batch.Queue(`
-		UPDATE keys SET enqueued_at = now()
-		WHERE id = ANY (ARRAY(
-			SELECT id FROM keys k WHERE `+dueKey+` AND `+notQueued+`
-			ORDER BY lane, next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
-		RETURNING id, lane`, requeueAfter, most).Query(func(rows pgx.Rows) (err error) {
-		keys, err = pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
-		return err
-	})
-	collect(batch, &reconciliations, `
-		UPDATE reconciliations SET enqueued_at = now()
-		WHERE state = 'running' AND next_attempt_at <= now() AND leased_until < now() AND `+notQueued+`
-		RETURNING id`, requeueAfter)
-	collect(batch, &adoptions, `
-		UPDATE adoptions SET enqueued_at = now()
-		WHERE id = ANY (ARRAY(
-			SELECT id FROM adoptions WHERE `+dueAdoption+` AND `+notQueued+`
-			ORDER BY next_attempt_at LIMIT $2 FOR UPDATE SKIP LOCKED))
-		RETURNING id`, requeueAfter, most)
-	forgetAdoptions(batch)
-	collect(batch, &campaigns, `
-		UPDATE campaigns SET enqueued_at = now() WHERE `+dueCampaign+` AND `+notQueued+` RETURNING id`, requeueAfter)
 	// The conditions that go beyond dueApp are those of an index.
 	for _, w := range []struct {
 		which    string
@@ -141,28 +164,11 @@ func (db *DB) Enqueue(ctx context.Context) (int, error) {
 				ORDER BY next_attempt_at
 				LIMIT greatest(0, $2 - (SELECT count(*) FROM river_job WHERE state = 'available' AND queue = $3 AND priority <= $4))
 				FOR UPDATE SKIP LOCKED))
-			RETURNING id`, requeueAfter, mostBackground, tenant.QueueBackground, w.priority)
+			RETURNING id`, requeueAfter, most, tenant.QueueBackground, w.priority)
 	}
 	// Without BEGIN, the statements of a batch are one transaction.
-	if err := db.pool.SendBatch(ctx, batch).Close(); err != nil {
-		return 0, translate("find rows that are due", err)
-	}
-	for _, id := range building {
-		add(tenant.QueueInteractive, 1, tenant.AppJob{AppID: id})
-	}
-	jobs = append(jobs, keyJobs(keys)...)
-	for _, id := range adoptions {
-		jobs = append(jobs, adoptionJob(id))
-	}
-	for _, id := range reconciliations {
-		add(tenant.QueueBackground, priorityReport, tenant.ReconciliationJob{ReconciliationID: id})
-	}
-	for _, id := range campaigns {
-		jobs = append(jobs, campaignJob(id))
-	}
-	jobs = append(jobs, appJobs(tenant.QueueBackground, priorityOther, later)...)
-	jobs = append(jobs, appJobs(tenant.QueueBackground, priorityLast, marks)...)
-	return len(jobs), db.enqueue(ctx, jobs)
+	err := db.pool.SendBatch(ctx, batch).Close()
+	return append(appJobs(tenant.QueueBackground, priorityOther, later), appJobs(tenant.QueueBackground, priorityLast, marks)...), err
 }
 
 // collect queues a statement whose rows are appended to ids.

@@ -252,7 +252,13 @@ func hotPaths(n int) []hotPath {
 			_, err := db.Beat(ctx)
 			return errors.Join(err, ignore(db.RetireApps(ctx)), ignore(db.Recovery(ctx)))
 		}},
-		{name: "sweep_enqueue", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.Enqueue(ctx)) }},
+		{name: "sweep_enqueue", do: func(ctx context.Context, db *postgres.DB) error {
+			var failures []error
+			for _, kind := range tenant.WorkKinds {
+				failures = append(failures, ignore(db.Enqueue(ctx, kind)))
+			}
+			return errors.Join(failures...)
+		}},
 		{name: "sweep_reports", do: func(ctx context.Context, db *postgres.DB) error {
 			return errors.Join(ignore(db.StartDueDecisions(ctx, uuid.New())), ignore(db.StartDueReport(ctx, uuid.New(), 1000*time.Hour, actor)))
 		}},

@@ -347,7 +347,7 @@ func TestFirstBuildsGoOn(t *testing.T) {
 	if err := r.DB.ControlWritten(t.Context(), turn, nil); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := r.DB.Enqueue(t.Context()); err != nil || n != 1 {
+	if n, err := r.DB.Enqueue(t.Context(), tenant.BuildWork); err != nil || n != 1 {
 		t.Errorf("%d jobs were enqueued, %v; want the build", n, err)
 	}
 }

@@ -52,7 +52,7 @@ var crashScenarios = map[string]crashScenario{
 			"SignUp Watch", "SignUp SignUp",
 			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked 2", "reserve ReserveSlot",
-			"Sweep MakeAuditPartitions", "Sweep NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "sweep Claim", "sweep StartBuilds", "sweep EndDueKeys", "sweep SettleTenants", "sweep Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
+			"steps MakeAuditPartitions", "steps NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "steps Claim", "steps StartBuilds", "steps EndDueKeys", "steps SettleTenants", "steps Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
 			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},

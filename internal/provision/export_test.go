@@ -41,7 +41,15 @@ func (s *Service) SendLate(ctx context.Context, f func(context.Context) error) e
 	return s.send(ctx, t, f)
 }
 
-func (s *Service) SweepOnce(ctx context.Context) error { return s.sweep(ctx) }
+func (s *Service) SweepOnce(ctx context.Context) error {
+	var failures []error
+	for _, st := range s.steps() {
+		if st.every == 0 {
+			failures = append(failures, s.turnOf(ctx, st))
+		}
+	}
+	return errors.Join(failures...)
+}
 
 // How demand is measured, for the tests of the pool.
 const (

@@ -11,23 +11,24 @@ import (
 
 // Metrics are what the engine measures of itself.
 type Metrics struct {
-	jobs         *prometheus.CounterVec
-	buildSeconds prometheus.Histogram
-	tenants      *prometheus.GaugeVec
-	recovery     *prometheus.GaugeVec
-	undecided    prometheus.Gauge
-	retired      *prometheus.GaugeVec
-	controlFails prometheus.Gauge
-	paused       prometheus.Gauge
-	patRefused   prometheus.Gauge
-	findings     *prometheus.GaugeVec
-	reportedAt   prometheus.Gauge
-	sealedUpTo   prometheus.Gauge
-	keysetKeys   *prometheus.GaugeVec
-	resealLeft   prometheus.Gauge
-	unknownKeys  prometheus.Gauge
-	importing    prometheus.Gauge
-	callItems    *prometheus.HistogramVec
+	jobs          *prometheus.CounterVec
+	sweepFailures *prometheus.CounterVec
+	buildSeconds  prometheus.Histogram
+	tenants       *prometheus.GaugeVec
+	recovery      *prometheus.GaugeVec
+	undecided     prometheus.Gauge
+	retired       *prometheus.GaugeVec
+	controlFails  prometheus.Gauge
+	paused        prometheus.Gauge
+	patRefused    prometheus.Gauge
+	findings      *prometheus.GaugeVec
+	reportedAt    prometheus.Gauge
+	sealedUpTo    prometheus.Gauge
+	keysetKeys    *prometheus.GaugeVec
+	resealLeft    prometheus.Gauge
+	unknownKeys   prometheus.Gauge
+	importing     prometheus.Gauge
+	callItems     *prometheus.HistogramVec
 
 	campaigns                                    *prometheus.GaugeVec
 	campaignItems                                *prometheus.CounterVec
@@ -49,6 +50,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds; of a state with more than 10,000, an estimate.",
 		}, []string{"state"}),
 	}
+	m.sweepFailures = prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "tenantry_sweep_failures_total", Help: "Failed turns of the steps of the sweep, by step. A step that fails again and again needs attention; the log says why it fails."}, []string{"step"})
+	reg.MustRegister(m.sweepFailures)
 	m.recovery = prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "tenantry_recovery_mode", Help: "1 for the state of recovery mode: watching, recovering, or stopped (another database is in use)."}, []string{"state"})
 	m.undecided = prometheus.NewGauge(prometheus.GaugeOpts{

@@ -548,3 +548,31 @@ func TestDrainedAppOfATenantIsKept(t *testing.T) {
 		t.Errorf("the app of a tenant was removed: %v", s.Calls)
 	}
 }
+
+// A step of the sweep that fails or waits stops no other.
+func TestSweepStepsAreIndependent(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	signUp(t, r, "user_1")
+	expires := time.Now().Add(time.Second)
+	if _, _, err := r.AddKey(t.Context(), "user_1", tenant.KeySpec{Name: "short", ExpiresAt: expires}, long, caller); err != nil {
+		t.Fatal(err)
+	}
+	locks := pgtest.Conn(t, w.URL)
+	if _, err := locks.Exec(t.Context(), `BEGIN; LOCK TABLE pools, campaigns, adoptions, reconciliations IN ACCESS EXCLUSIVE MODE`); err != nil {
+		t.Fatal(err)
+	}
+	provisiontest.Eventually(t, "the key has ended", func() bool {
+		return column(t, w, `SELECT state FROM keys WHERE name = 'short'`)[0] == "revoked"
+	})
+	provisiontest.Eventually(t, "a failure is counted", func() bool {
+		families, err := r.Reg.Gather()
+		for _, f := range families {
+			if err == nil && f.GetName() == "tenantry_sweep_failures_total" {
+				return true
+			}
+		}
+		return false
+	})
+}

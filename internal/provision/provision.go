@@ -176,7 +176,7 @@ type Store interface {
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
 	PurgeWait(ctx context.Context, perHour int) (time.Duration, error)
 	BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error)
-	Enqueue(ctx context.Context) (int, error)
+	Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error)
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
 	SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error)

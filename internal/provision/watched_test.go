@@ -533,9 +533,9 @@ func (s watchedStore) StartBuilds(ctx context.Context, p tenant.Profile, ids []t
 	return s.Store.StartBuilds(ctx, p, ids)
 }
 
-func (s watchedStore) Enqueue(ctx context.Context) (int, error) {
+func (s watchedStore) Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error) {
 	defer s.returned()
-	return s.Store.Enqueue(ctx)
+	return s.Store.Enqueue(ctx, kind)
 }
 
 func (s watchedStore) MakeAuditPartitions(ctx context.Context) error {

@@ -2,9 +2,11 @@ package provision
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"log/slog"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -120,86 +122,110 @@ func (w *campaignWorker) Work(ctx context.Context, job *river.Job[tenant.Campaig
 	return nil
 }
 
-// How often the sweep does what need not be done at every turn.
+// How often a step of the sweep is done that need not be done at each turn.
 const (
 	measureEvery   = 15 * time.Second
 	partitionEvery = 6 * time.Hour
 )
 
-// Sweep makes good what a crash, a lost job or a lost wake-up left undone, turn
-// by turn until ctx ends: it gives ready apps to waiting tenants, begins the
-// builds they want for, and enqueues the rows that are due. Every replica sweeps.
+// stepTimeout limits one turn of a step.
+const stepTimeout = 30 * time.Second
+
+// A step is a part of the sweep. Each step has its own turns, limit and failures: one that fails or is
+// slow stops no other.
+type step struct {
+	name  string
+	every time.Duration // 0 means SweepEvery
+	do    func(ctx context.Context) error
+}
+
+// steps are the parts of the sweep: they do what a crash, a lost job or a lost wake-up left undone.
+func (s *Service) steps() []step {
+	steps := []step{
+		{"beat", 0, s.beat},
+		{"claim apps", 0, s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
+			_, err := s.Store.Claim(ctx, p.Name, worker)
+			return err
+		})},
+		{"start builds", 0, s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
+			return s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds))
+		})},
+		{"keep pools", 0, s.keepPools},
+		{"start reports", 0, s.startDueReports},
+		{"end keys", 0, func(ctx context.Context) error { return s.Store.EndDueKeys(ctx, worker) }},
+		{"settle tenants", 0, func(ctx context.Context) error { return s.Store.SettleTenants(ctx, worker) }},
+		{"note profiles", partitionEvery, func(ctx context.Context) error { return s.Store.NoteProfiles(ctx, s.Profiles) }},
+		{"rotate by age", s.AgeEvery, s.rotateAged},
+		{"measure", measureEvery, s.measure},
+		{"make audit partitions", partitionEvery, func(ctx context.Context) error { return s.Store.MakeAuditPartitions(ctx) }},
+	}
+	for _, kind := range tenant.WorkKinds {
+		steps = append(steps, step{"enqueue " + string(kind), 0, func(ctx context.Context) error {
+			_, err := s.Store.Enqueue(ctx, kind)
+			return err
+		}})
+	}
+	return steps
+}
+
+// eachProfile does something for each profile, also after it failed for another.
+func (s *Service) eachProfile(do func(context.Context, tenant.Profile) error) func(context.Context) error {
+	return func(ctx context.Context) error {
+		var failures []error
+		for _, p := range s.Profiles {
+			if err := do(ctx, p); err != nil {
+				failures = append(failures, fmt.Errorf("profile %s: %w", p.Name, err))
+			}
+		}
+		return errors.Join(failures...)
+	}
+}
+
+// Sweep repeats the steps of the sweep until ctx ends. Every replica sweeps.
 func (s *Service) Sweep(ctx context.Context) error {
-	var measured, partitioned, aged time.Time
-	failing, noted := false, false
+	var loops sync.WaitGroup
+	for _, st := range s.steps() {
+		loops.Go(func() { s.repeat(ctx, st) })
+	}
+	loops.Wait()
+	return nil
+}
+
+// repeat does a step again and again until ctx ends.
+func (s *Service) repeat(ctx context.Context, st step) {
+	failing := false
 	for {
-		err := s.sweep(ctx)
-		if err == nil && time.Since(measured) >= measureEvery {
-			if err = s.measure(ctx); err == nil {
-				measured = time.Now()
-			}
-		}
-		if err == nil && time.Since(partitioned) >= partitionEvery {
-			if err = s.Store.MakeAuditPartitions(ctx); err == nil {
-				partitioned = time.Now()
-			}
-		}
-		if err == nil && !noted {
-			err = s.Store.NoteProfiles(ctx, s.Profiles)
-			noted = err == nil
-		}
-		if err == nil && time.Since(aged) >= s.AgeEvery {
-			if err = s.rotateAged(ctx); err == nil {
-				aged = time.Now()
-			}
-		}
+		err := s.turnOf(ctx, st)
 		if ctx.Err() != nil {
-			return nil
+			return
 		}
+		field := zap.String("step", st.name)
 		switch {
 		case err != nil && !failing:
-			s.Log.Warn("the sweep fails and is tried again at every turn", zap.Error(err))
+			s.Log.Warn("step of the sweep failed; retrying", field, zap.Error(err))
 		case err == nil && failing:
-			s.Log.Info("the sweep works again")
+			s.Log.Info("step of the sweep works again", field)
 		}
 		failing = err != nil
+		every := max(s.SweepEvery, st.every)
+		if failing { // it may be cheap to wait for, but must not be tried all the time
+			every = max(s.SweepEvery, st.every/60)
+		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return
 		// Replicas that started together must not sweep together.
-		case <-time.After(s.SweepEvery*3/4 + rand.N(s.SweepEvery/2)):
+		case <-time.After(every*3/4 + rand.N(every/2)):
 		}
 	}
 }
 
-func (s *Service) sweep(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+func (s *Service) turnOf(ctx context.Context, st step) error {
+	limited, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	if err := s.beat(ctx); err != nil {
-		return fmt.Errorf("sweep: %w", err)
+	err := st.do(limited)
+	if err != nil && ctx.Err() == nil {
+		s.Metrics.sweepFailures.WithLabelValues(st.name).Inc()
 	}
-	for _, p := range s.Profiles {
-		if _, err := s.Store.Claim(ctx, p.Name, worker); err != nil {
-			return fmt.Errorf("sweep: %w", err)
-		}
-		if err := s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds)); err != nil {
-			return fmt.Errorf("sweep: %w", err)
-		}
-	}
-	if err := s.keepPools(ctx); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	if err := s.startDueReports(ctx); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	if err := s.Store.EndDueKeys(ctx, worker); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	if err := s.Store.SettleTenants(ctx, worker); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	if _, err := s.Store.Enqueue(ctx); err != nil {
-		return fmt.Errorf("sweep: %w", err)
-	}
-	return nil
+	return err
 }

@@ -57,3 +57,20 @@ const (
 	QueueBackground     = "background"
 	InteractiveCooldown = 5 * time.Millisecond
 )
+
+// A WorkKind is a kind of rows that workers look at.
+type WorkKind string
+
+// The kinds of work.
+const (
+	BuildWork          WorkKind = "builds"  // of apps that a tenant waits for
+	TagWork            WorkKind = "tags"    // and unknown keys, which a caller waits for
+	KeyWork            WorkKind = "keys"    // to be created or revoked
+	ReconciliationWork WorkKind = "reports" // and repairs
+	AdoptionWork       WorkKind = "adoptions"
+	CampaignWork       WorkKind = "campaigns"
+	BackgroundWork     WorkKind = "background" // pool, tags of imports, removals, proofs
+)
+
+// WorkKinds lists every kind of work.
+var WorkKinds = []WorkKind{BuildWork, TagWork, KeyWork, ReconciliationWork, AdoptionWork, CampaignWork, BackgroundWork}
