@@ -115,9 +115,9 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		return b, translate("begin adoption", err)
 	}
 	if began {
-		err = db.enqueue(ctx, []river.InsertManyParams{adoptionJob(b.Adoption.ID)})
+		db.enqueue(ctx, []river.InsertManyParams{adoptionJob(b.Adoption.ID)})
 	}
-	return b, err
+	return b, nil
 }
 
 // replacesKey reports whether key takes the place of the one that a tenant has. Only that of an app that is shared with the operator is replaced so; Tenantry
@@ -269,7 +269,8 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 		return translate("hold adopted app", err)
 	}
 	db.changed(a.TenantID, a.AppID)
-	return db.enqueue(ctx, keyJobs(making))
+	db.enqueue(ctx, keyJobs(making))
+	return nil
 }
 
 // adoptionDone forgets an adoption that was carried out, and dry runs of it, and wakes who

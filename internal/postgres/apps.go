@@ -166,7 +166,8 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 		return translate("finish build", err)
 	}
 	db.wakeFollowers() // it may have been given to a tenant
-	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	return nil
 }
 
 // BeginTag records the intent to write the time of the removal into the ownership tag of a
@@ -224,7 +225,8 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	if tag.RowsAffected() == 0 {
 		return tenant.ErrLeaseLost
 	}
-	return db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return nil
 }
 
 // AppSetback records a failed try on a leased app and lets the lease go.

@@ -75,7 +75,8 @@ func (db *DB) StartCampaign(ctx context.Context, n tenant.NewCampaign, actor ten
 	if err != nil {
 		return c, translate("start campaign", err)
 	}
-	return c, db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	return c, nil
 }
 
 // insertCampaign writes a campaign down if condition holds, whose parameters are $9
@@ -125,7 +126,8 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 	if err != nil {
 		return false, translate("rotate keys that are too old", err)
 	}
-	return true, db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	return true, nil
 }
 
 // Campaign reads a campaign. It reports tenant.NotFound if there is none of that id.
@@ -201,7 +203,8 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 	if err != nil || !changed || c.Ended() {
 		return c, changed, translate("change campaign", err)
 	}
-	return c, changed, db.enqueue(ctx, []river.InsertManyParams{campaignJob(id)})
+	db.enqueue(ctx, []river.InsertManyParams{campaignJob(id)})
+	return c, changed, nil
 }
 
 // dueCampaign selects the campaigns that there is work on. In recovery mode campaigns wait.
@@ -419,7 +422,8 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 	for i, k := range w.keys {
 		begins, goesOn, err := db.rotateNext(ctx, c, k, ids[i], actor)
 		if err != nil {
-			return c, errors.Join(translate("rotate key of campaign", err), db.enqueue(ctx, keyJobs(began)))
+			db.enqueue(ctx, keyJobs(began))
+			return c, translate("rotate key of campaign", err)
 		}
 		if begins {
 			began = append(began, keyInLane{ids[i], tenant.Background})
@@ -429,9 +433,7 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 			break
 		}
 	}
-	if err := db.enqueue(ctx, keyJobs(began)); err != nil {
-		return c, err
-	}
+	db.enqueue(ctx, keyJobs(began))
 	if w.count > len(w.keys) {
 		rows, _ := db.pool.Query(ctx, `SELECT `+campaignColumns+` FROM campaigns c WHERE id = $1`, c.ID)
 		c, err := oneCampaign(rows)
@@ -681,7 +683,8 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 		return false, translate("bring app to a revision", err)
 	}
 	db.changed(m.TenantID, "")
-	return ok, db.enqueue(ctx, keyJobs(added))
+	db.enqueue(ctx, keyJobs(added))
+	return ok, nil
 }
 
 // LeaveMisfit ends an app of a leased campaign that was skipped or has failed.

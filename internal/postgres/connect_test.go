@@ -277,3 +277,15 @@ func TestPartitionsBesideADump(t *testing.T) {
 		t.Errorf("%d triggers guard the partition %s", n, newest)
 	}
 }
+
+// What is committed is no failure, also if no job can be inserted for it.
+func TestJobsThatCannotBeInserted(t *testing.T) {
+	t.Parallel()
+	of := pgtest.URL(t)
+	db := opened(t, postgres.Config{URL: of})
+	run(t, pgtest.Conn(t, of), `BEGIN; LOCK TABLE river_job IN ACCESS EXCLUSIVE MODE`)
+	got, err := db.SignUp(t.Context(), newTenant("user_1"), actor)
+	if err != nil || got.Tenant.State != tenant.Provisioning {
+		t.Errorf("sign-up: %+v, %v", got.Tenant, err)
+	}
+}

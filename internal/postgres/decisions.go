@@ -362,7 +362,8 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 	if err != nil {
 		return translate("record listed keys", err)
 	}
-	return db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return nil
 }
 
 // KeysOfApp lists the live keys of an app, by the rows, with their encrypted secrets.

@@ -130,7 +130,8 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 	if err != nil {
 		return t, translate("sign up", err)
 	}
-	return t, db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	return t, nil
 }
 
 // claimInBackgroundSQL gives ready apps that the pool of a profile does not need to the

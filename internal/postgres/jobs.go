@@ -7,6 +7,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/riverqueue/river"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -24,8 +25,8 @@ const (
 	priorityLast   = 4
 )
 
-func (db *DB) enqueueApps(ctx context.Context, queue string, ids []tenant.AppID) error {
-	return db.enqueue(ctx, appJobs(queue, 1, ids))
+func (db *DB) enqueueApps(ctx context.Context, queue string, ids []tenant.AppID) {
+	db.enqueue(ctx, appJobs(queue, 1, ids))
 }
 
 func appJobs(queue string, priority int, ids []tenant.AppID) []river.InsertManyParams {
@@ -54,13 +55,26 @@ func keyJobs(keys []keyInLane) []river.InsertManyParams {
 	return jobs
 }
 
-func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error {
+// enqueueTimeout limits the insertion of jobs after a commit.
+const enqueueTimeout = 3 * time.Second
+
+// enqueue inserts jobs. What they are for is committed already, so a failure is no failure of the
+// caller: the sweep finds the rows.
+func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) {
 	if len(jobs) == 0 {
-		return nil
+		return
 	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), enqueueTimeout)
+	defer cancel()
+	if err := db.insertJobs(ctx, jobs); err != nil {
+		db.log.Warn("jobs not inserted; the sweep inserts them", zap.Int("jobs", len(jobs)), zap.Error(err))
+	}
+}
+
+func (db *DB) insertJobs(ctx context.Context, jobs []river.InsertManyParams) error {
 	inserted, err := db.jobs.InsertMany(ctx, jobs)
 	if err != nil {
-		return translate("insert jobs", err)
+		return err
 	}
 	ids := make([]int64, len(inserted))
 	for i, j := range inserted {
@@ -69,7 +83,7 @@ func (db *DB) enqueue(ctx context.Context, jobs []river.InsertManyParams) error 
 	// River inserts them with the time of this process: if the clock of the database is behind, they
 	// would wait for as long.
 	_, err = db.pool.Exec(ctx, `UPDATE river_job SET scheduled_at = now() WHERE id = ANY ($1) AND state = 'available' AND scheduled_at > now()`, ids)
-	return translate("insert jobs", err)
+	return err
 }
 
 // Enqueue inserts jobs for the rows of a kind that are due, unleased and not in the queue:
@@ -132,7 +146,8 @@ func (db *DB) Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error) {
 	if err != nil {
 		return 0, translate("find rows that are due", err)
 	}
-	return len(jobs), db.enqueue(ctx, jobs)
+	db.enqueue(ctx, jobs)
+	return len(jobs), nil
 }
 
 // due returns the ids of the rows that a statement marks as enqueued.
@@ -199,7 +214,8 @@ func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.Ap
 	if err != nil {
 		return translate("start builds", err)
 	}
-	return db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	return nil
 }
 
 // MakeAuditPartitions makes the partitions of the audit log for the months ahead.

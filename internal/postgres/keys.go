@@ -279,7 +279,8 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 		return translate("finish key", err)
 	}
 	db.changed(owner, "")
-	return db.enqueue(ctx, keyJobs(retired))
+	db.enqueue(ctx, keyJobs(retired))
+	return nil
 }
 
 // retireKey lets a key that next replaces work on for next's overlap.

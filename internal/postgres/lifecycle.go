@@ -73,7 +73,9 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 	if t.AppID != "" && t.State != tenant.Active && !t.Settled() {
 		apps = append(apps, t.AppID) // its ownership tag may have to be written first, or unknown keys ended
 	}
-	return t, errors.Join(db.enqueue(ctx, keyJobs(keys)), db.enqueueApps(ctx, tenant.QueueInteractive, apps))
+	db.enqueue(ctx, keyJobs(keys))
+	db.enqueueApps(ctx, tenant.QueueInteractive, apps)
+	return t, nil
 }
 
 // move takes a tenant that is locked to another state, with the event that tells of
@@ -479,7 +481,8 @@ func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 	if len(keys) > 0 {
 		db.wakeFollowers()
 	}
-	return db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return nil
 }
 
 // AddExtraKeys writes down the further keys that the profile of a leased app's tenant
@@ -525,5 +528,6 @@ func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewK
 	if len(added) > 0 {
 		db.changed(a.Tenant, "")
 	}
-	return db.enqueue(ctx, keyJobs(added))
+	db.enqueue(ctx, keyJobs(added))
+	return nil
 }

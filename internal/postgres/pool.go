@@ -264,7 +264,8 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 		return translate("fill pool", err)
 	}
 	first = min(first, len(began))
-	return db.enqueue(ctx, append(appJobs(tenant.QueueBackground, priorityPool, began[:first]), appJobs(tenant.QueueBackground, priorityOther, began[first:])...))
+	db.enqueue(ctx, append(appJobs(tenant.QueueBackground, priorityPool, began[:first]), appJobs(tenant.QueueBackground, priorityOther, began[first:])...))
+	return nil
 }
 
 // DefaultKeyOf reads the key that an app was built with. It reports tenant.NotFound if
@@ -343,7 +344,8 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 		return translate("record key as gone", err)
 	}
 	db.changed(a.Tenant, "")
-	return db.enqueue(ctx, keyJobs(made))
+	db.enqueue(ctx, keyJobs(made))
+	return nil
 }
 
 // Pools reads how the pools of the profiles named stand, in the order of the names,

@@ -35,6 +35,7 @@ type DB struct {
 	sessions *connector
 	jobs     *river.Client[pgx.Tx]
 	hub      *hub
+	log      *zap.Logger
 
 	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
 	cache   *cache
@@ -103,7 +104,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open job client: %w", err)
 	}
-	db := &DB{pool: pool, direct: direct, sessions: sessions, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
+	db := &DB{log: log, pool: pool, direct: direct, sessions: sessions, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
 		unsent: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
 	db.lookups = &lookups{db: db}
 	return db, nil

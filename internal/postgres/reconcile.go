@@ -117,8 +117,9 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 	if err != nil {
 		return r, translate("start reconciliation", err)
 	}
-	return r, db.enqueue(ctx, []river.InsertManyParams{{Args: tenant.ReconciliationJob{ReconciliationID: r.ID},
-		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 2}}})
+	db.enqueue(ctx, []river.InsertManyParams{{Args: tenant.ReconciliationJob{ReconciliationID: r.ID},
+		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: priorityReport}}})
+	return r, nil
 }
 
 // StartDueReport begins a report if the last report is older than every. While the database is

@@ -59,7 +59,8 @@ func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Find
 	if err != nil {
 		return err
 	}
-	return db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return nil
 }
 
 // act carries out a finding with one statement.

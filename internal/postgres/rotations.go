@@ -368,7 +368,8 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		return q, translate("quarantine key", err)
 	}
 	db.changed(q.TenantID, "")
-	return q, db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return q, nil
 }
 
 // BeginQuarantine records a leaked key that has no row, unless it is recorded already. A worker
@@ -448,7 +449,8 @@ func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tena
 	if err != nil {
 		return translate("end quarantine", err)
 	}
-	return db.enqueue(ctx, keyJobs(keys))
+	db.enqueue(ctx, keyJobs(keys))
+	return nil
 }
 
 // QuarantineSetback records a failed attempt on a leased quarantine and releases it. Without a

@@ -2,6 +2,8 @@ package postgres
 
 import (
 	"context"
+	"fmt"
+	"runtime/debug"
 	"sync"
 	"time"
 )
@@ -91,11 +93,21 @@ func (s *shared[In, Out]) runAll(calls []*sharedCall[In, Out]) {
 	for i, c := range calls {
 		ins[i] = c.in
 	}
-	outs, err := s.run(ctx, ins)
+	outs, err := s.runOnce(ctx, ins)
 	for i, c := range calls {
 		if c.err = err; err == nil {
 			c.out = outs[i]
 		}
 		close(c.done)
 	}
+}
+
+// runOnce turns a panic into an error, or the place of the call would be taken forever.
+func (s *shared[In, Out]) runOnce(ctx context.Context, ins []In) (outs []Out, err error) {
+	defer func() {
+		if v := recover(); v != nil {
+			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
+		}
+	}()
+	return s.run(ctx, ins)
 }

@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
+	"time"
 )
 
 // Calls that come while as many are under way as may be go together, each gets its own
@@ -68,4 +70,27 @@ func TestShared(t *testing.T) {
 			t.Errorf("do = %d, %v with %d running; want 70 with none", got, err, s.running)
 		}
 	})
+}
+
+// A panic takes no place away.
+func TestSharedPanics(t *testing.T) {
+	t.Parallel()
+	panics := true
+	s := &shared[int, int]{run: func(_ context.Context, calls []int) ([]int, error) {
+		if panics {
+			panic("a fault of ours")
+		}
+		return calls, nil
+	}}
+	for range sharedAtOnce {
+		if _, err := s.do(t.Context(), 1); err == nil || !strings.Contains(err.Error(), "a fault of ours") {
+			t.Errorf("do: %v; want the panic", err)
+		}
+	}
+	panics = false
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if got, err := s.do(ctx, 2); got != 2 || err != nil {
+		t.Errorf("after panics, do returns %d, %v", got, err)
+	}
 }

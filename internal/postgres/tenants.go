@@ -488,7 +488,8 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		return s, true, err
 	}
 	// A job that is not inserted costs a moment: the sweep finds the row.
-	return s, true, db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	return s, true, nil
 }
 
 // Retry makes due now what a tenant waits for and whose next try is due later, and
