@@ -1,3 +1,10 @@
+ALTER TABLE apps DROP COLUMN leased_by;
+ALTER TABLE keys DROP COLUMN leased_by;
+ALTER TABLE adoptions DROP COLUMN leased_by;
+ALTER TABLE reconciliations DROP COLUMN leased_by;
+ALTER TABLE campaigns DROP COLUMN leased_by;
+ALTER TABLE replicas DROP COLUMN leases_freed;
+
 CREATE OR REPLACE FUNCTION audit_events_make_partitions(months integer) RETURNS integer LANGUAGE plpgsql AS $$
 DECLARE
     first date;

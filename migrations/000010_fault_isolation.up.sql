@@ -1,3 +1,26 @@
+-- Takes all locks before the first change, as in 000004.
+DO $$ BEGIN
+    PERFORM set_config('lock_timeout', '1s', true);
+    LOOP
+        BEGIN
+            LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE;
+            LOCK TABLE apps, keys, adoptions, reconciliations, campaigns, replicas IN ACCESS EXCLUSIVE MODE NOWAIT;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.02); -- with none of the locks
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', '0', true);
+END $$;
+
+-- The replica that has the lease: if it dies, its leases are free at once.
+ALTER TABLE apps ADD COLUMN leased_by uuid;
+ALTER TABLE keys ADD COLUMN leased_by uuid;
+ALTER TABLE adoptions ADD COLUMN leased_by uuid;
+ALTER TABLE reconciliations ADD COLUMN leased_by uuid;
+ALTER TABLE campaigns ADD COLUMN leased_by uuid;
+ALTER TABLE replicas ADD COLUMN leases_freed boolean NOT NULL DEFAULT false;
+
 -- Partitions are attached, which needs no lock that stops inserts. Attaching locks the default
 -- partition, which a dump reads: the function waits briefly, and is called again later. It runs with the
 -- privileges of its owner, so that the role of the service need not own the table.

@@ -185,9 +185,9 @@ func (db *DB) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, erro
 func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
 	var a tenant.LeasedAdoption
 	err := db.pool.QueryRow(ctx, `
-		UPDATE adoptions a SET leased_until = now() + $2, enqueued_at = '-infinity'
+		UPDATE adoptions a SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
 		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.reserved, a.attempts, a.leased_until`, id, lease).
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.reserved, a.attempts, a.leased_until`, id, lease, db.replica).
 		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Reserved, &a.Attempts, &a.LeasedUntil)...)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return a, errNotFound("adoption")

@@ -45,7 +45,7 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 	var purge, tagged, tagging *time.Time
 	err := db.pool.QueryRow(ctx, `
 		WITH leased AS (
-			UPDATE apps SET leased_until = now() + $2, enqueued_at = '-infinity'
+			UPDATE apps SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
 			WHERE id = (
 				SELECT id FROM apps
 				WHERE id = $1 AND `+dueApp+`
@@ -60,7 +60,7 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), (l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`) IS TRUE,
 			k.id, k.in_doubt_since IS NOT NULL
 		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
-		id, lease).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
+		id, lease, db.replica).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
 		&purge, &tagged, &a.Tagging, &tagging, &a.EndUnknownKeys, &a.RemovalConfirmed,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,

@@ -215,9 +215,9 @@ const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR
 // tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error) {
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE campaigns c SET leased_until = now() + $2, enqueued_at = '-infinity'
+		UPDATE campaigns c SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
 		WHERE id = (SELECT id FROM campaigns WHERE id = $1 AND `+dueCampaign+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+campaignColumns, id, lease)
+		RETURNING `+campaignColumns, id, lease, db.replica)
 	c, err := oneCampaign(rows)
 	return c, translate("lease campaign", err)
 }

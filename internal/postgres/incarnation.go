@@ -1,7 +1,6 @@
 package postgres
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -217,43 +216,6 @@ func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) err
 		INSERT INTO audit_events (actor, action, detail)
 		SELECT 'worker', 'recovery.' || recovery, jsonb_build_object('incarnation', id, 'reason', $1::text) FROM lost`, lost)
 	return translate("record lost transactions", err)
-}
-
-// replicaTimeout is how long a replica counts as alive after it was last seen.
-const replicaTimeout = 15 * time.Second
-
-// Beat registers this replica, starts the next incarnation if the fingerprint of the database
-// has changed, and returns the state of recovery.
-func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
-	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
-		return tenant.Beat{}, err
-	}
-	var b tenant.Beat
-	var err error
-	// A replica that registers here after a failover ends the watch, so first its follower must have
-	// looked for the events that it had read.
-	var compared *uuid.UUID
-	if db.follows.Load() {
-		compared = cmp.Or(db.compared.Load(), &uuid.Nil)
-	}
-	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
-		WITH seen AS (
-			INSERT INTO replicas AS r (id, incarnation)
-			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END FROM current_incarnation
-			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now()
-			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $2::interval OR r.last_seen_at > now()
-		)
-		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3, compared),
-		&b.ControlDue, &b.Retiring)
-	return b, translate("register replica", err)
-}
-
-// Leave removes the registration of this replica, and reports whether no other is alive.
-func (db *DB) Leave(ctx context.Context) (last bool, err error) {
-	err = db.pool.QueryRow(ctx, `
-		WITH gone AS (DELETE FROM replicas WHERE id = $1 OR last_seen_at < now() - interval '1 day')
-		SELECT NOT EXISTS (SELECT FROM replicas WHERE id <> $1 AND last_seen_at > now() - $2::interval)`, db.replica, replicaTimeout).Scan(&last)
-	return last, translate("remove registration of replica", err)
 }
 
 // RetireApps marks the unassigned apps of earlier incarnations as retired: they are never

@@ -158,9 +158,9 @@ func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 // tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error) {
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE keys k SET leased_until = now() + $2, enqueued_at = '-infinity'
+		UPDATE keys k SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
 		WHERE id = (SELECT id FROM keys k WHERE k.id = $1 AND `+dueKey+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+leasedKeyColumns, id, lease)
+		RETURNING `+leasedKeyColumns, id, lease, db.replica)
 	k, err := pgx.CollectExactlyOneRow(rows, scanLeasedKey)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return k, errNotFound("key")

@@ -237,11 +237,11 @@ func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, add fu
 // reports tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error) {
 	return db.oneReconciliation(ctx, "lease reconciliation", `
-		UPDATE reconciliations r SET leased_until = now() + $2, enqueued_at = '-infinity'
+		UPDATE reconciliations r SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
 		WHERE id = (SELECT id FROM reconciliations
 			WHERE id = $1 AND state = 'running' AND leased_until < now() AND next_attempt_at <= now()
 			FOR UPDATE SKIP LOCKED)
-		RETURNING `+reconciliationColumns, id, lease)
+		RETURNING `+reconciliationColumns, id, lease, db.replica)
 }
 
 // underLease runs act in a transaction that holds the leased reconciliation.

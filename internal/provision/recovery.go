@@ -28,6 +28,9 @@ func (s *Service) beat(ctx context.Context) error {
 		return err
 	}
 	s.logRecovery(b.Recovery)
+	if b.ClockStep > 0 {
+		s.Log.Warn("clock of the database was set back; the times of all work were corrected", zap.Duration("by", b.ClockStep))
+	}
 	if b.Retiring {
 		n, err := s.Store.RetireApps(ctx)
 		if err != nil {

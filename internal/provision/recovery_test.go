@@ -868,3 +868,49 @@ func TestControlRecordIsRepaired(t *testing.T) {
 		t.Errorf("recovery mode: %+v, %v", is, err)
 	}
 }
+
+// The work of a replica that was killed does not wait for the end of its leases.
+func TestLeasesOfDeadReplica(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	w.Faults(map[string]any{"call": "PostApps", "http": 503})
+	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	const died = `01a22aee-04af-71fd-b43e-80f79835e96d`
+	conn := pgtest.Conn(t, w.URL)
+	provisiontest.Eventually(t, "the build is leased by the dead replica", func() bool {
+		tag, err := conn.Exec(t.Context(), `UPDATE apps SET leased_until = now() + interval '1 hour', leased_by = '`+died+`', next_attempt_at = now()
+			WHERE state = 'building' AND leased_until < now()`)
+		return err == nil && tag.RowsAffected() == 1
+	})
+	w.Faults()
+	exec(t, w, `INSERT INTO replicas (id, incarnation, last_seen_at) SELECT '`+died+`', id, now() - interval '10 seconds' FROM current_incarnation`)
+	if got, err := r.Tenant(t.Context(), "user_1", long); err != nil || got.State != tenant.Active {
+		t.Errorf("the tenant is %s, %v", got.State, err)
+	}
+}
+
+// If the clock of the database is set back, all work goes on.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	signUp(t, r, "suspended")
+	signUp(t, r, "waits")
+	w.Faults(map[string]any{"call": "DeleteKey", "http": 503})
+	if _, err := r.Suspend(t.Context(), "waits", 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	// As they are after the clock was set back by an hour.
+	exec(t, w, `
+		UPDATE apps SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour';
+		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour';
+		UPDATE upstream_budget SET next_slot_at = now() + interval '1 hour', paused_until = now() + interval '1 hour', pauses = 0;
+		UPDATE replicas SET last_seen_at = now() + interval '1 hour'`)
+	w.Faults()
+	suspended(t, r, "suspended")
+	suspended(t, r, "waits")
+	signUp(t, r, "user_1")
+}

@@ -45,6 +45,8 @@ type Beat struct {
 	Recovery
 	ControlDue bool // the control record must be read
 	Retiring   bool // apps of earlier incarnations must still be marked as retired
+	// ClockStep is by how much the clock of the database was found to be set back; times were corrected.
+	ClockStep time.Duration
 }
 
 // RecoveryWaiting counts the work that waits for the end of recovery mode.
