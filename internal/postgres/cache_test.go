@@ -230,6 +230,33 @@ func TestGaps(t *testing.T) {
 	}
 }
 
+// Of two transactions, one has the lower transaction id and the other the lower event id. The event
+// that is missing after the first commit is still awaited.
+func TestGapOfLaterTransaction(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := replica(t, url), replica(t, url)
+	for _, id := range []tenant.ID{"user_1", "user_2"} {
+		signUp(t, url, a, id)
+		held(t, b, id)
+	}
+	slow, quick := pgtest.Conn(t, url), pgtest.Conn(t, url)
+	run(t, quick, `BEGIN; UPDATE tenants SET display_name = 'quick', version = version + 1 WHERE id = 'user_2'`)
+	run(t, slow, `BEGIN; UPDATE tenants SET display_name = 'slow', version = version + 1 WHERE id = 'user_1';
+		INSERT INTO audit_events (actor, action, tenant_id) VALUES ('test', 'tenant.changed', 'user_1')`)
+	run(t, quick, `INSERT INTO audit_events (actor, action, tenant_id) VALUES ('test', 'tenant.changed', 'user_2'); COMMIT`)
+	until(t, "the later event is seen", func() bool { return nameOf(t, b, "user_2") == "quick" })
+	for i := range 5 { // each change is one more read of the log
+		name := fmt.Sprint("read ", i)
+		rename(t, a, "user_2", name)
+		until(t, "the log is read", func() bool { return nameOf(t, b, "user_2") == name })
+	}
+	held(t, b, "user_1")
+	run(t, slow, `COMMIT`)
+	until(t, "the late change is seen", func() bool { return nameOf(t, b, "user_1") == "slow" })
+	until(t, "the gap is closed", func() bool { return b.CacheStats().Gaps == 0 })
+}
+
 // A replica that begins to follow while an event is under way waits for it.
 func TestBeginWhileAnEventIsUnderWay(t *testing.T) {
 	t.Parallel()

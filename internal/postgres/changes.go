@@ -20,11 +20,10 @@ import (
 // that is passed over may be one of a transaction that is still running, or of one
 // that came to nothing.
 //
-// A row is changed before the event of it is written, so that the transaction has its
-// own id before it draws the event's. When a snapshot shows an event, and not one of a
-// lower id, the transaction of that one has therefore an id below the snapshot's xmax,
-// or it does not change what was there. Once a snapshot's xmin has come to that xmax, it
-// is over: the same snapshot shows its event, or there will be none.
+// A transaction locks the audit log before it draws the id of an event, and until it ends. So once an
+// id is missing from what was read, every transaction that may still write it is among those that
+// hold such a lock now. When all of these have ended, the next read has the event, or it will
+// never exist.
 //
 // What is visible is acted on at once, whatever else runs: a long transaction of
 // somebody else delays nothing but the forgetting of gaps.
@@ -151,9 +150,14 @@ type follower struct {
 	// The events that were read last, and when. If one of these is missing, the database was
 	// rolled back.
 	recent []readEvent
-	// The ids below last that were not seen, each with the xmax of the first snapshot
-	// that left it out.
-	gaps map[int64]int64
+	// The ids below last that were not seen.
+	gaps map[int64]*gap
+}
+
+// A gap is missing ids that were noticed at the same time.
+type gap struct {
+	writers []string // the transactions that may write events of these ids
+	ended   bool     // all of them, before the last read began
 }
 
 // A readEvent is an event that a follower has read.
@@ -324,7 +328,7 @@ func (f *follower) missing(ctx context.Context, conn *pgx.Conn) (lostEvent, erro
 func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
 	reading, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
-	f.last, f.gaps = 0, map[int64]int64{}
+	f.last, f.gaps = 0, map[int64]*gap{}
 	if err := conn.QueryRow(reading, `SELECT id FROM current_incarnation`).Scan(&f.of.incarnation); err != nil {
 		return err
 	}
@@ -365,9 +369,8 @@ func (f *follower) stillWriting(ctx context.Context, conn *pgx.Conn, before []st
 // newEventsSQL reads the events from the last one on, and those of the gaps: all in one
 // snapshot. The last one is read again, to see that it is still there.
 const newEventsSQL = `
-	SELECT (SELECT id FROM current_incarnation), pg_snapshot_xmin(s.now)::text::bigint, pg_snapshot_xmax(s.now)::text::bigint,
-		e.id, coalesce(e.tenant_id, ''), coalesce(e.app_id, ''), coalesce(e.token_id, '')
-	FROM (SELECT pg_current_snapshot() AS now) s LEFT JOIN (
+	SELECT i.id, e.id, coalesce(e.tenant_id, ''), coalesce(e.app_id, ''), coalesce(e.token_id, '')
+	FROM current_incarnation i LEFT JOIN (
 		(SELECT id, tenant_id, app_id, CASE WHEN action LIKE 'token.%' THEN detail->>'token_id' END AS token_id
 		FROM audit_events WHERE id >= $1 ORDER BY id LIMIT $3)
 		UNION ALL
@@ -380,8 +383,18 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	gaps := make([]int64, 0, len(f.gaps))
-	for id := range f.gaps {
+	looked := map[*gap]bool{}
+	for id, g := range f.gaps {
 		gaps = append(gaps, id)
+		if looked[g] {
+			continue
+		}
+		looked[g] = true
+		running, err := auditWritersOf(ctx, conn, g.writers)
+		if err != nil {
+			return err
+		}
+		g.ended = !running
 	}
 	began := f.db.cache.clock()
 	rows, err := conn.Query(ctx, newEventsSQL, f.last, gaps, mostEvents)
@@ -390,8 +403,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 	}
 	defer rows.Close()
 	var incarnation uuid.UUID
-	var xmin, xmax, newest int64
-	newest = f.last
+	newest := f.last
 	seen := map[int64]bool{}
 	var keys []cacheKey
 	for rows.Next() {
@@ -399,7 +411,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		var of tenant.ID
 		var app tenant.AppID
 		var token string
-		if err := rows.Scan(&incarnation, &xmin, &xmax, &id, &of, &app, &token); err != nil {
+		if err := rows.Scan(&incarnation, &id, &of, &app, &token); err != nil {
 			return err
 		}
 		if id == nil { // there are no events
@@ -438,20 +450,36 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	f.recent = f.recent[max(0, len(f.recent)-maxRecent):]
-	for id, noticed := range f.gaps {
-		if seen[id] || xmin >= noticed {
+	for id, g := range f.gaps {
+		if seen[id] || g.ended {
 			delete(f.gaps, id)
 		}
 	}
-	for id := f.last + 1; id < newest; id++ {
-		if !seen[id] {
-			f.gaps[id] = xmax
-		}
+	if err := f.noticeGaps(ctx, conn, newest, seen); err != nil {
+		return err
 	}
 	f.last = newest
 	f.db.compared.Store(&incarnation)
 	f.db.cache.gaps.Store(int64(len(f.gaps)))
 	f.db.cache.current(began)
+	return nil
+}
+
+// noticeGaps records the ids up to newest that were not seen.
+func (f *follower) noticeGaps(ctx context.Context, conn *pgx.Conn, newest int64, seen map[int64]bool) (err error) {
+	var g *gap
+	for id := f.last + 1; id < newest; id++ {
+		if seen[id] {
+			continue
+		}
+		if g == nil {
+			g = &gap{}
+			if g.writers, err = auditWriters(ctx, conn); err != nil {
+				return err
+			}
+		}
+		f.gaps[id] = g
+	}
 	return nil
 }
 
