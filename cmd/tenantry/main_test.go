@@ -627,6 +627,19 @@ func TestPortTaken(t *testing.T) {
 	fails(t, vars, append(serve, "--addr", taken.Addr().String()), "TENANTRY_ADDR", "address already in use")
 }
 
+// The first start on a database waits for Clarifai, as it waits for the database.
+func TestFirstStartWithoutClarifai(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Faults(map[string]any{"call": "*", "http": 503})
+	vars, serve, addrFile := settings(t, w.URL.Reveal(), w.Clarifai)
+	p := start(t, vars, serve...)
+	p.listening(addrFile)
+	provisiontest.Eventually(t, "it waits", func() bool { return strings.Contains(p.stderr.String(), "waiting for Clarifai") })
+	w.Faults()
+	p.ready()
+}
+
 // Keyset and PAT are found wrong at the start and not at the first tenant.
 func TestWrongKeysetAndPAT(t *testing.T) {
 	t.Parallel()

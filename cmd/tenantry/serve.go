@@ -567,21 +567,27 @@ func (s *service) checks() map[string]httpapi.Check {
 	}
 }
 
-// restart is how long start waits for a database that is away.
+// restart is how long start waits before it tries again.
 const restart = time.Second
 
-// start waits for the database, then makes sure that schema, keyset and PAT go
-// with it.
+// start waits for the database, and at the first start for Clarifai, then makes sure that schema,
+// keyset and PAT go with the database.
 func (s *service) start(ctx context.Context) (*provision.Service, error) {
-	away := false
+	said := ""
 	for {
 		engine, err := s.tryStart(ctx)
-		if !errors.Is(err, tenant.Unavailable) {
+		waits := ""
+		switch class := tenant.ClassOf(err); {
+		case errors.Is(err, tenant.Unavailable):
+			waits = "waiting for the database"
+		case class == tenant.UpstreamDown || class == tenant.UpstreamThrottled:
+			waits = "waiting for Clarifai"
+		default:
 			return engine, err
 		}
-		if !away {
-			s.log.Warn("the database cannot be reached; waiting for it", zap.Error(err))
-			away = true
+		if waits != said {
+			s.log.Warn(waits, zap.Error(err))
+			said = waits
 		}
 		select {
 		case <-ctx.Done():

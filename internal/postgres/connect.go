@@ -183,8 +183,12 @@ func (c *connector) keeps(err *pgconn.PgError) bool {
 	switch {
 	case statementLost(err):
 		if c.unprepare.CompareAndSwap(false, true) {
+			if !c.pooled {
+				c.log.Error("a pooler in transaction mode is in front of the database: set DATABASE_DIRECT_URL to a connection string that leads past it, " +
+					"since listening, jobs and migrations need sessions")
+			}
 			c.log.Warn("the pooler in front of the database loses prepared statements, and Tenantry does without them, which costs time: " +
-				"set PgBouncer's max_prepared_statements to 200, pool by session, or set DATABASE_DIRECT_URL")
+				"set PgBouncer's max_prepared_statements to 200, or pool by session")
 			c.reset()
 		}
 		return false
