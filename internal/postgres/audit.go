@@ -135,7 +135,7 @@ func (db *DB) auditEvents(ctx context.Context, f AuditFilter, ids string, bounds
 		add("action = ?", f.Action)
 	}
 	if f.RequestID != "" {
-		add("request_id = ?", f.RequestID)
+		add(`request_id COLLATE "C" = ?`, f.RequestID) // as the index has it
 	}
 	if !f.After.IsZero() {
 		add("at >= ?", f.After)

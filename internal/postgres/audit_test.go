@@ -2,6 +2,7 @@ package postgres_test
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"slices"
 	"sync"
@@ -219,3 +220,39 @@ func TestAuditEventsFollowed(t *testing.T) {
 }
 
 var errUndo = errors.New("undo")
+
+// The events of one key, app or request do not make the next one more expensive.
+func TestAuditEventsCostTheSame(t *testing.T) {
+	t.Parallel()
+	conn := pgtest.Conn(t, pgtest.URL(t))
+	const insert = `INSERT INTO audit_events (actor, action, tenant_id, app_id, key_id, request_id)
+		SELECT 'caller:token', 'key.revealed', 'user', 'app', '01890000-0000-7000-8000-000000000001', 'request' FROM generate_series(1, $1::int)`
+	explained := func() int {
+		t.Helper()
+		var plan []byte
+		if err := conn.QueryRow(t.Context(), `EXPLAIN (ANALYZE, BUFFERS, FORMAT JSON) `+insert, pgx.QueryExecModeExec, 1).Scan(&plan); err != nil {
+			t.Fatal(err)
+		}
+		var out []struct {
+			Plan struct {
+				Hit  int `json:"Shared Hit Blocks"`
+				Read int `json:"Shared Read Blocks"`
+			}
+		}
+		if err := json.Unmarshal(plan, &out); err != nil || len(out) != 1 {
+			t.Fatalf("%v: %s", err, plan)
+		}
+		return out[0].Plan.Hit + out[0].Plan.Read
+	}
+	pages := func() int { // the least: others may have the catalogs read again
+		t.Helper()
+		return min(explained(), explained(), explained())
+	}
+	few := pages()
+	if _, err := conn.Exec(t.Context(), insert, 25_000); err != nil {
+		t.Fatal(err)
+	}
+	if many := pages(); many > few+30 {
+		t.Errorf("an event reads %d pages after 25,000 of the same key, and %d before; want as many", many, few)
+	}
+}
