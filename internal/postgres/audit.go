@@ -26,17 +26,15 @@ type AuditFilter struct {
 	Before    time.Time // exclusive
 }
 
-// auditPatience is how long a list waits for transactions that may still add events between those
-// that it shows.
+// auditPatience is the maximum time that a list waits for open transactions that may own a missing id.
 const auditPatience = time.Second
 
-// AuditEvents lists up to limit events that f selects, in the order of their ids, or the other way
-// round. It begins behind the event with the id from; 0 begins at the end of the log that comes
-// first. The cost does not grow with from.
+// AuditEvents lists up to limit events that f selects, ordered by id. It starts after the event with
+// the id from, in the direction of the list; 0 starts at the first event of that direction. The cost
+// does not grow with from.
 //
-// The newest first, it lists what is committed. The oldest first, it lists an event only when no
-// event with a lower id can appear any more, so that a caller that continues from the last event
-// gets every event, exactly once.
+// Newest first, it lists all committed events. Oldest first, it lists an event only when no event with
+// a lower id can appear, so that a caller that continues from the last event gets each event exactly once.
 func (db *DB) AuditEvents(ctx context.Context, f AuditFilter, from int64, oldestFirst bool, limit int) ([]tenant.AuditEvent, error) {
 	if !oldestFirst {
 		if from == 0 {
@@ -49,7 +47,7 @@ func (db *DB) AuditEvents(ctx context.Context, f AuditFilter, from int64, oldest
 	return events, translate("list audit events", err)
 }
 
-// finalAuditEvents lists final events, the oldest first: those that are sealed without more ado.
+// finalAuditEvents lists final events, oldest first. Sealed events are final without a further check.
 func (db *DB) finalAuditEvents(ctx context.Context, f AuditFilter, after int64, limit int) ([]tenant.AuditEvent, error) {
 	var sealed int64
 	if err := db.pool.QueryRow(ctx, `SELECT `+lastSealed).Scan(&sealed); err != nil {
@@ -74,14 +72,14 @@ func (db *DB) finalAuditEvents(ctx context.Context, f AuditFilter, after int64, 
 	return append(events, newer...), err
 }
 
-// lastFinalAudit returns the last event after an event such that no transaction can add one between the
-// two any more. It returns after if there is none.
+// lastFinalAudit returns the last event such that no transaction can add an event between it and the
+// event after. It returns after if there is no such event.
 func (db *DB) lastFinalAudit(ctx context.Context, after int64) (int64, error) {
 	newest, final, err := db.newestAudit(ctx, after, 0)
 	if err != nil || final {
 		return newest, err
 	}
-	// A transaction is writing, and may have an id that is missing. Without such an id it does not matter.
+	// An open transaction may own a missing id. If no id is missing, all events are final.
 	gap, err := db.firstAuditGap(ctx, after, newest)
 	if err != nil || gap == newest {
 		return newest, err
@@ -93,8 +91,8 @@ func (db *DB) lastFinalAudit(ctx context.Context, after int64) (int64, error) {
 	return db.firstAuditGap(ctx, after, newest)
 }
 
-// firstAuditGap returns the last id up to which no id after an event is missing, or last if none is
-// missing before it.
+// firstAuditGap returns the id before the first missing id between the events after and last. It returns
+// last if no id is missing.
 func (db *DB) firstAuditGap(ctx context.Context, after, last int64) (int64, error) {
 	gap := last
 	err := db.pool.QueryRow(ctx, `
@@ -107,7 +105,7 @@ func (db *DB) firstAuditGap(ctx context.Context, after, last int64) (int64, erro
 	return gap, err
 }
 
-// auditEvents lists the events that f selects of those in a range of ids.
+// auditEvents lists the events that f selects within a range of ids.
 func (db *DB) auditEvents(ctx context.Context, f AuditFilter, ids string, bounds []any, direction string, limit int) ([]tenant.AuditEvent, error) {
 	var where []string
 	var args []any

@@ -139,8 +139,9 @@ func (db *DB) finalAudit(ctx context.Context, patience time.Duration) (int64, er
 	return newest, nil
 }
 
-// newestAudit returns the newest event after an event, or that event if there is none, and whether
-// it is final: no transaction can add an event with a lower id any more. It waits for patience at most until it is.
+// newestAudit returns the newest event after the event after, or after if there is none. It also reports
+// whether that event is final: no transaction can add an event with a lower id. It waits up to
+// patience for the event to become final.
 //
 // Ids are given out in order and committed in any. Whoever inserts an event takes
 // a lock on the table before the id is drawn and keeps it until the event can be
