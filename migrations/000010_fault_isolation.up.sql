@@ -50,3 +50,44 @@ DO $$ BEGIN
     EXECUTE format('ALTER FUNCTION audit_events_make_partitions(integer) SET search_path = %I, pg_temp', current_schema());
 END $$;
 ALTER FUNCTION audit_events_make_partitions(integer) SET lock_timeout = '100ms';
+
+-- The audit log is listed in the order of the ids. A hash index makes each event more expensive the
+-- more events have the same value; a B-tree with the id behind the value does not.
+--
+-- Only empty partitions get their indexes here. `migrate up` then builds those of the other partitions
+-- concurrently, and drops the indexes that they replace: see internal/postgres/indexes.go.
+DO $$
+DECLARE
+    part  regclass;
+    used  boolean;
+    made  text;
+    new   record;
+BEGIN
+    PERFORM set_config('lock_timeout', '100ms', true);
+    LOOP
+        BEGIN
+            LOCK TABLE audit_events IN SHARE MODE;
+            EXIT;
+        EXCEPTION WHEN lock_not_available THEN
+            PERFORM pg_sleep(0.1); -- without the lock
+        END;
+    END LOOP;
+    PERFORM set_config('lock_timeout', '0', true);
+    FOR new IN SELECT * FROM (VALUES
+        ('tenant', '(tenant_id, id) WHERE tenant_id IS NOT NULL'),
+        ('actor', '(actor, id)'),
+        ('action', '(action, id)'),
+        ('app', '(app_id, id) WHERE app_id IS NOT NULL'),
+        ('key', '(key_id, id) WHERE key_id IS NOT NULL'),
+        ('request', '(request_id COLLATE "C", id) WHERE request_id IS NOT NULL')) AS new (name, definition)
+    LOOP
+        EXECUTE format('CREATE INDEX %I ON ONLY audit_events %s', 'audit_events_by_' || new.name, new.definition);
+        FOR part IN SELECT inhrelid FROM pg_inherits WHERE inhparent = 'audit_events'::regclass LOOP
+            EXECUTE format('SELECT EXISTS (SELECT FROM %s)', part) INTO used;
+            CONTINUE WHEN used;
+            made := (SELECT relname FROM pg_class WHERE oid = part) || '_by_' || new.name;
+            EXECUTE format('CREATE INDEX %I ON %s %s', made, part, new.definition);
+            EXECUTE format('ALTER INDEX %I ATTACH PARTITION %I', 'audit_events_by_' || new.name, made);
+        END LOOP;
+    END LOOP;
+END $$;

@@ -868,9 +868,11 @@ type AuditEvent struct {
 	Action string `json:"action"`
 
 	// Actor Who: `caller:<token id>`, `worker`, or `operator` for the command line.
-	Actor string    `json:"actor"`
-	AppId *string   `json:"app_id,omitempty"`
-	At    time.Time `json:"at"`
+	Actor string  `json:"actor"`
+	AppId *string `json:"app_id,omitempty"`
+
+	// At Start time of the transaction; may be earlier than that of an event with a lower id.
+	At time.Time `json:"at"`
 
 	// Detail More, by action.
 	Detail map[string]interface{} `json:"detail"`
@@ -891,7 +893,7 @@ type AuditEvent struct {
 type AuditList struct {
 	Events []AuditEvent `json:"events"`
 
-	// NextCursor There are more.
+	// NextCursor The id of the last event of this page. Absent on the last page.
 	NextCursor *string `json:"next_cursor,omitempty"`
 }
 
@@ -2039,15 +2041,17 @@ type ListAuditParams struct {
 	// RequestId The `X-Request-Id` of the request that it comes of.
 	RequestId *string `form:"request_id,omitempty" json:"request_id,omitempty"`
 
-	// After Inclusive.
+	// After Only events whose transaction began at or after this time.
 	After *time.Time `form:"after,omitempty" json:"after,omitempty"`
 
-	// Before Exclusive.
-	Before *time.Time            `form:"before,omitempty" json:"before,omitempty"`
-	Order  *ListAuditParamsOrder `form:"order,omitempty" json:"order,omitempty"`
-	Limit  *int                  `form:"limit,omitempty" json:"limit,omitempty"`
+	// Before Only events whose transaction began before this time.
+	Before *time.Time `form:"before,omitempty" json:"before,omitempty"`
 
-	// Cursor `next_cursor` of the page before, with the same filters and order.
+	// Order By event id.
+	Order *ListAuditParamsOrder `form:"order,omitempty" json:"order,omitempty"`
+	Limit *int                  `form:"limit,omitempty" json:"limit,omitempty"`
+
+	// Cursor `next_cursor` of the previous page, or the id of any event. The list starts after that event, in the given order.
 	Cursor *string `form:"cursor,omitempty" json:"cursor,omitempty"`
 }
 
@@ -2438,7 +2442,13 @@ type ClientInterface interface {
 
 	// ListAudit List the events of the audit log
 	//
-	// Newest first unless `order` says otherwise, a page at a time. All filters must match, exactly.
+	// Events are ordered by id, newest first by default. All filters must match exactly.
+	//
+	// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+	// appear. While a transaction is open that may still add an event, the list ends before the first missing
+	// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
+	// response as `cursor`. With `order=desc` the list has all committed events.
+	//
 	// Roles: admin, viewer.
 	//
 	// Corresponds with GET /v1/audit (the `ListAudit` operationId).
@@ -3164,7 +3174,13 @@ func (c *Client) GetAppTenant(ctx context.Context, appId string, params *GetAppT
 
 // ListAudit List the events of the audit log
 //
-// Newest first unless `order` says otherwise, a page at a time. All filters must match, exactly.
+// Events are ordered by id, newest first by default. All filters must match exactly.
+//
+// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+// appear. While a transaction is open that may still add an event, the list ends before the first missing
+// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
+// response as `cursor`. With `order=desc` the list has all committed events.
+//
 // Roles: admin, viewer.
 //
 // Corresponds with GET /v1/audit (the `ListAudit` operationId).
@@ -7342,7 +7358,13 @@ type ClientWithResponsesInterface interface {
 
 	// ListAuditWithResponse List the events of the audit log
 	//
-	// Newest first unless `order` says otherwise, a page at a time. All filters must match, exactly.
+	// Events are ordered by id, newest first by default. All filters must match exactly.
+	//
+	// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+	// appear. While a transaction is open that may still add an event, the list ends before the first missing
+	// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
+	// response as `cursor`. With `order=desc` the list has all committed events.
+	//
 	// Roles: admin, viewer.
 	//
 	// Returns a wrapper object for the known response body format(s).
@@ -16936,7 +16958,13 @@ func (c *ClientWithResponses) GetAppTenantWithResponse(ctx context.Context, appI
 
 // ListAuditWithResponse List the events of the audit log
 //
-// Newest first unless `order` says otherwise, a page at a time. All filters must match, exactly.
+// Events are ordered by id, newest first by default. All filters must match exactly.
+//
+// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+// appear. While a transaction is open that may still add an event, the list ends before the first missing
+// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
+// response as `cursor`. With `order=desc` the list has all committed events.
+//
 // Roles: admin, viewer.
 //
 // Returns a wrapper object for the known response body format(s).

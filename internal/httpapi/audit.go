@@ -1,11 +1,9 @@
 package httpapi
 
 import (
-	"encoding/base64"
 	"encoding/json"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -44,7 +42,7 @@ type auditListBody struct {
 // auditQuery is what a list of events asks for.
 type auditQuery struct {
 	filter      postgres.AuditFilter
-	from        postgres.AuditPosition
+	from        int64 // the id of the event before; 0 means none
 	oldestFirst bool
 	limit       int
 }
@@ -90,26 +88,13 @@ func parseAuditQuery(r *http.Request) (auditQuery, error) {
 	return a, err
 }
 
-func formatAuditCursor(p postgres.AuditPosition) string {
-	return base64.RawURLEncoding.EncodeToString([]byte(p.At.UTC().Format(cursorTime) + " " + strconv.FormatInt(p.ID, 10)))
-}
-
-func parseAuditCursor(text string) (postgres.AuditPosition, error) {
-	bad := invalid("cursor", "is not a next_cursor of this list")
-	raw, err := base64.RawURLEncoding.DecodeString(text)
-	if err != nil {
-		return postgres.AuditPosition{}, bad
+// parseAuditCursor reads the id of an event, in the form that strconv.FormatInt writes.
+func parseAuditCursor(text string) (int64, error) {
+	id, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || id < 1 || strconv.FormatInt(id, 10) != text {
+		return 0, invalid("cursor", "must be a next_cursor of this list, or the id of an event")
 	}
-	at, number, _ := strings.Cut(string(raw), " ")
-	t, err := time.Parse(cursorTime, at)
-	if err != nil || t.Year() < 1 || t.Year() > 9999 {
-		return postgres.AuditPosition{}, bad
-	}
-	id, err := strconv.ParseInt(number, 10, 64)
-	if err != nil {
-		return postgres.AuditPosition{}, bad
-	}
-	return postgres.AuditPosition{At: t, ID: id}, nil
+	return id, nil
 }
 
 func (s *server) listAudit(w http.ResponseWriter, r *http.Request) error {
@@ -125,8 +110,7 @@ func (s *server) listAudit(w http.ResponseWriter, r *http.Request) error {
 	body := auditListBody{Events: []auditEventBody{}}
 	if len(events) > a.limit {
 		events = events[:a.limit]
-		last := events[a.limit-1]
-		body.NextCursor = formatAuditCursor(postgres.AuditPosition{At: last.At, ID: last.ID})
+		body.NextCursor = strconv.FormatInt(events[a.limit-1].ID, 10)
 	}
 	for _, e := range events {
 		body.Events = append(body.Events, auditEventBodyOf(e))

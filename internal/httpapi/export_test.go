@@ -51,11 +51,8 @@ func ParsePrefer(headers []string) (wait time.Duration, applied string) {
 	return p.wait, p.applied
 }
 
-// What a cursor of the audit log holds.
-var (
-	ParseAuditCursor  = parseAuditCursor
-	FormatAuditCursor = formatAuditCursor
-)
+// ParseAuditCursor reads a cursor of the audit log.
+var ParseAuditCursor = parseAuditCursor
 
 // OpenToLimited lists the routes without a tenant that limited callers may use.
 func OpenToLimited() []string { return slices.Sorted(maps.Keys(openToLimited)) }

@@ -40,3 +40,8 @@ func (db *DB) Poll(ctx context.Context, from int64, gaps []int64) error {
 
 // InTx runs f in a transaction.
 func (db *DB) InTx(ctx context.Context, f func(tx pgx.Tx) error) error { return db.inTx(ctx, f) }
+
+// FirstAuditGap looks for an id that is missing in the audit log.
+func (db *DB) FirstAuditGap(ctx context.Context, after, last int64) (int64, error) {
+	return db.firstAuditGap(ctx, after, last)
+}

@@ -124,6 +124,9 @@ func MigrateUp(ctx context.Context, direct tenant.Secret) error {
 		if err := m.Up(); err != nil && !errors.Is(err, migrate.ErrNoChange) {
 			return explainDirty(err)
 		}
+		if err := db.finishAuditIndexes(ctx); err != nil {
+			return err
+		}
 		jobs, err := db.jobMigrator()
 		if err != nil {
 			return err

@@ -1,6 +1,7 @@
 package postgres_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -8,6 +9,8 @@ import (
 	"strings"
 	"sync"
 	"testing"
+
+	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
@@ -145,6 +148,73 @@ func TestMigrationsKeepFingerprint(t *testing.T) {
 	var same bool
 	if err := conn.QueryRow(t.Context(), `SELECT apps_file = pg_relation_filepath('apps') AND xmin = written_by FROM current_incarnation`).Scan(&same); err != nil || !same {
 		t.Errorf("after the migrations since %d the fingerprint is the same: %v, %v", first, same, err)
+	}
+}
+
+// Indexes of the audit log are built while events are inserted and a dump reads the log. A build that
+// was stopped is repeated.
+func TestMigrateUpBuildsAuditIndexes(t *testing.T) {
+	t.Parallel()
+	url := pgtest.EmptyURL(t)
+	if err := errors.Join(postgres.MigrateUp(t.Context(), url), postgres.MigrateDown(t.Context(), url, 1)); err != nil {
+		t.Fatal(err)
+	}
+	conn := pgtest.Conn(t, url)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	holds := func(sql string) (yes bool) {
+		t.Helper()
+		if err := conn.QueryRow(t.Context(), sql).Scan(&yes); err != nil {
+			t.Fatal(err)
+		}
+		return yes
+	}
+	exec(`INSERT INTO audit_events (at, actor, action, key_id) SELECT now() + i % 4 * interval '31 days' - interval '31 days', 'a', 'a', gen_random_uuid() FROM generate_series(1, 100) i`)
+	dump, err := pgtest.Conn(t, url).BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dump.Exec(t.Context(), `SELECT count(*) FROM audit_events`); err != nil {
+		t.Fatal(err)
+	}
+	first, stop := context.WithCancel(t.Context())
+	defer stop()
+	migrated := make(chan error, 1)
+	go func() { migrated <- postgres.MigrateUp(first, url) }()
+	exec(`SET lock_timeout = '20s'`) // the dump goes on for longer
+	for building := false; !building; {
+		select {
+		case err := <-migrated:
+			t.Fatalf("migrate up ends before the dump: %v", err)
+		default:
+		}
+		exec(`INSERT INTO audit_events (actor, action) VALUES ('a', 'a')`)
+		building = holds(`SELECT EXISTS (SELECT FROM pg_stat_progress_create_index WHERE datname = current_database() AND phase LIKE 'waiting%')`)
+	}
+	exec(`INSERT INTO audit_events (actor, action) VALUES ('a', 'a')`)
+	stop()
+	if err := <-migrated; err == nil {
+		t.Error("migrate up succeeds while an index is being built")
+	}
+	if !holds(`SELECT EXISTS (SELECT FROM pg_index WHERE NOT indisvalid)`) {
+		t.Error("no index is unfinished")
+	}
+	if err := dump.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Fatal(err)
+	}
+	var bad string
+	if err := conn.QueryRow(t.Context(), `
+		SELECT coalesce(string_agg(indexrelid::regclass::text || ' on ' || indrelid::regclass, ', '), '') FROM pg_index JOIN pg_class ON pg_class.oid = indexrelid
+		WHERE NOT indisvalid OR relname IN ('audit_events_tenant', 'audit_events_actor', 'audit_events_action')
+			OR relam = (SELECT oid FROM pg_am WHERE amname = 'hash')`).Scan(&bad); err != nil || bad != "" {
+		t.Errorf("indexes that are unfinished or replaced: %s, %v; want none", bad, err)
 	}
 }
 

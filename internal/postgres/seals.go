@@ -127,44 +127,60 @@ func endsSoon(ctx context.Context) bool {
 
 // finalAudit returns the last event such that no transaction can add one with a
 // lower id any more, or 0 if nothing is to be sealed or patience ran out.
+func (db *DB) finalAudit(ctx context.Context, patience time.Duration) (int64, error) {
+	var sealed int64
+	if err := db.pool.QueryRow(ctx, `SELECT `+lastSealed).Scan(&sealed); err != nil {
+		return 0, err
+	}
+	newest, final, err := db.newestAudit(ctx, sealed, patience)
+	if err != nil || !final || newest == sealed {
+		return 0, err
+	}
+	return newest, nil
+}
+
+// newestAudit returns the newest event after the event after, or after if there is none. It also reports
+// whether that event is final: no transaction can add an event with a lower id. It waits up to
+// patience for the event to become final.
 //
 // Ids are given out in order and committed in any. Whoever inserts an event takes
 // a lock on the table before the id is drawn and keeps it until the event can be
 // seen. So once an event is seen, every event with a lower id is there already or
 // belongs to one of those who hold that lock now. Transaction ids would not do:
 // a transaction may draw its event's id before it has one of its own.
-func (db *DB) finalAudit(ctx context.Context, patience time.Duration) (int64, error) {
-	var newest int64
-	err := db.pool.QueryRow(ctx, `SELECT id FROM audit_events WHERE id > `+lastSealed+` ORDER BY id DESC LIMIT 1`).Scan(&newest)
+func (db *DB) newestAudit(ctx context.Context, after int64, patience time.Duration) (newest int64, final bool, err error) {
+	newest = after
+	err = db.pool.QueryRow(ctx, `SELECT id FROM audit_events WHERE id > $1 ORDER BY id DESC LIMIT 1`, after).Scan(&newest)
 	if errors.Is(err, pgx.ErrNoRows) {
-		return 0, nil
+		return after, true, nil
 	}
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	before, err := auditWriters(ctx, db.pool)
 	if err != nil {
-		return 0, err
+		return 0, false, err
 	}
 	end := time.Now().Add(patience)
-	for len(before) > 0 {
+	for pause := time.Duration(0); len(before) > 0; {
 		running, err := auditWritersOf(ctx, db.pool, before)
 		if err != nil {
-			return 0, err
+			return 0, false, err
 		}
 		if !running {
 			break
 		}
-		if time.Now().After(end) {
-			return 0, nil
+		if !time.Now().Before(end) {
+			return newest, false, nil
 		}
+		pause = min(pause+5*time.Millisecond, 100*time.Millisecond)
 		select {
 		case <-ctx.Done():
-			return 0, ctx.Err()
-		case <-time.After(100 * time.Millisecond):
+			return 0, false, ctx.Err()
+		case <-time.After(pause):
 		}
 	}
-	return newest, nil
+	return newest, true, nil
 }
 
 const auditWriterLocks = `FROM pg_locks WHERE locktype = 'relation' AND relation = 'audit_events'::regclass
