@@ -5,6 +5,7 @@ DO $$ BEGIN
         BEGIN
             LOCK TABLE tenants IN ACCESS EXCLUSIVE MODE;
             LOCK TABLE apps, keys, adoptions, reconciliations, campaigns, replicas IN ACCESS EXCLUSIVE MODE NOWAIT;
+            LOCK TABLE audit_events IN SHARE MODE NOWAIT;
             EXIT;
         EXCEPTION WHEN lock_not_available THEN
             PERFORM pg_sleep(0.02); -- with none of the locks
@@ -63,16 +64,6 @@ DECLARE
     made  text;
     new   record;
 BEGIN
-    PERFORM set_config('lock_timeout', '100ms', true);
-    LOOP
-        BEGIN
-            LOCK TABLE audit_events IN SHARE MODE;
-            EXIT;
-        EXCEPTION WHEN lock_not_available THEN
-            PERFORM pg_sleep(0.1); -- without the lock
-        END;
-    END LOOP;
-    PERFORM set_config('lock_timeout', '0', true);
     FOR new IN SELECT * FROM (VALUES
         ('tenant', '(tenant_id, id) WHERE tenant_id IS NOT NULL'),
         ('actor', '(actor, id)'),
