@@ -19,3 +19,5 @@ BEGIN
     END LOOP;
     RETURN made;
 END $$;
+
+DROP TABLE pat_checks;

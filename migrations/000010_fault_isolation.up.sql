@@ -27,3 +27,11 @@ DO $$ BEGIN
     EXECUTE format('ALTER FUNCTION audit_events_make_partitions(integer) SET search_path = %I, pg_temp', current_schema());
 END $$;
 ALTER FUNCTION audit_events_make_partitions(integer) SET lock_timeout = '100ms';
+
+-- Checks of PATs that began since Clarifai refused the credential of a call. If the PAT passed, the
+-- refusal concerned one app or key.
+CREATE TABLE pat_checks (
+    fingerprint    bytea PRIMARY KEY,
+    checking_until timestamptz NOT NULL,                     -- until then one replica checks the PAT
+    works_at       timestamptz NOT NULL DEFAULT '-infinity'  -- when the PAT last passed
+);

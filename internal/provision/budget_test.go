@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -287,6 +288,81 @@ func TestRefusalThatIsNotThePATs(t *testing.T) {
 	if health := r.PAT.Health(); health.State != provision.PATWorks {
 		t.Errorf("the PAT is %s; want ok", health.State)
 	}
+}
+
+// suspending signs up n tenants, lets Clarifai refuse the credential of each call of that name, and
+// begins to suspend the tenants.
+func suspending(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, n int, fault map[string]any) {
+	t.Helper()
+	signUpMany(t, r, n)
+	eventuallyActive(t, r, n)
+	w.Faults(fault)
+	for i := range n {
+		if _, err := r.Suspend(t.Context(), tenant.ID(fmt.Sprint("user_", i)), 0, caller); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A credential that Clarifai refuses for single keys costs one check of the PAT. It interrupts nothing,
+// however often it is refused.
+func TestRefusalsOfSingleKeysInterruptNothing(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{11008, 11009, 65000} {
+		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			trusting := func(c *provision.Config) { c.PATTrust = time.Hour }
+			replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: trusting}), w.Start(provisiontest.Options{Adjust: trusting})}
+			const n = 12
+			before := w.State().Calls["GetUser"]
+			suspending(t, w, replicas[0], n, map[string]any{"call": "DeleteKey", "status": code})
+			provisiontest.Eventually(t, "each key was refused several times", func() bool {
+				return countOf(t, connOf(t, w), `keys WHERE state = 'revoking' AND attempts >= 3 AND problem ->> 'code' = 'upstream_refused'`) == n
+			})
+			signUp(t, replicas[1], "another")
+			if got := column(t, w, `SELECT epoch::text FROM upstream_budget`); !slices.Equal(got, []string{"0"}) {
+				t.Errorf("upstream work was interrupted or paused %s times", got)
+			}
+			if got := w.State().Calls["GetUser"] - before; got > 1 {
+				t.Errorf("the PAT was checked %d times; want at most once", got)
+			}
+			for _, r := range replicas {
+				if _, health, err := r.UpstreamStatus(t.Context()); err != nil || health.State != provision.PATWorks {
+					t.Errorf("the PAT is %s, %v; want ok", health.State, err)
+				}
+			}
+			w.Faults()
+			provisiontest.Eventually(t, "all are suspended", func() bool {
+				counts, err := replicas[0].DB.CountTenants(t.Context())
+				return err == nil && counts[tenant.Suspended] == n
+			})
+		})
+	}
+}
+
+// A PAT that Clarifai stops accepting pauses the fleet, also if only calls about single keys are made
+// and the PAT passed a check before.
+func TestRefusedPATIsNoticedBySingleKeys(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.PATTrust = 200 * time.Millisecond }})
+	const n = 5
+	suspending(t, w, r, n, map[string]any{"call": "DeleteKey", "status": 11009})
+	provisiontest.Eventually(t, "the PAT was checked", func() bool {
+		return countOf(t, connOf(t, w), `keys WHERE problem ->> 'code' = 'upstream_refused'`) > 0
+	})
+	w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+	w.Faults()
+	provisiontest.Eventually(t, "the PAT is refused", func() bool {
+		_, health, err := r.UpstreamStatus(t.Context())
+		return err == nil && health.State == provision.PATRefused
+	})
+	w.AddPAT(provisiontest.PAT, string(provisiontest.Operator))
+	provisiontest.Eventually(t, "all are suspended", func() bool {
+		counts, err := r.DB.CountTenants(t.Context())
+		return err == nil && counts[tenant.Suspended] == n
+	})
 }
 
 // A new PAT of the same operator takes over without a call that fails; all else

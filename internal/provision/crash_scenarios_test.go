@@ -692,7 +692,7 @@ var crashScenarios = map[string]crashScenario{
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"PAT that is refused": {
-		points:  []string{"confirmRefusal Interrupt", "refusePAT RefusePAT"},
+		points:  []string{"confirmRefusal BeginPATCheck", "checkTurn Interrupt", "refusePAT RefusePAT"},
 		prepare: first,
 		act: func(s *scene) {
 			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})

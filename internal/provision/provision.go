@@ -160,6 +160,7 @@ type Store interface {
 	RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error)
 	PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error)
 	ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error)
+	BeginPATCheck(ctx context.Context, fingerprint []byte, trust, limit time.Duration) (works, check bool, err error)
 	Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error)
 
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
@@ -274,6 +275,9 @@ type Config struct {
 	PauseCap     time.Duration // 30 s
 	PATCheckBase time.Duration // after which a refused PAT is tried again; 15 s
 	PATCheckCap  time.Duration // 5 min
+	// PATTrust is how long a PAT that passed a check is trusted when Clarifai refuses the credential of
+	// calls about single apps and keys; a quarter of it for other calls. 10 s.
+	PATTrust time.Duration
 }
 
 // A ConfigError is a fault of one field of a Config, or of its profiles.
@@ -329,6 +333,7 @@ func (c Config) WithDefaults() Config {
 		{&c.PauseCap, 30 * time.Second},
 		{&c.PATCheckBase, 15 * time.Second},
 		{&c.PATCheckCap, 5 * time.Minute},
+		{&c.PATTrust, 10 * time.Second},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value

@@ -503,6 +503,11 @@ func (s watchedStore) Interrupt(ctx context.Context, epoch int64, perSecond floa
 	return s.Store.Interrupt(ctx, epoch, perSecond, probeTimeout, reason)
 }
 
+func (s watchedStore) BeginPATCheck(ctx context.Context, fingerprint []byte, trust, limit time.Duration) (works, check bool, err error) {
+	defer s.returned()
+	return s.Store.BeginPATCheck(ctx, fingerprint, trust, limit)
+}
+
 func (s watchedStore) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error) {
 	defer s.returned()
 	return s.Store.RefusePAT(ctx, fingerprint, problem, base, most)
