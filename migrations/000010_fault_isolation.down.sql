@@ -20,4 +20,5 @@ BEGIN
     RETURN made;
 END $$;
 
+ALTER TABLE replicas DROP COLUMN pat;
 DROP TABLE pat_checks;

@@ -35,3 +35,6 @@ CREATE TABLE pat_checks (
     checking_until timestamptz NOT NULL,                     -- until then one replica checks the PAT
     works_at       timestamptz NOT NULL DEFAULT '-infinity'  -- when the PAT last passed
 );
+
+-- Fingerprint of the PAT that a replica uses. A rejected PAT that no live replica uses has no effect.
+ALTER TABLE replicas ADD COLUMN pat bytea;

@@ -148,8 +148,8 @@ func (db *DB) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.
 	return news, translate("record refused PAT", err)
 }
 
-// PATWorks records that a PAT is refused no longer, or not in use any more. It
-// reports whether that is news. It completes a check that BeginPATCheck began.
+// PATWorks records that a PAT is refused no longer. It reports whether that is
+// news. It completes a check that BeginPATCheck began.
 func (db *DB) PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error) {
 	err = db.pool.QueryRow(ctx, `
 		WITH checked AS (

@@ -222,9 +222,13 @@ func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) err
 // replicaTimeout is how long a replica counts as alive after it was last seen.
 const replicaTimeout = 15 * time.Second
 
-// Beat registers this replica, starts the next incarnation if the fingerprint of the database
-// has changed, and returns the state of recovery.
-func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
+// liveReplica says of the replica p that it is alive. The interval is replicaTimeout.
+const liveReplica = `p.last_seen_at > now() - interval '15 seconds'`
+
+// Beat registers this replica with the fingerprint of its PAT, starts the next incarnation if the
+// fingerprint of the database has changed, and returns the state of recovery. It removes rejected PATs
+// that no live replica uses.
+func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return tenant.Beat{}, err
 	}
@@ -238,12 +242,15 @@ func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
 	}
 	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
 		WITH seen AS (
-			INSERT INTO replicas AS r (id, incarnation)
-			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END FROM current_incarnation
-			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now()
-			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $2::interval OR r.last_seen_at > now()
+			INSERT INTO replicas AS r (id, incarnation, pat)
+			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END, $4 FROM current_incarnation
+			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, pat = excluded.pat, last_seen_at = now()
+			WHERE r.incarnation <> excluded.incarnation OR r.pat IS DISTINCT FROM excluded.pat OR r.last_seen_at < now() - $2::interval OR r.last_seen_at > now()
+		), unused AS (
+			DELETE FROM refused_pats r WHERE since < now() - $5::interval
+				AND NOT EXISTS (SELECT FROM replicas p WHERE p.pat = r.fingerprint AND `+liveReplica+`)
 		)
-		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3, compared),
+		SELECT `+recoveryColumns+`, `+controlDue+`, retiring FROM current_incarnation`, db.replica, replicaTimeout/3, compared, pat, replicaTimeout),
 		&b.ControlDue, &b.Retiring)
 	return b, translate("register replica", err)
 }

@@ -452,3 +452,79 @@ func TestNewPATEndsThePause(t *testing.T) {
 	go r.WatchPAT(ctx, func() (tenant.Secret, error) { return tenant.NewSecret(next), nil }, 5*time.Millisecond)
 	eventuallyActive(t, r, 3)
 }
+
+// A PAT that was rejected and then replaced by another configuration and a restart holds up nothing: not
+// if its replica was killed, and not while its replica is still alive during a rollout.
+func TestReplacedPATHoldsUpNothing(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*provisiontest.Replica){
+		"stopped": (*provisiontest.Replica).Stop,
+		"killed":  (*provisiontest.Replica).Kill,
+		"running": func(*provisiontest.Replica) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			old := w.Start(provisiontest.Options{Control: true, Adjust: patient})
+			signUp(t, old, "user_1")
+			w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+			signUpMany(t, old, 1)
+			provisiontest.Eventually(t, "the PAT is refused", func() bool {
+				u, _, err := old.UpstreamStatus(t.Context())
+				return err == nil && u.PATRefused != nil && u.Pauses == 0
+			})
+			if got, err := old.Tenant(t.Context(), "user_0", 0); err != nil || got.Problem == nil || got.Problem.Code != "upstream_pat_refused" {
+				t.Errorf("before the replacement a waiting tenant shows %+v, %v", got.Problem, err)
+			}
+			end(old)
+
+			const next = "00112233445566778899aabbccddeeff"
+			w.AddPAT(next, string(provisiontest.Operator))
+			r := w.Start(provisiontest.Options{PAT: next, Idle: true, Adjust: pool(2, 2)})
+			if err := r.SweepOnce(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := r.Tenant(t.Context(), "user_0", 0); err != nil || got.Problem != nil {
+				t.Errorf("a waiting tenant shows %+v, %v; want no problem", got.Problem, err)
+			}
+			if err := r.SweepOnce(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if n := countOf(t, connOf(t, w), `apps WHERE state = 'building' AND for_pool`); n != 2 {
+				t.Errorf("%d apps are built for the pool; want 2", n)
+			}
+		})
+	}
+}
+
+// A rejected PAT counts while replicas use it, and is forgotten afterwards.
+func TestOnlyPATsInUseCount(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(2, 2)})
+	exec(t, w, `INSERT INTO refused_pats (fingerprint, problem, since, next_check_at)
+		VALUES ('old', '{"code": "upstream_pat_refused"}', now(), now() + interval '1 hour')`)
+	halted := func(why string, want bool) {
+		t.Helper()
+		if err := r.SweepOnce(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if built := countOf(t, connOf(t, w), `apps WHERE state = 'building' AND for_pool`) > 0; built == want {
+			t.Errorf("%s: apps are built for the pool: %v", why, built)
+		}
+		exec(t, w, `UPDATE apps SET state = 'deleted'`)
+	}
+	halted("no replica uses the rejected PAT", false)
+	exec(t, w, `INSERT INTO replicas (id, incarnation, pat) SELECT gen_random_uuid(), id, 'old' FROM current_incarnation`)
+	halted("one of two replicas uses it", false)
+	exec(t, w, `INSERT INTO refused_pats (fingerprint, problem, next_check_at)
+		SELECT pat, '{"code": "upstream_pat_refused"}', now() + interval '1 hour' FROM replicas WHERE pat <> 'old'`)
+	halted("each replica uses a rejected PAT", true)
+	exec(t, w, `UPDATE replicas SET last_seen_at = now() - interval '1 hour' WHERE pat = 'old'; DELETE FROM refused_pats WHERE fingerprint <> 'old'`)
+	halted("its replica is dead", false)
+	exec(t, w, `UPDATE refused_pats SET since = now() - interval '1 hour'`)
+	halted("it was rejected long ago", false)
+	if n := countOf(t, connOf(t, w), `refused_pats`); n != 0 {
+		t.Errorf("%d PATs that no replica uses are still kept as rejected", n)
+	}
+}

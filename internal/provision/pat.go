@@ -283,7 +283,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 		if bytes.Equal(candidate, refused) && time.Now().Before(again) {
 			continue
 		}
-		switch err := s.takeOver(ctx, secret, candidate, inUse); {
+		switch err := s.takeOver(ctx, secret, candidate); {
 		case err == nil:
 			said, refused = "", nil
 			s.Log.Info("a new PAT of the same operator is in use")
@@ -299,7 +299,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 }
 
 // takeOver puts a PAT in the place of the one in use, if it is the operator's.
-func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate, inUse []byte) error {
+func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
 	defer cancel()
 	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
@@ -317,11 +317,8 @@ func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate,
 	if err := checkOperator(s.Deployment, operator); err != nil {
 		return &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()}
 	}
-	// The new one may have been tried too early, the old one is history.
-	for _, fingerprint := range [][]byte{candidate, inUse} {
-		if _, err := s.Store.PATWorks(ctx, fingerprint); err != nil {
-			return err
-		}
+	if _, err := s.Store.PATWorks(ctx, candidate); err != nil { // it may have been tried too early
+		return err
 	}
 	s.PAT.replace(secret, candidate)
 	return nil

@@ -88,7 +88,7 @@ type Store interface {
 	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
 	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
 
-	Beat(ctx context.Context) (tenant.Beat, error)
+	Beat(ctx context.Context, pat []byte) (tenant.Beat, error)
 	RetireApps(ctx context.Context) (int, error)
 	Recovery(ctx context.Context) (tenant.Recovery, error)
 	RecoveryStatus(ctx context.Context) (tenant.Recovery, error)

@@ -168,9 +168,9 @@ func (s watchedStore) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, ac
 	return s.Store.KeyNotReplaced(ctx, k, actor)
 }
 
-func (s watchedStore) Beat(ctx context.Context) (tenant.Beat, error) {
+func (s watchedStore) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 	defer s.returned()
-	return s.Store.Beat(ctx)
+	return s.Store.Beat(ctx, pat)
 }
 
 func (s watchedStore) RetireApps(ctx context.Context) (int, error) {
