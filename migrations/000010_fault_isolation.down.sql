@@ -20,5 +20,6 @@ BEGIN
     RETURN made;
 END $$;
 
+ALTER TABLE keys DROP COLUMN end_unconfirmed_since;
 ALTER TABLE replicas DROP COLUMN pat;
 DROP TABLE pat_checks;

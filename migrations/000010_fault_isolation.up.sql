@@ -38,3 +38,6 @@ CREATE TABLE pat_checks (
 
 -- Fingerprint of the PAT that a replica uses. A rejected PAT that no live replica uses has no effect.
 ALTER TABLE replicas ADD COLUMN pat bytea;
+
+-- When the end of a key was first expected and could not be confirmed; null if it never was.
+ALTER TABLE keys ADD COLUMN end_unconfirmed_since timestamptz;

@@ -75,6 +75,7 @@ type Store interface {
 	ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error)
 	FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error
 	KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error
+	KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 	KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error
 	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error

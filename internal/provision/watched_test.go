@@ -143,6 +143,11 @@ func (s watchedStore) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *te
 	return s.Store.KeyEnded(ctx, k, lost, actor)
 }
 
+func (s watchedStore) KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.KeyEndUnconfirmed(ctx, k, delay)
+}
+
 func (s watchedStore) KeySetback(ctx context.Context, k tenant.LeasedKey, set tenant.Setback) error {
 	defer s.returned()
 	return s.Store.KeySetback(ctx, k, set)
