@@ -64,7 +64,8 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 	rows, _ := db.pool.Query(ctx, `
 		WITH was AS (
 			SELECT $2 OR failures + 1 >= $3 AS trips,
-				least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) AS pause
+				CASE WHEN $7::interval > '0' THEN $7::interval
+					ELSE least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) END AS pause
 			FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
 		UPDATE upstream_budget b
 		SET failures = b.failures + 1,
@@ -79,7 +80,7 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 				ELSE pause_reason END
 		FROM was
 		RETURNING CASE WHEN trips THEN pause ELSE '0' END`,
-		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem)
+		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem, f.Pause)
 	_, err := pgx.ForEachRow(rows, []any{&pause}, func() error { return nil })
 	return pause, translate("record upstream failure", err)
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"sync"
@@ -526,5 +527,38 @@ func TestOnlyPATsInUseCount(t *testing.T) {
 	halted("it was rejected long ago", false)
 	if n := countOf(t, connOf(t, w), `refused_pats`); n != 0 {
 		t.Errorf("%d PATs that no replica uses are still kept as rejected", n)
+	}
+}
+
+// Clarifai's Retry-After, in seconds or as a date, is the length of the pause.
+func TestRetryAfterIsThePause(t *testing.T) {
+	t.Parallel()
+	date := time.Now().Add(30 * time.Minute).UTC().Format(http.TimeFormat)
+	for name, fault := range map[string]map[string]any{
+		"throttled, seconds":     {"status": 11005, "retry_after": "1800"},
+		"throttled, date":        {"status": 11005, "retry_after": date},
+		"maintenance, seconds":   {"status": 39997, "retry_after": "1800"},
+		"proxy, 429, seconds":    {"http": 429, "retry_after": "1800"},
+		"proxy, 503, date":       {"http": 503, "retry_after": date},
+		"longer than is allowed": {"status": 11005, "retry_after": "31536000"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(provisiontest.Options{})
+			signUp(t, r, "first")
+			fault["call"] = "*"
+			w.Faults(fault)
+			signUpMany(t, r, 1)
+			var pause time.Duration
+			provisiontest.Eventually(t, "upstream work is paused", func() bool {
+				u, _, err := r.UpstreamStatus(t.Context())
+				pause = u.PausedUntil.Sub(u.DatabaseTime)
+				return err == nil && u.Pauses > 0
+			})
+			if pause < 20*time.Minute || pause > time.Hour {
+				t.Errorf("the pause is %s; want what Clarifai asks for", pause)
+			}
+		})
 	}
 }

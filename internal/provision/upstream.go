@@ -207,12 +207,11 @@ func (s *Service) send(ctx context.Context, t turn, f func(context.Context) erro
 	return err
 }
 
-// upstreamFailed counts a failure for the fleet, and says of a call that was
-// throttled when to come back.
+// upstreamFailed counts a failure for the fleet. A Retry-After starts a pause, and is its length.
 func (s *Service) upstreamFailed(ctx context.Context, t turn, up *tenant.UpstreamError) error {
 	throttled := up.Class == tenant.UpstreamThrottled
 	pause, err := s.Store.UpstreamFailed(ctx, tenant.UpstreamFailure{Epoch: t.Epoch, Problem: problemOf(up, nil),
-		Pauses: throttled || t.Probe, TripAfter: s.TripAfter, PauseBase: s.PauseBase, PauseCap: s.PauseCap})
+		Pauses: throttled || t.Probe || up.RetryAfter > 0, TripAfter: s.TripAfter, PauseBase: s.PauseBase, PauseCap: s.PauseCap, Pause: up.RetryAfter})
 	if err != nil { // the call's own outcome is worth more
 		s.Log.Warn("record that Clarifai failed", zap.Error(err))
 	}
