@@ -48,3 +48,7 @@ CREATE INDEX IF NOT EXISTS audit_events_action ON audit_events (action, at, id);
 CREATE INDEX IF NOT EXISTS audit_events_app ON audit_events USING hash (app_id);
 CREATE INDEX IF NOT EXISTS audit_events_key ON audit_events USING hash (key_id);
 CREATE INDEX IF NOT EXISTS audit_events_request ON audit_events USING hash (request_id);
+
+ALTER TABLE keys DROP COLUMN end_unconfirmed_since;
+ALTER TABLE replicas DROP COLUMN pat;
+DROP TABLE pat_checks;

@@ -82,3 +82,17 @@ BEGIN
         END LOOP;
     END LOOP;
 END $$;
+
+-- Checks of PATs that began since Clarifai refused the credential of a call. If the PAT passed, the
+-- refusal concerned one app or key.
+CREATE TABLE pat_checks (
+    fingerprint    bytea PRIMARY KEY,
+    checking_until timestamptz NOT NULL,                     -- until then one replica checks the PAT
+    works_at       timestamptz NOT NULL DEFAULT '-infinity'  -- when the PAT last passed
+);
+
+-- Fingerprint of the PAT that a replica uses. A rejected PAT that no live replica uses has no effect.
+ALTER TABLE replicas ADD COLUMN pat bytea;
+
+-- When the end of a key was first expected and could not be confirmed; null if it never was.
+ALTER TABLE keys ADD COLUMN end_unconfirmed_since timestamptz;

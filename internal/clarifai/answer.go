@@ -2,6 +2,7 @@ package clarifai
 
 import (
 	"encoding/json"
+	"errors"
 	"fmt"
 	"mime"
 	"net/http"
@@ -9,6 +10,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode"
 
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -20,7 +22,9 @@ type answer struct {
 	mediaType string
 	requestID string // as sent: see cleanRequestID
 	body      []byte
-	status    *status // nil: the answer is no envelope of Clarifai's
+	// retryAfter is for how long the sender asks not to be called; 0 if it does not.
+	retryAfter time.Duration
+	status     *status // nil: the answer is no envelope of Clarifai's
 }
 
 // A status is the part of an envelope that says how a call went.
@@ -32,7 +36,7 @@ type status struct {
 }
 
 func parseAnswer(httpStatus int, header http.Header, body []byte) answer {
-	a := answer{http: httpStatus, body: body, requestID: header.Get("X-Clarifai-Request-Id")}
+	a := answer{http: httpStatus, body: body, requestID: header.Get("X-Clarifai-Request-Id"), retryAfter: parseRetryAfter(header)}
 	a.mediaType, _, _ = mime.ParseMediaType(header.Get("Content-Type"))
 	var envelope struct {
 		Status map[string]json.RawMessage `json:"status"`
@@ -65,6 +69,27 @@ func parseAnswer(httpStatus int, header http.Header, body []byte) answer {
 	return a
 }
 
+// maxRetryAfter bounds what is believed of a Retry-After.
+const maxRetryAfter = time.Hour
+
+// parseRetryAfter reads the header Retry-After: seconds or a date. A date is compared with the sender's
+// own clock if the response has it.
+func parseRetryAfter(header http.Header) time.Duration {
+	value := strings.TrimSpace(header.Get("Retry-After"))
+	if seconds, err := strconv.Atoi(value); err == nil || errors.Is(err, strconv.ErrRange) {
+		return time.Duration(min(max(seconds, 0), int(maxRetryAfter/time.Second))) * time.Second
+	}
+	at, err := http.ParseTime(value)
+	if err != nil {
+		return 0
+	}
+	now, err := http.ParseTime(header.Get("Date"))
+	if err != nil {
+		now = time.Now()
+	}
+	return min(max(at.Sub(now), 0), maxRetryAfter)
+}
+
 // parseCode reads a status code, which Clarifai sends as a number and, on one of
 // its pages, as a name.
 func parseCode(raw json.RawMessage) (code int, name string) {
@@ -93,7 +118,7 @@ func (a answer) failure(call string, also int) *tenant.UpstreamError {
 	if s.code == codeSuccess || s.code != 0 && s.code == also {
 		return nil
 	}
-	e := &tenant.UpstreamError{Code: s.code, HTTP: a.http, Detail: s.detail, RequestID: a.requestID}
+	e := &tenant.UpstreamError{Code: s.code, HTTP: a.http, Detail: s.detail, RequestID: a.requestID, RetryAfter: a.retryAfter}
 	m := meaningOf(s.code, a.http)
 	e.Class, e.Unclear, e.TooMuch = m.class, m.unclear, slices.Contains(tooMuchCodes, s.code)
 	switch lower := strings.ToLower(s.detail); {
@@ -121,7 +146,7 @@ func (a answer) failure(call string, also int) *tenant.UpstreamError {
 // PAT comes, and a 404 must not count as "removed". It is tried again like any
 // outage.
 func (a answer) strange() *tenant.UpstreamError {
-	e := &tenant.UpstreamError{Class: tenant.UpstreamDown, HTTP: a.http, RequestID: a.requestID, Unclear: true}
+	e := &tenant.UpstreamError{Class: tenant.UpstreamDown, HTTP: a.http, RequestID: a.requestID, Unclear: true, RetryAfter: a.retryAfter}
 	what := a.mediaType
 	if len(a.body) == 0 {
 		what = "an empty body"

@@ -6,6 +6,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 	"unicode"
 	"unicode/utf8"
 
@@ -155,4 +156,29 @@ func FuzzEnvelope(f *testing.F) {
 			}
 		}
 	})
+}
+
+func TestRetryAfter(t *testing.T) {
+	t.Parallel()
+	const date, twoHours = "Mon, 02 Nov 2026 10:00:00 GMT", "Mon, 02 Nov 2026 12:00:00 GMT"
+	for _, tt := range []struct {
+		value, date string
+		want        time.Duration
+	}{
+		{"", date, 0}, {"0", date, 0}, {"15", date, 15 * time.Second}, {" 15 ", date, 15 * time.Second}, {"-1", date, 0}, {"1.5", date, 0}, {"soon", date, 0},
+		{"3600", date, time.Hour}, {"3601", date, time.Hour}, {"99999999999999999999", date, time.Hour}, {"9223372036854775807", date, time.Hour},
+		{"Mon, 02 Nov 2026 10:00:30 GMT", date, 30 * time.Second}, {date, twoHours, 0}, {twoHours, date, time.Hour},
+		{"Monday, 02-Nov-26 10:00:30 GMT", date, 30 * time.Second}, {"Mon Nov  2 10:00:30 2026", date, 30 * time.Second},
+		{time.Now().Add(30 * time.Minute).UTC().Format(http.TimeFormat), "", 30 * time.Minute},
+	} {
+		header := http.Header{}
+		header.Set("Retry-After", tt.value)
+		header.Set("Date", tt.date)
+		for _, body := range []string{`{"status":{"code":11005}}`, "<html>"} {
+			got := parseAnswer(429, header, []byte(body)).failure("PostApps", 0).RetryAfter
+			if got.Round(10*time.Second) != tt.want.Round(10*time.Second) {
+				t.Errorf("Retry-After %q at %q: got %s, want %s", tt.value, tt.date, got, tt.want)
+			}
+		}
+	}
 }

@@ -29,6 +29,8 @@ type Fault struct {
 	MovedTo string `json:"moved_to,omitempty"`
 	// HTTP answers with this bare status and an HTML page, as a proxy does.
 	HTTP int `json:"http,omitempty"`
+	// RetryAfter is the Retry-After header of the answer of Status or HTTP.
+	RetryAfter string `json:"retry_after,omitempty"`
 	// After carries the call out before Status, HTTP, Hang or DelayMS; without it
 	// Status, HTTP and Hang change nothing.
 	After bool `json:"after,omitempty"`
@@ -100,6 +102,8 @@ func (f Fault) check() error {
 		return errors.New("give after or late_ms, not both")
 	case f.After && f.DropBefore:
 		return errors.New("after contradicts drop_before: use drop_after")
+	case f.RetryAfter != "" && f.Status == 0 && f.HTTP == 0:
+		return errors.New("retry_after goes with status or http only")
 	case f.MovedTo != "" && f.Status != codeMoved:
 		return fmt.Errorf("moved_to goes with status %d only", codeMoved)
 	}

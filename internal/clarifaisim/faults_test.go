@@ -29,6 +29,8 @@ func TestFaults(t *testing.T) {
 	}{
 		{"status", clarifaisim.Fault{Status: 39997}, false, 39997, 503, false, `"apps":[]`},
 		{"throttled", clarifaisim.Fault{Status: 11005}, false, 11005, 429, false, "exceeded limit"},
+		{"throttled for a while", clarifaisim.Fault{Status: 11005, RetryAfter: "15"}, false, 11005, 429, false, ""},
+		{"http for a while", clarifaisim.Fault{HTTP: 503, RetryAfter: "15"}, false, 0, 503, false, ""},
 		{"unknown status", clarifaisim.Fault{Status: 54321}, false, 54321, 500, false, ""},
 		{"status after", clarifaisim.Fault{Status: 98004, After: true}, false, 98004, 500, true, ""},
 		{"mixed", clarifaisim.Fault{Status: 10010, After: true}, false, 10010, 207, true, `"id":"app-a"`},
@@ -52,6 +54,9 @@ func TestFaults(t *testing.T) {
 			}
 			if r.Status.Code != tt.code || r.http != tt.http || !strings.Contains(r.text, tt.text) {
 				t.Errorf("got code %d, HTTP %d, %s; want %d, %d and %q", r.Status.Code, r.http, r.text, tt.code, tt.http, tt.text)
+			}
+			if got := r.header.Get("Retry-After"); got != tt.fault.RetryAfter {
+				t.Errorf("got Retry-After %q, want %q", got, tt.fault.RetryAfter)
 			}
 			if made := len(f.Apps()) == 1; made != tt.made {
 				t.Errorf("app made: %v, want %v", made, tt.made)
@@ -265,6 +270,7 @@ func TestFaultsControl(t *testing.T) {
 		{`[{"call":"GetApp","late_ms":5,"after":true}]`, "not both"},
 		{`[{"call":"GetApp","drop_before":true,"after":true}]`, "drop_after"},
 		{`[{"call":"GetApp","status":11005,"moved_to":"x"}]`, "moved_to"},
+		{`[{"call":"GetApp","hang":true,"retry_after":"15"}]`, "retry_after"},
 	} {
 		if text := f.control(400, "POST", "faults", tt.body, nil); !strings.Contains(text, tt.message) {
 			t.Errorf("faults %s: got %s, want it to say %s", tt.body, text, tt.message)

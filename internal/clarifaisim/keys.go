@@ -154,13 +154,14 @@ func hasAll(have, want []string) bool {
 	return true
 }
 
-// keyOf finds a key of the caller. No answer repeats the id: it is a secret.
+// keyOf finds a key of the caller. No answer repeats the id: it is a secret. A key may be hidden from
+// changes for the consistency delay.
 func (s *Sim) keyOf(c *call, id string) (_ *key, refusal answer, refused bool) {
 	k, ok := s.world.keys[id]
 	if ok && k.UserID != c.user && s.collaborates(c, k.ref()) {
 		return nil, s.ownerOnly(), true
 	}
-	if !ok || k.UserID != c.user {
+	if !ok || k.UserID != c.user || s.settings.ConsistencyForChanges && !k.visible(c.now) {
 		return nil, refuse(codeDoesNotExist, "key not found. Check the url of your request."), true
 	}
 	return k, answer{}, false

@@ -189,6 +189,9 @@ func (s *Sim) inject(w http.ResponseWriter, r *http.Request, c *call, f Fault) {
 		s.calls.update(c.ticket, c.log)
 	}
 	s.wait(r.Context(), f.DelayMS)
+	if f.RetryAfter != "" {
+		w.Header().Set("Retry-After", f.RetryAfter)
+	}
 	switch {
 	case f.Hang:
 		select {

@@ -57,6 +57,8 @@ type Settings struct {
 	// ConsistencyDelayMS hides a new app or key from all GET calls for so long. Its
 	// id is taken and a new key works from the start.
 	ConsistencyDelayMS int `json:"consistency_delay_ms"`
+	// ConsistencyForChanges hides a new key for so long from DeleteKey and PatchKeys, too.
+	ConsistencyForChanges bool `json:"consistency_for_changes"`
 }
 
 // What becomes of a call with several items of which one fails. Of Clarifai it is not known.

@@ -157,6 +157,21 @@ func TestSwitches(t *testing.T) {
 		clk.forward(time.Second)
 		see(10000, 1, 1)
 	})
+	t.Run("consistency_for_changes", func(t *testing.T) {
+		t.Parallel()
+		var clk clock
+		f := newFixture(t, clk.use)
+		f.update(func(s *clarifaisim.Settings) { s.ConsistencyDelayMS, s.ConsistencyForChanges = 1000, true })
+		f.makeApp("a")
+		clk.forward(time.Second)
+		key := f.makeKey("a")
+		f.want(11101, "DELETE", "/v2/users/acme/keys/"+key, "")
+		f.want(11101, "PATCH", "/v2/users/acme/keys", `{"action":"overwrite","keys":[{"id":"`+key+`","scopes":["Predict"]}]}`)
+		f.wantAs(key, 10000, "GET", "/v2/myscopes", "")
+		clk.forward(time.Second)
+		f.want(10000, "DELETE", "/v2/users/acme/keys/"+key, "")
+		f.wantAs(key, 11008, "GET", "/v2/myscopes", "")
+	})
 }
 
 func TestThrottle(t *testing.T) {

@@ -64,7 +64,8 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 	rows, _ := db.pool.Query(ctx, `
 		WITH was AS (
 			SELECT $2 OR failures + 1 >= $3 AS trips,
-				least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) AS pause
+				CASE WHEN $7::interval > '0' THEN $7::interval
+					ELSE least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) END AS pause
 			FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
 		UPDATE upstream_budget b
 		SET failures = b.failures + 1,
@@ -79,7 +80,7 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 				ELSE pause_reason END
 		FROM was
 		RETURNING CASE WHEN trips THEN pause ELSE '0' END`,
-		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem)
+		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem, f.Pause)
 	_, err := pgx.ForEachRow(rows, []any{&pause}, func() error { return nil })
 	return pause, translate("record upstream failure", err)
 }
@@ -137,6 +138,7 @@ func (db *DB) Interrupt(ctx context.Context, epoch int64, perSecond float64, pro
 // reports whether that is news.
 func (db *DB) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error) {
 	err = db.pool.QueryRow(ctx, `
+		WITH checked AS (DELETE FROM pat_checks WHERE fingerprint = $1)
 		INSERT INTO refused_pats AS r (fingerprint, problem, next_check_at)
 		VALUES ($1, $2::jsonb || jsonb_build_object('next_attempt_at', now() + $3::interval), now() + $3::interval)
 		ON CONFLICT (fingerprint) DO UPDATE
@@ -147,11 +149,33 @@ func (db *DB) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.
 	return news, translate("record refused PAT", err)
 }
 
-// PATWorks records that a PAT is refused no longer, or not in use any more. It
-// reports whether that is news.
+// PATWorks records that a PAT is refused no longer. It reports whether that is
+// news. It completes a check that BeginPATCheck began.
 func (db *DB) PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error) {
-	tag, err := db.pool.Exec(ctx, `DELETE FROM refused_pats WHERE fingerprint = $1`, fingerprint)
-	return err == nil && tag.RowsAffected() > 0, translate("record working PAT", err)
+	err = db.pool.QueryRow(ctx, `
+		WITH checked AS (
+			UPDATE pat_checks SET works_at = clock_timestamp(), checking_until = '-infinity'
+			WHERE fingerprint = $1 AND checking_until > '-infinity'
+		), gone AS (DELETE FROM refused_pats WHERE fingerprint = $1 RETURNING 1)
+		SELECT EXISTS (SELECT FROM gone)`, fingerprint).Scan(&news)
+	return news, translate("record working PAT", err)
+}
+
+// BeginPATCheck reports whether a PAT passed a check within trust. If not, one caller at a time may
+// check it now, for at most limit; PATWorks or RefusePAT records the result.
+func (db *DB) BeginPATCheck(ctx context.Context, fingerprint []byte, trust, limit time.Duration) (works, check bool, err error) {
+	// A time that is further ahead than it can be is of a clock that was set back.
+	const trusted = `c.works_at BETWEEN clock_timestamp() - $2::interval AND clock_timestamp() + interval '5 seconds'`
+	err = db.pool.QueryRow(ctx, `
+		WITH begun AS (
+			INSERT INTO pat_checks AS c (fingerprint, checking_until) VALUES ($1, clock_timestamp() + $3::interval)
+			ON CONFLICT (fingerprint) DO UPDATE SET checking_until = excluded.checking_until
+			WHERE NOT (`+trusted+`) AND c.checking_until NOT BETWEEN clock_timestamp() AND clock_timestamp() + $3::interval
+			RETURNING 1
+		)
+		SELECT EXISTS (SELECT FROM pat_checks c WHERE fingerprint = $1 AND `+trusted+`), EXISTS (SELECT FROM begun)`,
+		fingerprint, trust, limit).Scan(&works, &check)
+	return works, check, translate("begin check of the PAT", err)
 }
 
 // ClaimPATCheck reports whether a PAT may be checked now: it is not known to be

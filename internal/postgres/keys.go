@@ -141,13 +141,14 @@ const mayCreate = `(SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND
 
 const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
 	(SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id) IS TRUE, k.replaces,
-	coalesce(now() - k.in_doubt_since, '0'), k.attempts, k.problem, k.leased_until`
+	coalesce(now() - k.in_doubt_since, '0'), k.fingerprint, now() - coalesce(k.activated_at, k.created_at),
+	coalesce(now() - k.end_unconfirmed_since, '0'), k.attempts, k.problem, k.leased_until`
 
 func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 	var k tenant.LeasedKey
 	var replaces *uuid.UUID
 	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.Current, &replaces, &k.InDoubtFor,
-		&k.Attempts, &k.Problem, &k.LeasedUntil)
+		&k.Fingerprint, &k.Age, &k.UnconfirmedFor, &k.Attempts, &k.Problem, &k.LeasedUntil)
 	if replaces != nil {
 		k.Replaces = *replaces
 	}
@@ -389,6 +390,17 @@ func (db *DB) KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setba
 		WHERE id = $1 AND leased_until = $2 AND state IN ('creating', 'revoking')`,
 		k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts), s.Settled)
 	return oneRow("record setback of key", tag, err)
+}
+
+// KeyEndUnconfirmed records that a leased key should have ended and may work: it keeps its secret, and is
+// due again after delay.
+func (db *DB) KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
+	tag, err := db.pool.Exec(ctx, `
+		UPDATE keys
+		SET end_unconfirmed_since = coalesce(end_unconfirmed_since, now()), next_attempt_at = now() + $3, attempts = attempts + 1, problem = NULL,
+			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+		WHERE id = $1 AND leased_until = $2 AND state = 'revoking'`, k.ID, k.LeasedUntil, delay)
+	return oneRow("record unconfirmed end of key", tag, err)
 }
 
 // DeferKey lets the lease of a key go, to be looked at again after delay.

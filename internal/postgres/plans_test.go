@@ -251,7 +251,7 @@ func hotPaths(n int) []hotPath {
 		{name: "sweep_due_keys", do: func(ctx context.Context, db *postgres.DB) error { return db.EndDueKeys(ctx, actor) }},
 		{name: "sweep_settle", do: func(ctx context.Context, db *postgres.DB) error { return db.SettleTenants(ctx, actor) }},
 		{name: "sweep_beat", do: func(ctx context.Context, db *postgres.DB) error {
-			_, err := db.Beat(ctx)
+			_, err := db.Beat(ctx, []byte("pat"))
 			return errors.Join(err, ignore(db.RetireApps(ctx)), ignore(db.Recovery(ctx)))
 		}},
 		{name: "sweep_enqueue", do: func(ctx context.Context, db *postgres.DB) error {

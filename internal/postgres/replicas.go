@@ -24,6 +24,9 @@ const (
 	maxClockStep = 2 * time.Second
 )
 
+// liveReplica says of the replica p that it is alive. The interval is replicaTimeout.
+const liveReplica = `p.last_seen_at > now() - interval '15 seconds'`
+
 // leasedWork are the rows that workers lease, by the indexes of what there is work on.
 var leasedWork = []struct{ table, is string }{
 	{"apps", `state = 'building'`},
@@ -35,9 +38,10 @@ var leasedWork = []struct{ table, is string }{
 	{"campaigns", `ended_at IS NULL`},
 }
 
-// Beat registers this replica, starts the next incarnation if the fingerprint of the database
-// has changed, frees the leases of replicas that have died, and returns the state of recovery.
-func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
+// Beat registers this replica with the fingerprint of its PAT, starts the next incarnation if the
+// fingerprint of the database has changed, frees the leases of replicas that have died, removes
+// rejected PATs that no live replica uses, and returns the state of recovery.
+func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 	if err := db.ensureIncarnation(ctx); err != nil && !errors.Is(err, tenant.ErrAnotherDatabase) {
 		return tenant.Beat{}, err
 	}
@@ -55,14 +59,17 @@ func (db *DB) Beat(ctx context.Context) (tenant.Beat, error) {
 	var died []uuid.UUID
 	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
 		WITH seen AS (
-			INSERT INTO replicas AS r (id, incarnation)
-			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END FROM current_incarnation
-			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, last_seen_at = now(), leases_freed = false
-			WHERE r.incarnation <> excluded.incarnation OR r.last_seen_at < now() - $2::interval
+			INSERT INTO replicas AS r (id, incarnation, pat)
+			SELECT $1, CASE WHEN coalesce($3, id) = id THEN id ELSE coalesce((SELECT incarnation FROM replicas WHERE id = $1), $3) END, $5 FROM current_incarnation
+			ON CONFLICT (id) DO UPDATE SET incarnation = excluded.incarnation, pat = excluded.pat, last_seen_at = now(), leases_freed = false
+			WHERE r.incarnation <> excluded.incarnation OR r.pat IS DISTINCT FROM excluded.pat OR r.last_seen_at < now() - $2::interval
+		), unused AS (
+			DELETE FROM refused_pats r WHERE since < now() - $6::interval
+				AND NOT EXISTS (SELECT FROM replicas p WHERE p.pat = r.fingerprint AND `+liveReplica+`)
 		)
 		SELECT `+recoveryColumns+`, `+controlDue+`, retiring,
 			ARRAY(SELECT id FROM replicas WHERE NOT leases_freed AND last_seen_at < now() - $4::interval AND id <> $1)
-		FROM current_incarnation`, db.replica, beatEvery, compared, leaseTimeout),
+		FROM current_incarnation`, db.replica, beatEvery, compared, leaseTimeout, pat, replicaTimeout),
 		&b.ControlDue, &b.Retiring, &died)
 	if err == nil && len(died) > 0 {
 		err = db.freeLeases(ctx, died)
@@ -114,6 +121,7 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 			`UPDATE quarantines SET next_attempt_at = next_attempt_at - $1::interval, leased_until = leased_until - $1::interval WHERE state = 'checking'`,
 			`UPDATE upstream_budget SET next_slot_at = next_slot_at - $1::interval, paused_until = paused_until - $1::interval, probe_until = probe_until - $1::interval`,
 			`UPDATE refused_pats SET next_check_at = next_check_at - $1::interval`,
+			`UPDATE pat_checks SET checking_until = checking_until - $1::interval, works_at = works_at - $1::interval`,
 			`UPDATE pools SET planned_at = planned_at - $1::interval`,
 			`UPDATE river_job SET scheduled_at = scheduled_at - $1::interval WHERE state = 'available' AND scheduled_at > now()`,
 			`UPDATE current_incarnation SET control_due_at = control_due_at - $1::interval, watch_until = watch_until - $1::interval, ` + written + ` WHERE ` + sameDatabase,

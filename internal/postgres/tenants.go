@@ -39,8 +39,13 @@ const problemSQL = `coalesce(t.problem, CASE
 const waitsForRecovery = `(t.state IN ('purging', 'resuming') AND ` + inRecovery + ` OR t.state IN ('suspending', 'deleting') AND ` + watching + ` AND NOT ` + keysDead + `)
 	AND (SELECT a.incarnation <> (SELECT id FROM current_incarnation) FROM apps a WHERE a.id = t.app_id)`
 
-// upstreamHalted is why no upstream work is done at all; null while it is.
-const upstreamHalted = `(SELECT problem FROM refused_pats ORDER BY next_check_at DESC LIMIT 1),
+// upstreamHalted is why no upstream work is done at all; null while it is. A rejected PAT halts it if no
+// live replica uses another one.
+const upstreamHalted = `(SELECT problem FROM refused_pats r
+		WHERE EXISTS (SELECT FROM replicas p WHERE p.pat = r.fingerprint AND ` + liveReplica + `)
+			AND NOT EXISTS (SELECT FROM replicas p LEFT JOIN refused_pats o ON o.fingerprint = p.pat
+				WHERE ` + liveReplica + ` AND p.pat IS NOT NULL AND o.fingerprint IS NULL)
+		ORDER BY next_check_at DESC LIMIT 1),
 	(SELECT pause_reason FROM upstream_budget WHERE pauses > 0)`
 
 // keysDead says of the tenant t that none of its keys works, as far as is known. Not by

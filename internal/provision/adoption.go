@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"fmt"
 	"time"
 
 	"github.com/google/uuid"
@@ -392,27 +391,4 @@ func (s *Service) stand(ctx context.Context, k tenant.LeasedKey, problem tenant.
 		return s.failed("record setback", err, zap.Stringer("key", k.ID))
 	}
 	return outcomeSetback
-}
-
-// deleteTheirKey tries to delete a key of an app that is shared with the operator, and
-// believes nothing but a key that works no longer.
-func (s *Service) deleteTheirKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
-	err := s.call(ctx, k.Lane, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
-	switch tenant.ClassOf(err) {
-	case tenant.UpstreamNotFound, tenant.UpstreamForbidden, tenant.UpstreamRefused:
-	default:
-		if err != nil {
-			return err
-		}
-	}
-	_, err = s.opens(ctx, k.Lane, secret)
-	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
-		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
-	}
-	if err != nil {
-		return err
-	}
-	return &standing{tenant.Problem{Code: "key_not_ours", Since: time.Now().UTC(), Detail: fmt.Sprintf(
-		"the key works on: the app belongs to the Clarifai user %s, and Clarifai lets only %s delete its keys; ask for it, Tenantry looks now and then whether it is done",
-		k.AppUserID, k.AppUserID)}}
 }

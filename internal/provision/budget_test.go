@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -289,6 +291,81 @@ func TestRefusalThatIsNotThePATs(t *testing.T) {
 	}
 }
 
+// suspending signs up n tenants, lets Clarifai refuse the credential of each call of that name, and
+// begins to suspend the tenants.
+func suspending(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, n int, fault map[string]any) {
+	t.Helper()
+	signUpMany(t, r, n)
+	eventuallyActive(t, r, n)
+	w.Faults(fault)
+	for i := range n {
+		if _, err := r.Suspend(t.Context(), tenant.ID(fmt.Sprint("user_", i)), 0, caller); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A credential that Clarifai refuses for single keys costs one check of the PAT. It interrupts nothing,
+// however often it is refused.
+func TestRefusalsOfSingleKeysInterruptNothing(t *testing.T) {
+	t.Parallel()
+	for _, code := range []int{11008, 11009, 65000} {
+		t.Run(fmt.Sprint(code), func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			trusting := func(c *provision.Config) { c.PATTrust = time.Hour }
+			replicas := []*provisiontest.Replica{w.Start(provisiontest.Options{Adjust: trusting}), w.Start(provisiontest.Options{Adjust: trusting})}
+			const n = 12
+			before := w.State().Calls["GetUser"]
+			suspending(t, w, replicas[0], n, map[string]any{"call": "DeleteKey", "status": code})
+			provisiontest.Eventually(t, "each key was refused several times", func() bool {
+				return countOf(t, connOf(t, w), `keys WHERE state = 'revoking' AND attempts >= 3 AND problem ->> 'code' = 'upstream_refused'`) == n
+			})
+			signUp(t, replicas[1], "another")
+			if got := column(t, w, `SELECT epoch::text FROM upstream_budget`); !slices.Equal(got, []string{"0"}) {
+				t.Errorf("upstream work was interrupted or paused %s times", got)
+			}
+			if got := w.State().Calls["GetUser"] - before; got > 1 {
+				t.Errorf("the PAT was checked %d times; want at most once", got)
+			}
+			for _, r := range replicas {
+				if _, health, err := r.UpstreamStatus(t.Context()); err != nil || health.State != provision.PATWorks {
+					t.Errorf("the PAT is %s, %v; want ok", health.State, err)
+				}
+			}
+			w.Faults()
+			provisiontest.Eventually(t, "all are suspended", func() bool {
+				counts, err := replicas[0].DB.CountTenants(t.Context())
+				return err == nil && counts[tenant.Suspended] == n
+			})
+		})
+	}
+}
+
+// A PAT that Clarifai stops accepting pauses the fleet, also if only calls about single keys are made
+// and the PAT passed a check before.
+func TestRefusedPATIsNoticedBySingleKeys(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Adjust: func(c *provision.Config) { c.PATTrust = 200 * time.Millisecond }})
+	const n = 5
+	suspending(t, w, r, n, map[string]any{"call": "DeleteKey", "status": 11009})
+	provisiontest.Eventually(t, "the PAT was checked", func() bool {
+		return countOf(t, connOf(t, w), `keys WHERE problem ->> 'code' = 'upstream_refused'`) > 0
+	})
+	w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+	w.Faults()
+	provisiontest.Eventually(t, "the PAT is refused", func() bool {
+		_, health, err := r.UpstreamStatus(t.Context())
+		return err == nil && health.State == provision.PATRefused
+	})
+	w.AddPAT(provisiontest.PAT, string(provisiontest.Operator))
+	provisiontest.Eventually(t, "all are suspended", func() bool {
+		counts, err := r.DB.CountTenants(t.Context())
+		return err == nil && counts[tenant.Suspended] == n
+	})
+}
+
 // A new PAT of the same operator takes over without a call that fails; all else
 // that may stand in its place changes nothing and is said once.
 func TestNewPATTakesOver(t *testing.T) {
@@ -375,4 +452,113 @@ func TestNewPATEndsThePause(t *testing.T) {
 	defer stop()
 	go r.WatchPAT(ctx, func() (tenant.Secret, error) { return tenant.NewSecret(next), nil }, 5*time.Millisecond)
 	eventuallyActive(t, r, 3)
+}
+
+// A PAT that was rejected and then replaced by another configuration and a restart holds up nothing: not
+// if its replica was killed, and not while its replica is still alive during a rollout.
+func TestReplacedPATHoldsUpNothing(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(*provisiontest.Replica){
+		"stopped": (*provisiontest.Replica).Stop,
+		"killed":  (*provisiontest.Replica).Kill,
+		"running": func(*provisiontest.Replica) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			old := w.Start(provisiontest.Options{Control: true, Adjust: patient})
+			signUp(t, old, "user_1")
+			w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
+			signUpMany(t, old, 1)
+			provisiontest.Eventually(t, "the PAT is refused", func() bool {
+				u, _, err := old.UpstreamStatus(t.Context())
+				return err == nil && u.PATRefused != nil && u.Pauses == 0
+			})
+			if got, err := old.Tenant(t.Context(), "user_0", 0); err != nil || got.Problem == nil || got.Problem.Code != "upstream_pat_refused" {
+				t.Errorf("before the replacement a waiting tenant shows %+v, %v", got.Problem, err)
+			}
+			end(old)
+
+			const next = "00112233445566778899aabbccddeeff"
+			w.AddPAT(next, string(provisiontest.Operator))
+			r := w.Start(provisiontest.Options{PAT: next, Idle: true, Adjust: pool(2, 2)})
+			if err := r.SweepOnce(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := r.Tenant(t.Context(), "user_0", 0); err != nil || got.Problem != nil {
+				t.Errorf("a waiting tenant shows %+v, %v; want no problem", got.Problem, err)
+			}
+			if err := r.SweepOnce(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if n := countOf(t, connOf(t, w), `apps WHERE state = 'building' AND for_pool`); n != 2 {
+				t.Errorf("%d apps are built for the pool; want 2", n)
+			}
+		})
+	}
+}
+
+// A rejected PAT counts while replicas use it, and is forgotten afterwards.
+func TestOnlyPATsInUseCount(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(2, 2)})
+	exec(t, w, `INSERT INTO refused_pats (fingerprint, problem, since, next_check_at)
+		VALUES ('old', '{"code": "upstream_pat_refused"}', now(), now() + interval '1 hour')`)
+	halted := func(why string, want bool) {
+		t.Helper()
+		if err := r.SweepOnce(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if built := countOf(t, connOf(t, w), `apps WHERE state = 'building' AND for_pool`) > 0; built == want {
+			t.Errorf("%s: apps are built for the pool: %v", why, built)
+		}
+		exec(t, w, `UPDATE apps SET state = 'deleted'`)
+	}
+	halted("no replica uses the rejected PAT", false)
+	exec(t, w, `INSERT INTO replicas (id, incarnation, pat) SELECT gen_random_uuid(), id, 'old' FROM current_incarnation`)
+	halted("one of two replicas uses it", false)
+	exec(t, w, `INSERT INTO refused_pats (fingerprint, problem, next_check_at)
+		SELECT pat, '{"code": "upstream_pat_refused"}', now() + interval '1 hour' FROM replicas WHERE pat <> 'old'`)
+	halted("each replica uses a rejected PAT", true)
+	exec(t, w, `UPDATE replicas SET last_seen_at = now() - interval '1 hour' WHERE pat = 'old'; DELETE FROM refused_pats WHERE fingerprint <> 'old'`)
+	halted("its replica is dead", false)
+	exec(t, w, `UPDATE refused_pats SET since = now() - interval '1 hour'`)
+	halted("it was rejected long ago", false)
+	if n := countOf(t, connOf(t, w), `refused_pats`); n != 0 {
+		t.Errorf("%d PATs that no replica uses are still kept as rejected", n)
+	}
+}
+
+// Clarifai's Retry-After, in seconds or as a date, is the length of the pause.
+func TestRetryAfterIsThePause(t *testing.T) {
+	t.Parallel()
+	date := time.Now().Add(30 * time.Minute).UTC().Format(http.TimeFormat)
+	for name, fault := range map[string]map[string]any{
+		"throttled, seconds":     {"status": 11005, "retry_after": "1800"},
+		"throttled, date":        {"status": 11005, "retry_after": date},
+		"maintenance, seconds":   {"status": 39997, "retry_after": "1800"},
+		"proxy, 429, seconds":    {"http": 429, "retry_after": "1800"},
+		"proxy, 503, date":       {"http": 503, "retry_after": date},
+		"longer than is allowed": {"status": 11005, "retry_after": "31536000"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			r := w.Start(provisiontest.Options{})
+			signUp(t, r, "first")
+			fault["call"] = "*"
+			w.Faults(fault)
+			signUpMany(t, r, 1)
+			var pause time.Duration
+			provisiontest.Eventually(t, "upstream work is paused", func() bool {
+				u, _, err := r.UpstreamStatus(t.Context())
+				pause = u.PausedUntil.Sub(u.DatabaseTime)
+				return err == nil && u.Pauses > 0
+			})
+			if pause < 20*time.Minute || pause > time.Hour {
+				t.Errorf("the pause is %s; want what Clarifai asks for", pause)
+			}
+		})
+	}
 }

@@ -116,7 +116,7 @@ var crashScenarios = map[string]crashScenario{
 
 	"campaign of rotations": {
 		points: []string{"StartRotation StartCampaign", "CountRotation CountKeys", "workCampaign LeaseCampaign", "campaignStep SettleCampaign",
-			"campaignStep CountCampaign", "campaignStep RotateSome", "workCampaign DeferCampaign", "makeHeldKey FinishLeasedKey", "deleteKey KeyEnded"},
+			"campaignStep CountCampaign", "campaignStep RotateSome", "workCampaign DeferCampaign", "makeHeldKey FinishLeasedKey", "confirmEnd KeyEnded"},
 		prepare: first,
 		act: func(s *scene) {
 			_, _ = s.r.CountRotation(s.t.Context(), tenant.KeyFilter{All: true}, noOverlap)
@@ -199,7 +199,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"suspend": {
-		points:  []string{"changed Watch", "Suspend Suspend", "workKey LeaseKey", "deleteKey DeleteKey", "deleteKey KeyEnded"},
+		points:  []string{"changed Watch", "Suspend Suspend", "workKey LeaseKey", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_1", wait, caller) },
 		settle:  suspendedThenResumed,
@@ -226,7 +226,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: resumed,
 	},
 	"delete": {
-		points:  []string{"Delete Tenant", "Delete Delete", "tag MarkApp", "deleteKey KeyEnded"},
+		points:  []string{"Delete Tenant", "Delete Delete", "tag MarkApp", "confirmEnd KeyEnded"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", false, wait, caller) },
 		settle: func(s *scene) {
@@ -310,7 +310,7 @@ var crashScenarios = map[string]crashScenario{
 	"rotation": {
 		points: []string{"Rotate Watch", "Rotate StartRotation", "awaitRotation Rotation", "makeHeldKey BeginLeasedKey", "createKey CreateKey",
 			"makeHeldKey FinishLeasedKey", "RevealNew RevealKey", "Rotation Watch", "Rotation Rotation", "ConfirmRotation ConfirmRotation",
-			"deleteKey KeyEnded"},
+			"confirmEnd KeyEnded"},
 		prepare: first,
 		act:     rotate,
 		settle: func(s *scene) {
@@ -322,7 +322,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"rotation with a lost answer": {
-		points:  []string{"makeHeldKey ReplaceLeasedKey", "eachKey AppKeys", "revoke KeyEnded 4"},
+		points:  []string{"makeHeldKey ReplaceLeasedKey", "eachKey AppKeys", "confirmEnd KeyEnded"},
 		prepare: faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_before": true}),
 		act:     rotate,
 		settle:  rotate,
@@ -436,7 +436,7 @@ var crashScenarios = map[string]crashScenario{
 		newcomers: []tenant.ID{"user_2"}, unmarked: true,
 	},
 	"suspend the tenant of a shared app": {
-		points:  []string{"deleteTheirKey DeleteKey", "stand KeySetback"},
+		points:  []string{"deleteKey DeleteKey", "stand KeySetback"},
 		prepare: adoptedShared,
 		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_2", wait, caller) },
 		settle: func(s *scene) {
@@ -446,7 +446,7 @@ var crashScenarios = map[string]crashScenario{
 		unmarked: true,
 	},
 	"suspend the tenant of a shared app whose key is gone": {
-		points: []string{"deleteTheirKey KeyEnded"},
+		points: []string{"confirmEnd KeyEnded"},
 		prepare: func(s *scene) {
 			adoptedShared(s)
 			deleteTheirs(s)
@@ -629,7 +629,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"revocation": {
-		points:  []string{"workKey LeaseKey", "deleteKey DeleteKey", "deleteKey KeyEnded"},
+		points:  []string{"workKey LeaseKey", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
 		prepare: revoking(true, true),
 	},
 	"revocation that fails": {
@@ -656,7 +656,7 @@ var crashScenarios = map[string]crashScenario{
 		act: func(s *scene) { stopDuring(s, "DeleteKey", 0) },
 	},
 	"revocation of a key whose app is gone": {
-		points: []string{"revoke KeyEnded 2"},
+		points: []string{"confirmEnd KeyEndUnconfirmed", "confirmEnd KeyEnded"},
 		prepare: func(s *scene) {
 			revoking(false, false)(s)
 			askClarifai(s.t, s.w, "DELETE", "/apps/"+string(s.holds["user_1"]), nil)
@@ -664,7 +664,7 @@ var crashScenarios = map[string]crashScenario{
 		differs: true, moves: true,
 	},
 	"revocation of a key that is hidden": {
-		points: []string{"revoke KeyEnded 3"},
+		points: []string{"revoke KeyEnded 2"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			revoking(true, false)(s)
@@ -672,14 +672,28 @@ var crashScenarios = map[string]crashScenario{
 		lost: 1,
 	},
 	"revocation of a key that never was": {
-		points:  []string{"revoke KeyEnded 4"},
+		points:  []string{"confirmEnd KeyEnded"},
 		prepare: revoking(false, false),
 	},
-	"revocation of a key that may land": {
+	"revocation in a pause": {
 		points: []string{"workKey DeferKey"},
 		prepare: func(s *scene) {
-			revoking(false, false)(s)
-			exec(s.t, s.w, `UPDATE keys SET in_doubt_since = now() + interval '1 second' WHERE state = 'revoking'`)
+			revoking(true, true)(s)
+			exec(s.t, s.w, `UPDATE upstream_budget SET pauses = 1, paused_until = now() + interval '1 hour'`)
+		},
+	},
+	"revocation that is not carried out": {
+		points: []string{"deleteKey DeleteKey", "opens Opens", "deleteKey KeyEndUnconfirmed"},
+		prepare: func(s *scene) {
+			revoking(true, true)(s)
+			s.w.Faults(map[string]any{"call": "DeleteKey", "status": 10000})
+		},
+	},
+	"revocation of a key that cannot be decrypted": {
+		points: []string{"eachKey AppKeys", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
+		prepare: func(s *scene) {
+			revoking(true, true)(s)
+			exec(s.t, s.w, `UPDATE keys SET ciphertext = 'x' WHERE id = $1`, strayKey)
 		},
 	},
 
@@ -692,13 +706,22 @@ var crashScenarios = map[string]crashScenario{
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"PAT that is refused": {
-		points:  []string{"confirmRefusal Interrupt", "refusePAT RefusePAT"},
+		points:  []string{"confirmRefusal BeginPATCheck", "checkTurn Interrupt", "refusePAT RefusePAT"},
 		prepare: first,
 		act: func(s *scene) {
 			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
 			signUpSecond(s)
 		},
 		recover:   knowPAT,
+		newcomers: []tenant.ID{"user_2"},
+	},
+	"PAT that may not ask whose it is": {
+		points:  []string{"lacksGetUser PATWorks"},
+		prepare: first,
+		act: func(s *scene) {
+			s.w.Faults(map[string]any{"call": "GetUser", "status": 11007}, map[string]any{"call": "PostApps", "status": 11009, "count": 1})
+			signUpSecond(s)
+		},
 		newcomers: []tenant.ID{"user_2"},
 	},
 	"PAT that is refused to a report": {
@@ -853,7 +876,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: retiredRemoved(tenant.RetiredFilter{Before: aYearOn}, "1"),
 	},
 	"suspend a tenant of an earlier incarnation": {
-		points: []string{"Suspend Suspend", "eachKey AppKeys", "tend KeysListed", "deleteKey KeyEnded"},
+		points: []string{"Suspend Suspend", "eachKey AppKeys", "tend KeysListed", "confirmEnd KeyEnded"},
 		prepare: func(s *scene) {
 			first(s)
 			earlier(s)
@@ -865,7 +888,7 @@ var crashScenarios = map[string]crashScenario{
 	"quarantine of an unknown key": {
 		points: []string{"Quarantine Quarantine", "quarantineUnknown BeginQuarantine", "quarantineUnknown Watch",
 			"quarantineUnknown QuarantineState", "askUnknownKey LeaseQuarantine", "identifyKey Quarantine", "identifyKey Identify", "identifyKey EndQuarantine 3",
-			"Quarantine Quarantine 2", "deleteKey KeyEnded"},
+			"Quarantine Quarantine 2", "confirmEnd KeyEnded"},
 		prepare: func(s *scene) { first(s); unknownKey(s) },
 		act:     func(s *scene) { _, _ = s.r.Quarantine(s.t.Context(), leakedKey(s), wait, admin) },
 		settle:  quarantined,
@@ -1158,7 +1181,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: endsUnknownKey,
 	},
 	"decide: end a key": {
-		points:  []string{"repair EndFoundKey", "deleteKey KeyEnded"},
+		points:  []string{"repair EndFoundKey", "confirmEnd KeyEnded"},
 		prepare: reported(unknownKey),
 		act:     decided(tenant.FoundKeyUnknown, tenant.EndUnknownKey),
 		settle:  decided(tenant.FoundKeyUnknown, tenant.EndUnknownKey),
@@ -1184,7 +1207,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"decide: suspend": {
-		points:  []string{"repair SuspendDecided", "tend KeysListed", "deleteKey KeyEnded"},
+		points:  []string{"repair SuspendDecided", "tend KeysListed", "confirmEnd KeyEnded"},
 		prepare: reported(func(s *scene) { earlier(s); removeKey(s) }),
 		act:     decided(tenant.FoundKeyGone, tenant.SuspendTenant),
 		settle: func(s *scene) {
@@ -1210,7 +1233,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: decided(tenant.FoundAppGone, tenant.MakeApp), moves: true,
 	},
 	"decide: restore": {
-		points:  []string{"repair RestoreDecided", "tend KeysListed", "tag MarkApp", "deleteKey KeyEnded"},
+		points:  []string{"repair RestoreDecided", "tend KeysListed", "tag MarkApp", "confirmEnd KeyEnded"},
 		prepare: purgeContested,
 		act:     decided(tenant.FoundPurge, tenant.RestoreTenant),
 		settle: func(s *scene) {

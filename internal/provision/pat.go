@@ -171,27 +171,78 @@ func (s *Service) refusePAT(ctx context.Context, fingerprint []byte, state PATSt
 	return nil
 }
 
-// confirmRefusal finds out whether a call was refused because of the PAT. Until
-// it knows no other call is made. It returns what the refusal means if the PAT is
-// fine, or why the call is not to be made again now.
+// confirmRefusal finds out whether Clarifai refused the credential of a call because of the PAT, or
+// because of the app or key that the call is about. It returns what the refusal means if the PAT
+// works, or why the call must not be made now. Refusals of many calls cause one check of the PAT, and
+// the result is trusted for a while.
 func (s *Service) confirmRefusal(ctx context.Context, used turn, refusal *tenant.UpstreamError) error {
 	secret, fingerprint, _ := s.PAT.current()
 	if !bytes.Equal(fingerprint, used.pat) { // replaced meanwhile
 		return &deferred{}
 	}
-	slot, err := s.Store.Interrupt(ctx, used.Epoch, s.Rate, 2*s.CallTimeout, problemOf(refusal, nil))
+	trust := s.PATTrust
+	if aboutAccount[refusal.Call] {
+		trust /= 4
+	}
+	works, check, err := s.Store.BeginPATCheck(ctx, fingerprint, trust, 2*s.CallTimeout)
+	switch {
+	case err != nil:
+		return err
+	case works:
+		return refusedThough(refusal)
+	case !check: // another call was refused too, and is being looked into
+		return &deferred{wait: s.BackoffBase}
+	}
+	t, err := s.checkTurn(ctx, used, fingerprint, refusal)
 	if err != nil {
 		return err
 	}
-	if !slot.Granted { // another call was refused too, and is being looked into
-		return &deferred{wait: s.BackoffBase}
-	}
-	if !sleep(ctx, slot.Wait) {
-		return &deferred{}
-	}
-	if err := s.checkPAT(ctx, turn{Slot: slot, due: time.Now(), pat: fingerprint, checksPAT: true, control: used.control}, secret); err != nil {
+	if err := s.checkPAT(ctx, t, secret); err != nil && !s.lacksGetUser(ctx, err, fingerprint) {
 		return err
 	}
+	if used.Probe {
+		s.Log.Info(clarifaiAnswers)
+	}
+	return refusedThough(refusal)
+}
+
+// aboutAccount has the calls that name no existing app or key: what Clarifai refuses there it refuses the
+// PAT.
+var aboutAccount = map[string]bool{"GetUser": true, "ListApps": true, "ListKeys": true, callCreateApp: true}
+
+// checkTurn returns the turn of the call that checks the PAT. A refusal of a call that is about no
+// single app or key suggests that the PAT is rejected: no other call is made until the check is done.
+func (s *Service) checkTurn(ctx context.Context, used turn, fingerprint []byte, refusal *tenant.UpstreamError) (turn, error) {
+	if !aboutAccount[refusal.Call] {
+		return s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: used.control})
+	}
+	slot, err := s.Store.Interrupt(ctx, used.Epoch, s.Rate, 2*s.CallTimeout, problemOf(refusal, nil))
+	if err != nil {
+		return turn{}, err
+	}
+	if !slot.Granted { // a pause has begun meanwhile
+		return turn{}, &deferred{wait: s.BackoffBase}
+	}
+	if !sleep(ctx, slot.Wait) {
+		return turn{}, &deferred{}
+	}
+	return turn{Slot: slot, due: time.Now(), pat: fingerprint, checksPAT: true, control: used.control, interrupts: true}, nil
+}
+
+// lacksGetUser reports whether a check of the PAT failed since the PAT, which Clarifai accepts, does
+// not have the endpoint GetUser.
+func (s *Service) lacksGetUser(ctx context.Context, err error, fingerprint []byte) bool {
+	if tenant.ClassOf(err) != tenant.UpstreamForbidden {
+		return false
+	}
+	if _, err := s.Store.PATWorks(ctx, fingerprint); err != nil {
+		s.Log.Warn("record that the PAT works", zap.Error(err))
+	}
+	return true
+}
+
+// refusedThough is the refusal of a call whose PAT works.
+func refusedThough(refusal *tenant.UpstreamError) error {
 	of := *refusal
 	of.Class, of.Detail = tenant.UpstreamRefused, "the credential is refused for this, though the PAT works: "+of.Detail
 	return &of
@@ -232,7 +283,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 		if bytes.Equal(candidate, refused) && time.Now().Before(again) {
 			continue
 		}
-		switch err := s.takeOver(ctx, secret, candidate, inUse); {
+		switch err := s.takeOver(ctx, secret, candidate); {
 		case err == nil:
 			said, refused = "", nil
 			s.Log.Info("a new PAT of the same operator is in use")
@@ -248,7 +299,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 }
 
 // takeOver puts a PAT in the place of the one in use, if it is the operator's.
-func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate, inUse []byte) error {
+func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
 	defer cancel()
 	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
@@ -266,11 +317,8 @@ func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate,
 	if err := checkOperator(s.Deployment, operator); err != nil {
 		return &tenant.UpstreamError{Call: "GetUser", Class: tenant.UpstreamPAT, Detail: err.Error()}
 	}
-	// The new one may have been tried too early, the old one is history.
-	for _, fingerprint := range [][]byte{candidate, inUse} {
-		if _, err := s.Store.PATWorks(ctx, fingerprint); err != nil {
-			return err
-		}
+	if _, err := s.Store.PATWorks(ctx, candidate); err != nil { // it may have been tried too early
+		return err
 	}
 	s.PAT.replace(secret, candidate)
 	return nil

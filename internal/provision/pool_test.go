@@ -520,7 +520,7 @@ func TestPoolIsNotFilledWhileNothingMoves(t *testing.T) {
 		UPDATE upstream_budget SET pauses = 1, pause_reason = '{"code": "upstream_unavailable"}'`)
 	building("in a pause", 0)
 	exec(t, w, `UPDATE upstream_budget SET pauses = 0, pause_reason = NULL;
-		INSERT INTO refused_pats (fingerprint, problem, next_check_at) VALUES ('x', '{"code": "upstream_pat_refused"}', now())`)
+		INSERT INTO refused_pats (fingerprint, problem, next_check_at) SELECT pat, '{"code": "upstream_pat_refused"}', now() FROM replicas`)
 	building("without a PAT", 0)
 	exec(t, w, `DELETE FROM refused_pats`)
 	building("when all is well", 2)

@@ -75,6 +75,7 @@ type Store interface {
 	ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error)
 	FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error
 	KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error
+	KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 	KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error
 	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
 	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
@@ -88,7 +89,7 @@ type Store interface {
 	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
 	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
 
-	Beat(ctx context.Context) (tenant.Beat, error)
+	Beat(ctx context.Context, pat []byte) (tenant.Beat, error)
 	RetireApps(ctx context.Context) (int, error)
 	Recovery(ctx context.Context) (tenant.Recovery, error)
 	RecoveryStatus(ctx context.Context) (tenant.Recovery, error)
@@ -160,6 +161,7 @@ type Store interface {
 	RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error)
 	PATWorks(ctx context.Context, fingerprint []byte) (news bool, err error)
 	ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Duration) (free bool, wait time.Duration, err error)
+	BeginPATCheck(ctx context.Context, fingerprint []byte, trust, limit time.Duration) (works, check bool, err error)
 	Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error)
 
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
@@ -274,6 +276,9 @@ type Config struct {
 	PauseCap     time.Duration // 30 s
 	PATCheckBase time.Duration // after which a refused PAT is tried again; 15 s
 	PATCheckCap  time.Duration // 5 min
+	// PATTrust is how long a PAT that passed a check is trusted when Clarifai refuses the credential of
+	// calls about single apps and keys; a quarter of it for other calls. 10 s.
+	PATTrust time.Duration
 }
 
 // A ConfigError is a fault of one field of a Config, or of its profiles.
@@ -329,6 +334,7 @@ func (c Config) WithDefaults() Config {
 		{&c.PauseCap, 30 * time.Second},
 		{&c.PATCheckBase, 15 * time.Second},
 		{&c.PATCheckCap, 5 * time.Minute},
+		{&c.PATTrust, 10 * time.Second},
 	} {
 		if *d.field == 0 {
 			*d.field = d.value

@@ -335,6 +335,9 @@ func TestPATRefused(t *testing.T) {
 	if _, _, err := r.Reveal(t.Context(), first.ID, tenant.DefaultKey, caller); err != nil {
 		t.Errorf("a key cannot be read meanwhile: %v", err)
 	}
+	if n := r.Logs.FilterMessage("Clarifai answers again; upstream work goes on").Len(); n != 0 {
+		t.Errorf("while the PAT was rejected it was logged %d times that upstream work goes on", n)
+	}
 	w.Faults()
 	signUp(t, r, "user_2")
 	if got := r.PAT.Health().State; got != provision.PATWorks {

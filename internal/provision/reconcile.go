@@ -248,8 +248,15 @@ func (s *Service) keyExists(ctx context.Context, f tenant.Finding) (bool, error)
 		return false, err
 	}
 	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
-	if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+	if tenant.ClassOf(err) != tenant.UpstreamNotFound {
+		return err == nil, err
+	}
+	// The PAT may have lost access to a key that works.
+	switch _, err = s.opens(ctx, background, secret); tenant.ClassOf(err) {
+	case tenant.UpstreamNotFound:
 		return false, nil
+	case tenant.UpstreamForbidden:
+		return true, nil
 	}
 	return err == nil, err
 }

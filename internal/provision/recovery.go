@@ -23,7 +23,8 @@ import (
 // beat registers this replica, starts the next incarnation if the fingerprint of the database has
 // changed, and starts due work.
 func (s *Service) beat(ctx context.Context) error {
-	b, err := s.Store.Beat(ctx)
+	_, pat, _ := s.PAT.current()
+	b, err := s.Store.Beat(ctx, pat)
 	if err != nil {
 		return err
 	}

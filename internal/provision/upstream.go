@@ -40,6 +40,8 @@ type turn struct {
 	pat       []byte // fingerprint of the PAT in use when it was given
 	checksPAT bool
 	control   bool // a stopped database makes this call, too
+	// interrupts says that other calls wait for this check of the PAT.
+	interrupts bool
 }
 
 // call makes one upstream call within the budget. It returns *deferred if the
@@ -165,6 +167,10 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
+// clarifaiAnswers is the log message for the end of a pause. It is not logged while Clarifai rejects the
+// PAT.
+const clarifaiAnswers = "Clarifai answers again; upstream work goes on"
+
 // send makes a call whose turn has come, and records what it says of Clarifai and
 // of the PAT. A turn that has passed, because what was written down in between took
 // long, is taken anew.
@@ -182,6 +188,7 @@ func (s *Service) send(ctx context.Context, t turn, f func(context.Context) erro
 		return err // we gave up: Clarifai did nothing wrong
 	}
 	up := asUpstream(err)
+	rejected := up != nil && up.Class == tenant.UpstreamPAT
 	switch {
 	case up != nil && (up.Class == tenant.UpstreamDown || up.Class == tenant.UpstreamThrottled):
 		return s.upstreamFailed(ctx, t, up)
@@ -190,22 +197,21 @@ func (s *Service) send(ctx context.Context, t turn, f func(context.Context) erro
 		if failed != nil {
 			s.Log.Warn("record that Clarifai works", zap.Error(failed))
 		}
-		if resumed {
-			s.Log.Info("Clarifai answers again; upstream work goes on")
+		if resumed && !rejected && !t.interrupts {
+			s.Log.Info(clarifaiAnswers)
 		}
 	}
-	if up != nil && up.Class == tenant.UpstreamPAT && !t.checksPAT {
+	if rejected && !t.checksPAT {
 		return s.confirmRefusal(ctx, t, up)
 	}
 	return err
 }
 
-// upstreamFailed counts a failure for the fleet, and says of a call that was
-// throttled when to come back.
+// upstreamFailed counts a failure for the fleet. A Retry-After starts a pause, and is its length.
 func (s *Service) upstreamFailed(ctx context.Context, t turn, up *tenant.UpstreamError) error {
 	throttled := up.Class == tenant.UpstreamThrottled
 	pause, err := s.Store.UpstreamFailed(ctx, tenant.UpstreamFailure{Epoch: t.Epoch, Problem: problemOf(up, nil),
-		Pauses: throttled || t.Probe, TripAfter: s.TripAfter, PauseBase: s.PauseBase, PauseCap: s.PauseCap})
+		Pauses: throttled || t.Probe || up.RetryAfter > 0, TripAfter: s.TripAfter, PauseBase: s.PauseBase, PauseCap: s.PauseCap, Pause: up.RetryAfter})
 	if err != nil { // the call's own outcome is worth more
 		s.Log.Warn("record that Clarifai failed", zap.Error(err))
 	}

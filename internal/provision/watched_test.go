@@ -143,6 +143,11 @@ func (s watchedStore) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *te
 	return s.Store.KeyEnded(ctx, k, lost, actor)
 }
 
+func (s watchedStore) KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.KeyEndUnconfirmed(ctx, k, delay)
+}
+
 func (s watchedStore) KeySetback(ctx context.Context, k tenant.LeasedKey, set tenant.Setback) error {
 	defer s.returned()
 	return s.Store.KeySetback(ctx, k, set)
@@ -168,9 +173,9 @@ func (s watchedStore) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, ac
 	return s.Store.KeyNotReplaced(ctx, k, actor)
 }
 
-func (s watchedStore) Beat(ctx context.Context) (tenant.Beat, error) {
+func (s watchedStore) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 	defer s.returned()
-	return s.Store.Beat(ctx)
+	return s.Store.Beat(ctx, pat)
 }
 
 func (s watchedStore) RetireApps(ctx context.Context) (int, error) {
@@ -501,6 +506,11 @@ func (s watchedStore) UpstreamWorks(ctx context.Context, epoch int64) (resumed b
 func (s watchedStore) Interrupt(ctx context.Context, epoch int64, perSecond float64, probeTimeout time.Duration, reason tenant.Problem) (tenant.Slot, error) {
 	defer s.returned()
 	return s.Store.Interrupt(ctx, epoch, perSecond, probeTimeout, reason)
+}
+
+func (s watchedStore) BeginPATCheck(ctx context.Context, fingerprint []byte, trust, limit time.Duration) (works, check bool, err error) {
+	defer s.returned()
+	return s.Store.BeginPATCheck(ctx, fingerprint, trust, limit)
 }
 
 func (s watchedStore) RefusePAT(ctx context.Context, fingerprint []byte, problem tenant.Problem, base, most time.Duration) (news bool, err error) {

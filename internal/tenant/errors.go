@@ -85,6 +85,8 @@ type UpstreamError struct {
 	Unclear bool
 	// TooMuch says that the response took too long or is too large: a request for less may succeed.
 	TooMuch bool
+	// RetryAfter is for how long Clarifai, or a proxy, asks not to be called, up to an hour; 0 if it does not.
+	RetryAfter time.Duration
 }
 
 func (e *UpstreamError) Error() string {

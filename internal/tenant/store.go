@@ -143,6 +143,8 @@ type UpstreamFailure struct {
 	// PauseBase is the first pause. Each that follows without a success between is
 	// twice as long, up to PauseCap.
 	PauseBase, PauseCap time.Duration
+	// Pause is the length of the pause that Clarifai asks for; 0 if it does not.
+	Pause time.Duration
 }
 
 // An UpstreamStatus is what the database knows of the work upstream.

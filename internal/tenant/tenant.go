@@ -195,9 +195,14 @@ type LeasedKey struct {
 	// and that its outcome was never recorded.
 	InDoubt     bool
 	InDoubtFor  time.Duration
-	Attempts    int
-	Problem     *Problem
-	LeasedUntil time.Time // as App.LeasedUntil
+	Fingerprint []byte
+	Age         time.Duration // since it was created or became active
+	// UnconfirmedFor is the time since its end was first expected and could not be confirmed; 0 if it
+	// never was.
+	UnconfirmedFor time.Duration
+	Attempts       int
+	Problem        *Problem
+	LeasedUntil    time.Time // as App.LeasedUntil
 	// Current says that this incarnation of the database began the key's app.
 	Current bool
 	// Replaces is the key that this one replaces in a rotation; zero for none.

@@ -279,7 +279,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond, SealEvery: 50 * time.Millisecond,
 		BackoffBase: 20 * time.Millisecond, BackoffCap: 200 * time.Millisecond,
 		PauseBase: 20 * time.Millisecond, PauseCap: 200 * time.Millisecond,
-		PATCheckBase: 50 * time.Millisecond, PATCheckCap: 200 * time.Millisecond,
+		PATCheckBase: 50 * time.Millisecond, PATCheckCap: 200 * time.Millisecond, PATTrust: 100 * time.Millisecond,
 	}
 	if o.Adjust != nil {
 		o.Adjust(&cfg)
