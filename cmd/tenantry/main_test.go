@@ -484,8 +484,12 @@ func TestDatabaseAway(t *testing.T) {
 			resp.Header.Get("Retry-After") == "" || body.Code != code {
 			t.Errorf("without a database a sign-up answers %d %v %+v, %v; want 503 %s", resp.StatusCode, resp.Header, body, err, code)
 		}
-		if status, text := p.get(p.internal + "/readyz"); status != ready || !strings.Contains(text, "the database cannot be reached") {
-			t.Errorf("/readyz answers %d %s", status, text)
+		provisiontest.Eventually(t, fmt.Sprint("/readyz returns ", ready, " and says why"), func() bool {
+			status, text := p.get(p.internal + "/readyz")
+			return status == ready && strings.Contains(text, "the database cannot be reached")
+		})
+		if status, text := p.get(p.internal + "/readyz/writes"); status != http.StatusServiceUnavailable {
+			t.Errorf("/readyz/writes returns %d %s", status, text)
 		}
 		if status, _ := p.get(p.internal + "/livez"); status != http.StatusOK {
 			t.Errorf("/livez answers %d", status)

@@ -30,7 +30,7 @@ import (
 type serveCmd struct {
 	databaseFlags
 	Addr            string        `env:"TENANTRY_ADDR" default:":8080" help:"Where the API listens; port 0 takes a free one."`
-	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz and /metrics listen."`
+	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz, /readyz/writes, /readyz/lookups and /metrics listen."`
 	Pprof           bool          `env:"TENANTRY_PPROF" help:"Serve profiles of the process at /debug/pprof/ of the internal listener, for go tool pprof."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
 	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"5s" help:"On SIGTERM, how long to go on serving requests while /readyz says no and responses close their connections: clients and load balancers need this time to go elsewhere."`
@@ -352,6 +352,7 @@ func (c serveCmd) Run(ctx context.Context, e env) error {
 	defer db.Close()
 
 	s := &service{serveCmd: c, plan: p, env: e, log: log, db: db, reg: reg}
+	s.database.check = s.checkDatabase
 	if !c.ReadOnly {
 		s.metrics = provision.NewMetrics(reg)
 	}
@@ -387,6 +388,8 @@ type service struct {
 	reg     *prometheus.Registry
 	metrics *provision.Metrics // nil if it is read-only
 
+	database databaseWatch
+
 	api     atomic.Pointer[http.Handler] // of the public listener, once it has started
 	started atomic.Bool
 	ending  atomic.Bool
@@ -408,7 +411,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	// Before the database answers there is an API all the same: it says so.
 	apiServer := &http.Server{Handler: http.HandlerFunc(s.serveAPI), ErrorLog: zap.NewStdLog(s.log.Named("http"))}
 	httpapi.Limit(apiServer)
-	internalServer := &http.Server{Handler: httpapi.NewInternal(s.reg, s.checks()), ErrorLog: apiServer.ErrorLog,
+	internalServer := &http.Server{Handler: httpapi.NewInternal(s.reg, s.readiness), ErrorLog: apiServer.ErrorLog,
 		ReadHeaderTimeout: 5 * time.Second, ReadTimeout: 10 * time.Second, WriteTimeout: 30 * time.Second}
 	if s.Pprof {
 		internalServer.Handler = httpapi.WithProfiles(internalServer.Handler)
@@ -430,6 +433,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 			return nil
 		})
 	}
+	group.Go(func() error { s.database.run(background); return nil })
 	serve(internalServer, internal)
 	serve(apiServer, public)
 	s.log.Info("listening", zap.String("api", urlOf(public)), zap.String("internal", urlOf(internal)), zap.String("version", version()))
@@ -446,6 +450,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg), ReadOnly: s.ReadOnly})
 		s.api.Store(&handler)
 		s.started.Store(true)
+		s.database.look(serving)
 		s.log.Info("ready", zap.String("operator", string(engine.Deployment.Operator)), zap.String("deployment", engine.Deployment.ID))
 		<-serving.Done()
 		if ctx.Err() == nil { // no signal: a listener failed
@@ -524,47 +529,6 @@ func (s *service) serveAPI(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	httpapi.NotStarted(w)
-}
-
-func (s *service) checks() map[string]httpapi.Check {
-	return map[string]httpapi.Check{
-		"database": func(ctx context.Context) error {
-			err := s.db.Ping(ctx)
-			if err != nil && s.started.Load() && s.db.AnswersAlone() {
-				// Were it not ready, nobody would be sent here who could be answered.
-				return httpapi.Notice(err.Error() + "; look-ups are answered from memory")
-			}
-			return err
-		},
-		"started": func(context.Context) error {
-			if !s.started.Load() {
-				return errors.New("starting: the database, its schema, the keyset and the PAT are being checked")
-			}
-			return nil
-		},
-		"recovery": func(ctx context.Context) error {
-			if !s.started.Load() {
-				return nil
-			}
-			recovery, err := s.db.Recovery(ctx)
-			if err != nil || !recovery.Active() {
-				return nil // the check "database" reports the error
-			}
-			if recovery.State == tenant.Stopped {
-				return httpapi.Notice("stopped: another database of this deployment is in use; run a copy with TENANTRY_READ_ONLY=true")
-			}
-			return httpapi.Notice(string(recovery.State) + ": " + recovery.Reason)
-		},
-		"serving": func(context.Context) error {
-			switch {
-			case s.ending.Load():
-				return errors.New("shutting down")
-			case s.ReadOnly:
-				return httpapi.Notice("read-only: lookups only, since TENANTRY_READ_ONLY is set")
-			}
-			return nil
-		},
-	}
 }
 
 // restart is how long start waits before it tries again.

@@ -104,7 +104,7 @@ func TestEveryOperation(t *testing.T) {
 	}
 	probes := httptest.NewServer(httpapi.NewInternal(prometheus.NewRegistry(), nil))
 	defer probes.Close()
-	for _, path := range []string{"/livez", "/readyz"} {
+	for _, path := range []string{"/livez", "/readyz", "/readyz/writes", "/readyz/lookups"} {
 		resp, err := http.Head(probes.URL + path)
 		if err != nil || resp.StatusCode != http.StatusOK {
 			t.Errorf("HEAD %s answers %v, %v", path, resp, err)

@@ -1,11 +1,8 @@
 package httpapi
 
 import (
-	"context"
-	"errors"
 	"net/http"
 	"net/http/pprof"
-	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
@@ -13,50 +10,48 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 )
 
-// A Check says why something is not ready, or nil.
-type Check func(ctx context.Context) error
-
-// A Notice is what a check has to say of a service that is ready all the same.
-type Notice string
-
-func (n Notice) Error() string { return string(n) }
-
-type readyBody struct {
-	Ready  bool              `json:"ready"`
-	Checks map[string]string `json:"checks"`
+// A Readiness says which requests a replica can serve.
+type Readiness struct {
+	Writes, Lookups bool
+	Checks          map[string]string // by name: "ok", or the problem
 }
 
-// readyTimeout bounds all checks of one look, below what probes allow.
-const readyTimeout = 2 * time.Second
+type readyBody struct {
+	Ready   bool              `json:"ready"`
+	Writes  bool              `json:"writes"`
+	Lookups bool              `json:"lookups"`
+	Checks  map[string]string `json:"checks"`
+}
 
-// NewInternal returns the handler of the internal listener: /livez says that the
-// process runs, /readyz whether every check passes, and which do not, /metrics
-// what was measured.
-func NewInternal(reg *prometheus.Registry, checks map[string]Check) http.Handler {
+// NewInternal returns the handler of the internal listener. /livez says that the process runs. The
+// others return 503 unless the replica can serve writes (/readyz/writes), lookups (/readyz/lookups), or
+// either of them (/readyz). /metrics has what was measured.
+//
+// readiness returns the last known state and must not wait for anything: a probe that gets no response
+// in time would make every replica unready while the database hangs. Nil means always ready.
+func NewInternal(reg *prometheus.Registry, readiness func() Readiness) http.Handler {
+	if readiness == nil {
+		readiness = func() Readiness { return Readiness{Writes: true, Lookups: true, Checks: map[string]string{}} }
+	}
 	r := chi.NewRouter()
 	r.Use(middleware.GetHead) // what many probes send
 	r.Get("/livez", func(w http.ResponseWriter, _ *http.Request) {
 		_ = respond(w, http.StatusOK, map[string]bool{"live": true})
 	})
-	r.Get("/readyz", func(w http.ResponseWriter, r *http.Request) {
-		ctx, cancel := context.WithTimeout(r.Context(), readyTimeout)
-		defer cancel()
-		body := readyBody{Ready: true, Checks: map[string]string{}}
-		for name, check := range checks {
-			body.Checks[name] = "ok"
-			if err := check(ctx); err != nil {
-				body.Checks[name] = err.Error()
-				if _, ok := errors.AsType[Notice](err); !ok {
-					body.Ready = false
-				}
+	for path, ready := range map[string]func(Readiness) bool{
+		"/readyz":         func(is Readiness) bool { return is.Writes || is.Lookups },
+		"/readyz/writes":  func(is Readiness) bool { return is.Writes },
+		"/readyz/lookups": func(is Readiness) bool { return is.Lookups },
+	} {
+		r.Get(path, func(w http.ResponseWriter, _ *http.Request) {
+			is := readiness()
+			status := http.StatusOK
+			if !ready(is) {
+				status = http.StatusServiceUnavailable
 			}
-		}
-		status := http.StatusOK
-		if !body.Ready {
-			status = http.StatusServiceUnavailable
-		}
-		_ = respond(w, status, body)
-	})
+			_ = respond(w, status, readyBody{status == http.StatusOK, is.Writes, is.Lookups, is.Checks})
+		})
+	}
 	r.Handle("/metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg}))
 	return r
 }

@@ -180,6 +180,13 @@ func (db *DB) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, erro
 	return a, translate("read adoption", err)
 }
 
+// HasAdoption reports whether there is an adoption by a tenant that was not carried out.
+func (db *DB) HasAdoption(ctx context.Context, id tenant.ID, dryRun bool) (bool, error) {
+	var has bool
+	err := db.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM adoptions WHERE tenant_id = $1 AND dry_run = $2)`, id, dryRun).Scan(&has)
+	return has, translate("look up adoption", err)
+}
+
 // LeaseAdoption takes an adoption that there is work on, for at most lease. It reports
 // tenant.NotFound if there is nothing to do or another worker does it.
 func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {

@@ -24,6 +24,13 @@ import (
 //
 // Only what cannot change without an event of the change log is held: a tenant that
 // changes shows problems of other rows, which come and go without one.
+//
+// When the log can no longer be followed from the last position, as after a failover, the next epoch
+// begins. Entries of earlier epochs are never fresh again: a lookup replaces them by what it reads. While
+// Postgres is unreachable they are served as stale, up to maxStale after the last poll of their epoch.
+// This includes what a rollback has removed from the database: it was right at that time, which is what
+// the Age of a stale response says. To drop it would leave nothing to serve in the next outage, in
+// which nobody can know better.
 
 // trustFor bounds for how long the cache may be behind Postgres.
 const trustFor = 250 * time.Millisecond
@@ -56,6 +63,7 @@ type cacheKey struct {
 type cacheEntry struct {
 	row    string
 	caller *heldCaller
+	epoch  uint32 // set by cache.end
 }
 
 // A heldCaller is a caller whose token was found valid.
@@ -73,9 +81,11 @@ type cache struct {
 	began    time.Time
 	ahead    atomic.Int64 // by how much a test has moved the clock
 
-	held atomic.Pointer[otter.Cache[cacheKey, cacheEntry]]
-	// When the last poll of the change log began after which nothing that has changed
-	// is held; never before the first.
+	held *otter.Cache[cacheKey, cacheEntry] // nil without entries
+	// epochs is replaced as a whole, by those who hold mu.
+	epochs atomic.Pointer[epochs]
+	// When the last poll of the change log began after which no entry of this epoch is outdated; never
+	// before the first.
 	polledAt atomic.Int64
 	// When a read last failed since then; never if none has.
 	failedAt atomic.Int64
@@ -91,6 +101,12 @@ type cache struct {
 
 const never = int64(-1) << 62
 
+// epochs says when entries were last known to be right.
+type epochs struct {
+	current uint32
+	past    map[uint32]time.Duration // time of the clock of the last poll; only those within maxStale
+}
+
 // A fill is one read of Postgres for all who miss a key meanwhile. One that has begun
 // before a change of its key is taken out of cache.fills: nobody joins it any more, and
 // what it finds is not held.
@@ -104,14 +120,11 @@ func newCache(entries int, maxStale time.Duration) *cache {
 	c := &cache{entries: entries, maxStale: maxStale, began: time.Now(), fills: map[cacheKey]*fill{}}
 	c.polledAt.Store(never)
 	c.failedAt.Store(never)
-	c.empty()
-	return c
-}
-
-func (c *cache) empty() {
-	if c.entries > 0 {
-		c.held.Store(otter.Must(&otter.Options[cacheKey, cacheEntry]{MaximumSize: c.entries}))
+	c.epochs.Store(&epochs{})
+	if entries > 0 {
+		c.held = otter.Must(&otter.Options[cacheKey, cacheEntry]{MaximumSize: entries})
 	}
+	return c
 }
 
 // clock does not go back, whatever the time of day does.
@@ -129,9 +142,55 @@ func (c *cache) sincePoll() time.Duration {
 	return c.clock() - time.Duration(at)
 }
 
-// lives reports whether what is held may still be answered when Postgres cannot be
-// reached.
-func (c *cache) lives() bool { return c.entries > 0 && c.sincePoll() <= c.maxStale }
+// isFresh reports whether an entry is behind Postgres by no more than trustFor.
+func (c *cache) isFresh(e cacheEntry) bool {
+	// In this order: the epoch changes before the first poll in it.
+	return c.trusted() && e.epoch == c.epochs.Load().current
+}
+
+// age is how long it has not been known whether an entry is still right.
+func (c *cache) age(e cacheEntry) time.Duration {
+	for {
+		epochs := c.epochs.Load()
+		age := c.sincePoll()
+		if e.epoch != epochs.current {
+			age = time.Duration(1<<63 - 1)
+			if polled, ok := epochs.past[e.epoch]; ok {
+				age = c.clock() - polled
+			}
+		}
+		if c.epochs.Load() == epochs {
+			return age
+		}
+	}
+}
+
+// isUsable reports whether an entry may be served while Postgres is unreachable.
+func (c *cache) isUsable(e cacheEntry) bool { return c.age(e) <= c.maxStale }
+
+// servesAlone reports whether a lookup could be served while Postgres is unreachable: this needs the entry
+// of a caller, and that of a row.
+func (c *cache) servesAlone() bool {
+	if c.entries == 0 {
+		return false
+	}
+	var caller, row bool
+	for k, e := range c.held.All() {
+		if !c.isUsable(e) {
+			continue
+		}
+		switch {
+		case k.kind != cachedCaller:
+			row = true
+		case !e.caller.endsWithin(0):
+			caller = true
+		}
+		if caller && row {
+			return true
+		}
+	}
+	return false
+}
 
 // asks reports whether Postgres shall be asked for what is held, which it is not while
 // that would only make everybody wait: after a failure one reader tries, now and then.
@@ -148,7 +207,7 @@ func (c *cache) peek(k cacheKey) (cacheEntry, bool) {
 	if c.entries == 0 {
 		return cacheEntry{}, false
 	}
-	return c.held.Load().GetIfPresent(k)
+	return c.held.GetIfPresent(k)
 }
 
 // forget takes keys out, also those that are being read.
@@ -158,22 +217,33 @@ func (c *cache) forget(keys ...cacheKey) {
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	held := c.held.Load()
 	for _, k := range keys {
 		delete(c.fills, k)
-		held.Invalidate(k)
+		c.held.Invalidate(k)
 	}
 }
 
-// forgetAll takes everything out. Unless open, nothing is held and nothing trusted until
-// it is called again.
-func (c *cache) forgetAll(open bool) {
+// nextEpoch makes all entries stale. Unless open, nothing is cached until it is called again.
+func (c *cache) nextEpoch(open bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.open = open
 	clear(c.fills)
+	was, now := c.epochs.Load(), c.clock()
+	next := &epochs{current: was.current + 1, past: map[uint32]time.Duration{}}
+	for epoch, polled := range was.past {
+		if now-polled <= c.maxStale {
+			next.past[epoch] = polled
+		}
+	}
+	if polled := c.polledAt.Load(); polled != never {
+		next.past[was.current] = time.Duration(polled)
+	}
+	c.epochs.Store(next)
 	c.polledAt.Store(never)
-	c.empty()
+	if c.entries > 0 && len(next.past) == 0 {
+		c.held.InvalidateAll()
+	}
 }
 
 // current records that nothing that had changed when a poll began, at that time
@@ -214,12 +284,25 @@ func (c *cache) end(k cacheKey, f *fill, result any, e cacheEntry, keep bool, er
 	c.mu.Lock()
 	if c.fills[k] == f { // it has not changed since the read began
 		delete(c.fills, k)
-		if keep && c.open && c.entries > 0 {
-			c.held.Load().Set(k, e)
+		switch {
+		case c.entries == 0:
+		case keep && c.open:
+			e.epoch = c.epochs.Load().current
+			c.held.Set(k, e)
+		case !keep && err == nil && k.kind != cachedCaller: // an entry of an earlier epoch is outdated
+			c.held.Invalidate(k)
 		}
 	}
 	c.mu.Unlock()
 	close(f.done)
+}
+
+// compare invalidates the entry of a key if Postgres has returned something else for it, which is not
+// cached: the entry would be served as stale.
+func (c *cache) compare(k cacheKey, read cacheEntry, keep bool, err error) {
+	if e, found := c.peek(k); found && (keep && e.row != read.row || !keep && err == nil) {
+		c.forget(k)
+	}
 }
 
 // A Freshness says how old an answer may be. The zero Freshness is as good as Postgres'
@@ -237,22 +320,23 @@ func (f Freshness) Stale() bool { return f.Age > 0 }
 // Postgres, or else, if Postgres cannot be reached, from memory after all.
 func lookUp[T any](ctx context.Context, c *cache, k cacheKey, decode func(cacheEntry) (T, error), read reader) (T, Freshness, error) {
 	e, found := c.peek(k)
-	if c.trusted() {
-		if found {
-			c.hits.Add(1)
-			t, err := decode(e)
-			return t, Freshness{}, err
-		}
-		c.misses.Add(1)
-		t, err := typed[T](c.share(ctx, k, read))
+	if found && c.isFresh(e) {
+		c.hits.Add(1)
+		t, err := decode(e)
 		return t, Freshness{}, err
 	}
 	c.misses.Add(1)
-	// Alone: to share a read that has begun before is to be behind by as much.
-	ask := func(ctx context.Context) (T, error) { return typed[T](alone(ctx, read)) }
-	if !found {
-		t, err := ask(ctx)
-		return t, Freshness{}, err
+	ask := func(ctx context.Context) (T, error) {
+		if c.trusted() {
+			return typed[T](c.share(ctx, k, read))
+		}
+		// Alone: to share a read that has begun before is to be behind by as much.
+		return typed[T](alone(ctx, func(end func(any, cacheEntry, bool, error)) {
+			read(func(result any, e cacheEntry, keep bool, err error) {
+				c.compare(k, e, keep, err)
+				end(result, e, keep, err)
+			})
+		}))
 	}
 	return insist(ctx, c, k, ask, decode)
 }
@@ -260,7 +344,7 @@ func lookUp[T any](ctx context.Context, c *cache, k cacheKey, decode func(cacheE
 // insist asks Postgres, and falls back on what is held of a key if Postgres cannot be
 // reached.
 func insist[T any](ctx context.Context, c *cache, k cacheKey, ask func(context.Context) (T, error), decode func(cacheEntry) (T, error)) (T, Freshness, error) {
-	if !c.lives() {
+	if e, found := c.peek(k); !found || !c.isUsable(e) {
 		t, err := ask(ctx)
 		return t, Freshness{}, err
 	}
@@ -277,7 +361,7 @@ func insist[T any](ctx context.Context, c *cache, k cacheKey, ask func(context.C
 	}
 	// Anew: the log may have been followed meanwhile, and have taken it out.
 	e, found := c.peek(k)
-	age := c.sincePoll()
+	age := c.age(e)
 	if !found || age > c.maxStale {
 		var none T
 		return none, Freshness{}, away
@@ -470,10 +554,14 @@ func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Call
 	case err != nil:
 		caller, err = ask(ctx)
 		return caller, Freshness{}, err
-	case c.trusted() && c.clock() < e.caller.noteAt && !e.caller.endsWithin(expiryDoubt):
+	case c.isFresh(e) && c.clock() < e.caller.noteAt && !e.caller.endsWithin(expiryDoubt):
 		return caller, Freshness{}, nil
 	}
-	return insist(ctx, c, k, ask, decode)
+	caller, fresh, err := insist(ctx, c, k, ask, decode)
+	if errors.Is(err, tenant.Unauthenticated) { // it was revoked, and the log may not say so in this epoch
+		c.forget(k)
+	}
+	return caller, fresh, err
 }
 
 // endsWithin reports whether a token has expired, or does within d.

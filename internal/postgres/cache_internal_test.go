@@ -18,7 +18,7 @@ func TestReadsAndChanges(t *testing.T) {
 	t.Parallel()
 	key := cacheKey{cachedTenant, "user_1"}
 	c := newCache(10, time.Minute)
-	c.forgetAll(true)
+	c.nextEpoch(true)
 
 	began, end := make(chan struct{}), make(chan string)
 	slow := func(done func(any, cacheEntry, bool, error)) {
@@ -51,12 +51,60 @@ func TestReadsAndChanges(t *testing.T) {
 	began = make(chan struct{})
 	go func() { v, _ := c.share(t.Context(), key, slow); got <- v }()
 	<-began
-	c.forgetAll(false)
+	c.nextEpoch(false)
 	end <- "old"
 	<-got
 	_, _ = c.share(t.Context(), key, fresh("new"))
 	if e, found := c.peek(key); found {
 		t.Errorf("while the log is not followed, %q is held", e.row)
+	}
+}
+
+// An entry of an earlier epoch is never fresh, and usable for as long as its own epoch allows.
+func TestEpochs(t *testing.T) {
+	t.Parallel()
+	c := newCache(10, time.Minute)
+	forward := func(d time.Duration) { c.ahead.Add(int64(d)) }
+	put := func(k cacheKey, e cacheEntry) cacheEntry {
+		t.Helper()
+		if _, err := c.share(t.Context(), k, func(done func(any, cacheEntry, bool, error)) { done("", e, true, nil) }); err != nil {
+			t.Fatal(err)
+		}
+		e, found := c.peek(k)
+		if !found {
+			t.Fatalf("%v is not cached", k)
+		}
+		return e
+	}
+	row, caller := cacheKey{cachedTenant, "user_1"}, cacheKey{cachedCaller, "token"}
+	c.nextEpoch(true)
+	c.current(c.clock())
+	first := put(row, cacheEntry{row: "first"})
+	if !c.isFresh(first) || c.servesAlone() {
+		t.Errorf("in its epoch an entry is fresh: %v; without a caller it serves alone: %v", c.isFresh(first), c.servesAlone())
+	}
+	put(caller, cacheEntry{caller: &heldCaller{}})
+	forward(10 * time.Second)
+	c.nextEpoch(false)
+	c.nextEpoch(true)
+	if age := c.age(first); age < 10*time.Second || age > time.Minute || !c.servesAlone() {
+		t.Errorf("before the next epoch is followed, an entry has the age %s, and serves alone: %v", age, c.servesAlone())
+	}
+	c.current(c.clock())
+	if e, _ := c.peek(row); c.isFresh(e) || !c.isUsable(e) {
+		t.Errorf("in the next epoch, an entry is fresh: %v, usable: %v", c.isFresh(e), c.isUsable(e))
+	}
+	second := put(cacheKey{cachedTenant, "user_2"}, cacheEntry{row: "second"})
+	forward(55 * time.Second)
+	c.nextEpoch(true)
+	if c.isUsable(first) || !c.isUsable(second) || c.servesAlone() {
+		t.Errorf("after the limit of the first epoch, its entry is usable: %v, that of the second: %v; without a caller it serves alone: %v",
+			c.isUsable(first), c.isUsable(second), c.servesAlone())
+	}
+	forward(time.Minute)
+	c.nextEpoch(true)
+	if c.isUsable(second) || c.held.EstimatedSize() > 0 {
+		t.Errorf("after the limit of all epochs, an entry is usable: %v; %d are cached", c.isUsable(second), c.held.EstimatedSize())
 	}
 }
 
@@ -114,8 +162,8 @@ func TestCurrentKey(t *testing.T) {
 // BenchmarkHeld shows how much memory a tenant and its app take.
 func BenchmarkHeld(b *testing.B) {
 	c := newCache(2*b.N+1, time.Minute)
-	c.forgetAll(true)
-	held := c.held.Load()
+	c.nextEpoch(true)
+	held := c.held
 	now := time.Now()
 	b.ReportAllocs()
 	for range b.N {
@@ -131,13 +179,13 @@ func BenchmarkLookUpHeld(b *testing.B) {
 	c := newCache(10_000, time.Minute)
 	db := &DB{cache: c}
 	db.lookups = &lookups{db: db}
-	c.forgetAll(true)
+	c.nextEpoch(true)
 	c.current(c.clock() + time.Hour)
 	var ids []tenant.ID
 	for range 1000 {
 		id := tenant.ID(uuid.NewString())
 		ids = append(ids, id)
-		c.held.Load().Set(cacheKey{cachedTenant, string(id)}, cacheEntry{row: packTenant(tenant.Tenant{ID: id, State: tenant.Active, Profile: "default",
+		c.held.Set(cacheKey{cachedTenant, string(id)}, cacheEntry{epoch: c.epochs.Load().current, row: packTenant(tenant.Tenant{ID: id, State: tenant.Active, Profile: "default",
 			AppID: "tny-01jd0000000000000000000000", CreatedAt: time.Now(), UpdatedAt: time.Now()})})
 	}
 	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })

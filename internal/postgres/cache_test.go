@@ -479,6 +479,86 @@ func TestPostgresAway(t *testing.T) {
 	}
 }
 
+// What was cached before a failover is served as stale in the next one: with its age since before the
+// first failover, up to the limit, and unless the database has returned something else since.
+func TestSecondFailOver(t *testing.T) {
+	t.Parallel()
+	cluster, url := privateCluster(t)
+	db := replica(t, url)
+	for _, id := range []tenant.ID{"kept", "changed", "suspended"} {
+		signUp(t, url, db, id)
+	}
+	kept, _ := addCaller(t, db, tenant.NewCaller{Name: "kept", Role: tenant.Viewer})
+	revoked, _ := addCaller(t, db, tenant.NewCaller{Name: "revoked", Role: tenant.Viewer})
+	for _, id := range []tenant.ID{"kept", "changed", "suspended"} {
+		held(t, db, id)
+	}
+	heldCaller(t, db, kept)
+	heldCaller(t, db, revoked)
+	stop := func() time.Time {
+		t.Helper()
+		if err := cluster.Stop(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		stopped := time.Now()
+		until(t, "it is not trusted", func() bool { return !db.CacheStats().Trusted })
+		return stopped
+	}
+	first := stop()
+	if err := cluster.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
+	// No event says so.
+	for _, sql := range []string{
+		`UPDATE tenants SET display_name = 'unseen' WHERE id = 'changed'`,
+		`UPDATE tenants SET state = 'suspending' WHERE id = 'suspended'`,
+		`UPDATE callers SET revoked_at = now() WHERE name = 'revoked'`,
+	} {
+		if _, err := pgtest.Conn(t, url).Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until(t, "look-ups are answered again", func() bool { // by none of the connections that the restart has cut
+		got, fresh, err := db.LookUpTenant(t.Context(), "changed")
+		return err == nil && !fresh.Stale() && got.DisplayName == "unseen"
+	})
+	held(t, db, "changed")
+	if got, fresh, err := db.LookUpTenant(t.Context(), "suspended"); err != nil || fresh.Stale() || got.State != tenant.Suspending {
+		t.Fatalf("LookUpTenant = %+v, %+v, %v", got, fresh, err)
+	}
+	if _, _, err := db.Authenticate(t.Context(), revoked); !errors.Is(err, tenant.Unauthenticated) {
+		t.Fatalf("a revoked token is answered %v", err)
+	}
+
+	stop()
+	got, fresh, err := db.LookUpTenant(t.Context(), "kept")
+	if err != nil || fresh.Age < time.Since(first) || got.AppID != "t-kept" {
+		t.Errorf("in the second failover, LookUpTenant = %+v, %+v, %v; the first was %s ago", got, fresh, err, time.Since(first))
+	}
+	if _, fresh, err := db.Authenticate(t.Context(), kept); err != nil || fresh.Age < time.Since(first) {
+		t.Errorf("in the second failover, Authenticate = %+v, %v", fresh, err)
+	}
+	if got, fresh, err := db.LookUpTenant(t.Context(), "changed"); err != nil || !fresh.Stale() || fresh.Age > time.Since(first) || got.DisplayName != "unseen" {
+		t.Errorf("in the second failover, LookUpTenant of what was read between = %+v, %+v, %v", got, fresh, err)
+	}
+	for what, err := range map[string]error{
+		"a tenant that was read as suspending": errorOf(db.LookUpTenant(t.Context(), "suspended")),
+		"a token that was read as revoked":     errorOf(db.Authenticate(t.Context(), revoked)),
+	} {
+		if !errors.Is(err, tenant.Unavailable) {
+			t.Errorf("in the second failover, %s is answered %v", what, err)
+		}
+	}
+	if !db.AnswersAlone() {
+		t.Error("it is said to answer nothing")
+	}
+	db.Forward(time.Minute)
+	if _, _, err := db.LookUpTenant(t.Context(), "kept"); !errors.Is(err, tenant.Unavailable) || db.AnswersAlone() {
+		t.Errorf("beyond the limit, what was cached is answered %v", err)
+	}
+}
+
 // Statements that hang do not hold up what can be answered from memory.
 func TestPostgresHangs(t *testing.T) {
 	t.Parallel()
@@ -523,6 +603,7 @@ func TestFailOverForgets(t *testing.T) {
 			cluster, url := privateCluster(t)
 			db := replica(t, url)
 			signUp(t, url, db, "user_1")
+			signUp(t, url, db, "user_2")
 			rename(t, db, "user_1", "kept")
 			data, err := os.MkdirTemp("", "tenantry-test-")
 			if err != nil {
@@ -562,7 +643,10 @@ func TestFailOverForgets(t *testing.T) {
 			if got := held(t, db, "user_1").DisplayName; got != "lost" {
 				t.Fatalf("the name is %q", got)
 			}
+			rename(t, db, "user_2", "lost")
+			held(t, db, "user_2")
 			stop()
+			before := time.Now()
 			run("rm", "-rf", dir)
 			run("cp", "-a", data+"/kept", dir)
 			if promoted { // an archive recovery ends on a timeline of its own
@@ -583,6 +667,16 @@ func TestFailOverForgets(t *testing.T) {
 			})
 			if got := nameOf(t, db, "user_1"); got != "kept" {
 				t.Errorf("after a fail-over that has lost a change, the name is %q", got)
+			}
+			held(t, db, "user_1")
+			// What was not read since is stale: its age counts from before the loss.
+			stop()
+			until(t, "it is not trusted", func() bool { return !db.CacheStats().Trusted })
+			if got, fresh, err := db.LookUpTenant(t.Context(), "user_2"); err != nil || fresh.Age < time.Since(before) || got.DisplayName != "lost" {
+				t.Errorf("in the next outage, what was lost is answered %+v, %+v, %v", got, fresh, err)
+			}
+			if got, fresh, err := db.LookUpTenant(t.Context(), "user_1"); err != nil || !fresh.Stale() || got.DisplayName != "kept" {
+				t.Errorf("in the next outage, what was read since is answered %+v, %+v, %v", got, fresh, err)
 			}
 		})
 	}

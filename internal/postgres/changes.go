@@ -41,7 +41,7 @@ const (
 	// refollow is how long to wait before following again after the connection broke.
 	refollow = 200 * time.Millisecond
 	// More events, or gaps between them, than a follower keeps up with are not followed
-	// one by one: everything is forgotten instead.
+	// one by one: the whole cache becomes stale instead.
 	mostEvents = 20_000
 	mostGaps   = 10_000
 )
@@ -89,7 +89,7 @@ func (db *DB) Follow(ctx context.Context, log *zap.Logger) error {
 		db.follows.Store(false)
 	}
 	<-done
-	db.cache.forgetAll(false)
+	db.cache.nextEpoch(false)
 	return nil
 }
 
@@ -219,7 +219,7 @@ func (f *follower) once(ctx context.Context, following func()) error {
 			continue
 		}
 		if errors.Is(err, errNotFollowed) {
-			f.log.Warn("forgetting everything that is held in memory", zap.Error(err))
+			f.log.Warn("cache is stale: the change log cannot be followed from the last position", zap.Error(err))
 			f.restart()
 			continue
 		}
@@ -261,10 +261,10 @@ func (f *follower) rolledBack(ctx context.Context, lost lostEvent) error {
 	return nil
 }
 
-// restart forgets everything: nothing is held until begin.
+// restart makes the whole cache stale: nothing is cached until begin.
 func (f *follower) restart() {
 	f.begun, f.recent = false, nil
-	f.db.cache.forgetAll(false)
+	f.db.cache.nextEpoch(false)
 }
 
 // meet looks whether a connection leads to the database that was followed before, and
@@ -288,7 +288,7 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 		}
 	}
 	if f.begun && (now.system != f.of.system || now.timeline != f.of.timeline || !now.started.Equal(f.of.started)) {
-		f.log.Warn("forgetting everything that is held in memory: the database was restarted, restored or failed over")
+		f.log.Warn("cache is stale: the database was restarted, restored or failed over")
 		f.restart()
 	}
 	now.incarnation = f.of.incarnation
@@ -348,7 +348,7 @@ func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
 	if err != nil {
 		return err
 	}
-	f.db.cache.forgetAll(true)
+	f.db.cache.nextEpoch(true)
 	f.begun = true
 	if f.last > 0 {
 		f.recent = []readEvent{{f.last, time.Now()}}
@@ -494,16 +494,16 @@ type CacheStats struct {
 	Behind time.Duration
 }
 
-// AnswersAlone reports whether look-ups of what is held in memory would be answered while
-// the database cannot be reached.
-func (db *DB) AnswersAlone() bool { return db.cache.lives() && db.CacheStats().Entries > 0 }
+// AnswersAlone reports whether lookups can be served from the cache while the database is unreachable.
+// It may read the whole cache.
+func (db *DB) AnswersAlone() bool { return db.cache.servesAlone() }
 
 // CacheStats reads what is told of the rows that are held in memory.
 func (db *DB) CacheStats() CacheStats {
 	c := db.cache
 	s := CacheStats{Gaps: int(c.gaps.Load()), Hits: c.hits.Load(), Misses: c.misses.Load(), Stale: c.stale.Load(), Trusted: c.trusted(), Behind: -1}
 	if c.entries > 0 {
-		s.Entries = c.held.Load().EstimatedSize()
+		s.Entries = c.held.EstimatedSize()
 	}
 	if c.polledAt.Load() != never {
 		s.Behind = c.sincePoll()

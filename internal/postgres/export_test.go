@@ -28,8 +28,8 @@ const (
 
 // HoldsCaller reports whether a caller is held in memory.
 func (db *DB) HoldsCaller(tokenID string) bool {
-	_, found := db.cache.peek(cacheKey{cachedCaller, tokenID})
-	return found
+	e, found := db.cache.peek(cacheKey{cachedCaller, tokenID})
+	return found && e.epoch == db.cache.epochs.Load().current
 }
 
 // Poll reads the change log as a follower does.

@@ -82,6 +82,26 @@ func (db *DB) Recovery(ctx context.Context) (tenant.Recovery, error) {
 	return r, translate("read recovery mode", err)
 }
 
+// A Health says what the database can be used for.
+type Health struct {
+	Recovery tenant.Recovery
+	ReadOnly bool // it takes no change
+}
+
+// Health reads the health of the database over a connection as requests use it.
+func (db *DB) Health(ctx context.Context) (Health, error) {
+	var h Health
+	var err error
+	h.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
+		SELECT `+recoveryColumns+`, current_setting('transaction_read_only')::boolean FROM current_incarnation`), &h.ReadOnly)
+	if err == nil && h.ReadOnly && !db.sessions.standby {
+		// A session stays read-only when the database is not any more. Without writes, which fail, no
+		// statement would replace it.
+		db.pool.Reset()
+	}
+	return h, translate("check database", err)
+}
+
 // ensureIncarnation starts the next incarnation if the fingerprint of the database has
 // changed. It reports tenant.ErrAnotherDatabase if this database was stopped.
 func (db *DB) ensureIncarnation(ctx context.Context) error {

@@ -2,6 +2,7 @@ package provision
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"time"
@@ -96,6 +97,9 @@ func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.
 	})
 	switch {
 	case errors.Is(err, tenant.NotFound):
+		if replaced, err := s.Store.HasAdoption(ctx, n.TenantID, n.DryRun); err != nil || !replaced {
+			return a, cmp.Or(err, error(errLost))
+		}
 		return a, tenant.Errorf(tenant.Conflict, "adoption_replaced", "another adoption by this tenant was asked for meanwhile: say which is meant")
 	case err != nil:
 		return a, err

@@ -20,7 +20,7 @@ func (s *Service) changed(ctx context.Context, id tenant.ID, wait time.Duration,
 	if err != nil || wait <= 0 {
 		return t, err
 	}
-	return s.await(ctx, t, wait, changed)
+	return s.awaitWritten(ctx, t, wait, changed)
 }
 
 // Suspend begins to revoke every key of a tenant, and waits for wait until none works
@@ -91,12 +91,16 @@ func (s *Service) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec,
 	if key, created, err = s.Store.AddKey(ctx, id, row, spec, actor); err != nil {
 		return key, false, err
 	}
+	began := key.CreatedAt // a key that takes the place of this one has the same time
 	err = s.awaitThat(ctx, wait, changed, func() (bool, error) {
 		if key.State != tenant.KeyCreating {
 			return true, nil
 		}
 		key, err = s.Store.Key(ctx, id, spec.Name)
-		return key.State != tenant.KeyCreating, err
+		if err == nil && key.CreatedAt.Before(began) {
+			err = errLost
+		}
+		return key.State != tenant.KeyCreating, lostIfNotFound(err)
 	})
 	return key, created, err
 }
@@ -134,14 +138,23 @@ func (s *Service) RevokeKey(ctx context.Context, id tenant.ID, name string, wait
 	if err != nil {
 		return key, err
 	}
+	revoked := key.ID
 	err = s.awaitThat(ctx, wait, changed, func() (bool, error) {
 		if key.State != tenant.KeyRevoking {
 			return true, nil
 		}
 		key, err = s.Store.Key(ctx, id, name)
-		return key.State != tenant.KeyRevoking, err
+		if err == nil && key.ID == revoked && isLive(key.State) {
+			err = errLost
+		}
+		return key.State != tenant.KeyRevoking, lostIfNotFound(err)
 	})
 	return key, err
+}
+
+// isLive reports whether a key works or is to work: no key that was revoked is live again.
+func isLive(s tenant.KeyState) bool {
+	return s == tenant.KeyCreating || s == tenant.KeyActive || s == tenant.KeyRetiring
 }
 
 // Rotate begins to replace a key, or finds the rotation of that id, and waits for wait
@@ -159,7 +172,7 @@ func (s *Service) Rotate(ctx context.Context, id tenant.ID, n tenant.NewRotation
 	}
 	created = r.New.ID == n.KeyID
 	err = s.awaitRotation(ctx, &r, wait, changed)
-	return r, created, err
+	return r, created, lostIfNotFound(err)
 }
 
 // Rotation reads a rotation, and waits for wait until its new key works.
@@ -205,6 +218,7 @@ func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait tim
 			return q, err
 		}
 		q, err = s.Store.Quarantine(ctx, fingerprint, newRowID(), actor)
+		err = lostIfNotFound(err) // a worker has written its row
 	}
 	if err != nil || q.TenantID == "" {
 		return q, err
@@ -214,15 +228,19 @@ func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait tim
 	err = s.awaitThat(ctx, time.Until(end), changed, func() (bool, error) {
 		keys, err := s.Store.Keys(ctx, q.TenantID)
 		if err != nil {
-			return false, err
+			return false, lostIfNotFound(err)
 		}
+		var found, foundSuccessor bool
 		for _, k := range keys {
 			switch k.ID {
 			case q.Key.ID:
-				q.Key = k
+				q.Key, found = k, true
 			case q.Successor.ID:
-				q.Successor = k
+				q.Successor, foundSuccessor = k, true
 			}
+		}
+		if isLive(q.Key.State) || found && !foundSuccessor && q.Successor.ID != uuid.Nil {
+			return false, errLost
 		}
 		return q.Key.State != tenant.KeyRevoking && q.Successor.State != tenant.KeyCreating, nil
 	})
@@ -245,7 +263,7 @@ func (s *Service) quarantineUnknown(ctx context.Context, leaked tenant.Secret, f
 	var is tenant.UnknownKey
 	if err := s.awaitThat(ctx, max(wait, s.CallTimeout), changed, func() (bool, error) {
 		is, err = s.Store.QuarantineState(ctx, fingerprint)
-		return is.State != tenant.UnknownChecking, err
+		return is.State != tenant.UnknownChecking, lostIfNotFound(err)
 	}); err != nil {
 		return err
 	}

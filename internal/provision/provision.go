@@ -82,6 +82,7 @@ type Store interface {
 
 	BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error)
 	Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error)
+	HasAdoption(ctx context.Context, id tenant.ID, dryRun bool) (bool, error)
 	LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error)
 	ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error)
 	HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error
@@ -447,7 +448,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 	}
 	if signedUp.FirstUnknown() {
 		if got.Tenant, err = s.Store.SetFirstAttributes(ctx, id, up.Attributes(), actor); err != nil {
-			return got, err
+			return got, lostIfNotFound(err)
 		}
 	} else if !got.Created {
 		if err := agrees(up, got.Tenant, signedUp.FirstHash); err != nil {
@@ -460,7 +461,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		return got, err
 	}
 	if wait > 0 {
-		got.Tenant, err = s.await(ctx, got.Tenant, wait, changed)
+		got.Tenant, err = s.awaitWritten(ctx, got.Tenant, wait, changed)
 	}
 	return got, err
 }
@@ -524,15 +525,48 @@ func (s *Service) await(ctx context.Context, t tenant.Tenant, wait time.Duration
 	read := false // t is fresh
 	err := s.awaitThat(ctx, wait, changed, func() (bool, error) {
 		if read {
-			var err error
-			if t, err = s.Store.Tenant(ctx, t.ID); err != nil {
+			is, err := s.Store.Tenant(ctx, t.ID)
+			if err != nil {
 				return false, err
 			}
+			t = is
 		}
 		read = true
 		return t.Settled(), nil
 	})
 	return t, err
+}
+
+// errLost is returned to a request whose own change was committed, and is no longer in the
+// database when the request reads it again. "Not found", or the state from before the change, would
+// make the caller give up or believe the wrong state.
+var errLost = &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailable", RetryAfter: 2 * time.Second,
+	Detail: "the change was made, but was lost when the database failed over or was restored; repeat the request"}
+
+// lostIfNotFound returns errLost if err says that a row is missing which this request has written or
+// found.
+func lostIfNotFound(err error) error {
+	if errors.Is(err, tenant.NotFound) {
+		return errLost
+	}
+	return err
+}
+
+// awaitWritten is await for a request that has written or found t. It returns errLost if the row of t
+// is missing, or older than t.
+func (s *Service) awaitWritten(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
+	is := t
+	err := s.awaitThat(ctx, wait, changed, func() (bool, error) {
+		if is.Settled() {
+			return true, nil
+		}
+		var err error
+		if is, err = s.Store.Tenant(ctx, t.ID); err == nil && is.Version < t.Version {
+			err = errLost
+		}
+		return err == nil && is.Settled(), lostIfNotFound(err)
+	})
+	return is, err
 }
 
 // awaitThat looks until what it looks at is so, wait has passed or the service
