@@ -98,6 +98,7 @@ type history struct {
 	owner     map[string]tenant.ID // of each app that a tenant was told of
 	told      map[string]tenant.ID // of each key
 	removable map[string]bool      // apps whose removal was asked for
+	restored  map[tenant.ID]bool   // deleted tenants whose restoration was asked for
 	asked     map[tenant.ID]bool   // tenants whose keys must be dead, since the last loss
 	dead      map[string]tenant.ID // apps without a live key, until a command for the tenant
 }
@@ -110,7 +111,7 @@ func play(t *testing.T, template string, seed uint64) {
 	}
 	rng := rand.New(rand.NewPCG(seed, 1))
 	h := &history{t: t, rng: rng, admin: admin, conns: map[string]*pgx.Conn{}, follows: map[*provisiontest.Replica]func(){}, tags: rng.IntN(4) > 0, owner: map[string]tenant.ID{}, told: map[string]tenant.ID{},
-		removable: map[string]bool{}, asked: map[tenant.ID]bool{}, dead: map[string]tenant.ID{}}
+		removable: map[string]bool{}, restored: map[tenant.ID]bool{}, asked: map[tenant.ID]bool{}, dead: map[string]tenant.ID{}}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("HISTORY=%d, tags %v:\n%s", seed, h.tags, strings.Join(h.log, "\n"))
@@ -401,6 +402,7 @@ func (h *history) delete() {
 	if err == nil {
 		h.asked[id] = got.AppID != ""
 		h.removable[string(got.AppID)] = true
+		delete(h.restored, id)
 	}
 }
 
@@ -410,6 +412,7 @@ func (h *history) restoreTenant() {
 	})
 	if err == nil {
 		h.commanded(id)
+		h.restored[id] = true
 	}
 }
 
@@ -444,7 +447,11 @@ func (h *history) quarantine() {
 	for {
 		select {
 		case err := <-done:
-			h.note("quarantine a key of %s: %v", h.told[secret], err)
+			id := h.told[secret]
+			h.note("quarantine a key of %s: %v", id, err)
+			if err == nil && !h.asked[id] { // like a rotation, it asks for a new key
+				h.commanded(id)
+			}
 			return
 		case <-time.After(10 * time.Millisecond):
 			_ = r.ControlOnce(h.t.Context())
@@ -766,7 +773,7 @@ func (h *history) check() {
 	// A restored tenant keeps its app from the moment that it is active. Before, nothing at Clarifai
 	// shows that its deletion was undone.
 	for _, app := range rowsOf[string](h, h.name, `SELECT app_id FROM tenants WHERE state = 'active'`) {
-		if there[app] {
+		if there[app] && h.restored[h.owner[app]] {
 			delete(h.removable, app)
 		}
 	}
