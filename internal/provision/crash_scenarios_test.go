@@ -85,10 +85,11 @@ var crashScenarios = map[string]crashScenario{
 		options: provisiontest.Options{Adjust: func(c *provision.Config) { c.Rate = 5 }},
 	},
 	"sign-up that outlasts its wait": {
-		points:  []string{"await Tenant"},
+		points:  []string{"awaitWritten Tenant", "await Tenant"},
 		prepare: faulty(map[string]any{"call": "PostApps", "hang": true}),
 		act: func(s *scene) {
 			_, _, _ = s.r.SignUp(s.t.Context(), "user_2", tenant.SignUp{}, 50*time.Millisecond, caller)
+			_, _ = s.r.Tenant(s.t.Context(), "user_2", 50*time.Millisecond)
 		},
 		newcomers: []tenant.ID{"user_2"},
 	},
@@ -375,6 +376,25 @@ var crashScenarios = map[string]crashScenario{
 			_, err := adopt(s.t, s.r, "user_2", tenant.AdoptRequest{AppID: "none"})
 			refusedAs(s.t, err, "adopt_app_unknown", "")
 		},
+	},
+	"adoption that is lost while its caller waits": {
+		points: []string{"adoptNow HasAdoption"},
+		prepare: func(s *scene) {
+			adoptable(true)(s)
+			s.w.Faults(map[string]any{"call": "GetApp", "http": 503})
+		},
+		act: func(s *scene) {
+			conn := pgtest.Conn(s.t, s.w.URL)
+			go func() {
+				provisiontest.Eventually(s.t, "the adoption is lost", func() bool {
+					tag, err := conn.Exec(s.t.Context(), `DELETE FROM adoptions`)
+					return err == nil && tag.RowsAffected() > 0
+				})
+			}()
+			_, _ = adopt(s.t, s.r, "user_2", handMadeWithKey(s, handMade))
+		},
+		settle:    func(s *scene) { s.w.Faults(); adoptedSecond(s) },
+		newcomers: []tenant.ID{"user_2"},
 	},
 	"adopt: dry run": {
 		points:  []string{"carryOut EndAdoption"},

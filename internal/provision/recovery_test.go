@@ -905,8 +905,10 @@ func TestClockSetBack(t *testing.T) {
 	}
 	// As they are after the clock was set back by an hour.
 	exec(t, w, `
-		UPDATE apps SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour';
-		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour';
+		UPDATE apps SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour'
+			WHERE state = 'building' OR pending;
+		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour'
+			WHERE state IN ('creating', 'revoking');
 		UPDATE upstream_budget SET next_slot_at = now() + interval '1 hour', paused_until = now() + interval '1 hour', pauses = 0;
 		UPDATE replicas SET last_seen_at = now() + interval '1 hour'`)
 	w.Faults()

@@ -768,6 +768,11 @@ func (s watchedStore) BeginAdoption(ctx context.Context, n tenant.NewAdoption, a
 	return s.Store.BeginAdoption(ctx, n, agrees, actor)
 }
 
+func (s watchedStore) HasAdoption(ctx context.Context, id tenant.ID, dryRun bool) (bool, error) {
+	defer s.returned()
+	return s.Store.HasAdoption(ctx, id, dryRun)
+}
+
 func (s watchedStore) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error) {
 	defer s.returned()
 	return s.Store.Adoption(ctx, id)
