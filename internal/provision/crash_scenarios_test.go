@@ -852,7 +852,8 @@ var crashScenarios = map[string]crashScenario{
 				if err == nil && is.State == tenant.Recovering && is.Undecided > 0 {
 					decided(tenant.FoundAppUnknown, tenant.Adopt)(s)
 				}
-				return err == nil && !is.Active()
+				// Before the next incarnation has begun, there is no recovery mode, either.
+				return err == nil && !is.Active() && len(column(s.t, s.w, `SELECT id::text FROM incarnations`)) > 1
 			})
 		},
 		control: true, retired: 1,
