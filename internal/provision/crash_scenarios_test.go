@@ -848,12 +848,13 @@ var crashScenarios = map[string]crashScenario{
 		},
 		settle: func(s *scene) {
 			provisiontest.Eventually(s.t, "recovery mode has ended, as decided", func() bool {
+				// Before the next incarnation has begun, there is no recovery mode, either.
+				began := len(column(s.t, s.w, `SELECT id::text FROM incarnations`)) > 1
 				is, err := s.r.DB.RecoveryStatus(s.t.Context())
 				if err == nil && is.State == tenant.Recovering && is.Undecided > 0 {
 					decided(tenant.FoundAppUnknown, tenant.Adopt)(s)
 				}
-				// Before the next incarnation has begun, there is no recovery mode, either.
-				return err == nil && !is.Active() && len(column(s.t, s.w, `SELECT id::text FROM incarnations`)) > 1
+				return err == nil && began && !is.Active()
 			})
 		},
 		control: true, retired: 1,
