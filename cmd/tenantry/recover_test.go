@@ -97,6 +97,7 @@ func TestRecoverCommands(t *testing.T) {
 	saas.exits(0, words("tenant create built"))
 	saas.read(&built, words("tenant create built")...)
 	tagged()
+	poolIsFull() // with an app that the dump lacks
 	out, log := admin.exits(0, words("recover show"), "none", "first start", "no finding waits for a decision")
 	if strings.Contains(out+log, "ends when") {
 		t.Errorf("outside recovery mode, show prints\n%s%s", out, log)
