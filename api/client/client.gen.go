@@ -2444,7 +2444,7 @@ type ClientInterface interface {
 	//
 	// Events are ordered by id, newest first by default. All filters must match exactly.
 	//
-	// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+	// With `order=asc` the list has final events only: an event is listed only when no event with a lower id can
 	// appear. While a transaction is open that may still add an event, the list ends before the first missing
 	// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
 	// response as `cursor`. With `order=desc` the list has all committed events.
@@ -3176,7 +3176,7 @@ func (c *Client) GetAppTenant(ctx context.Context, appId string, params *GetAppT
 //
 // Events are ordered by id, newest first by default. All filters must match exactly.
 //
-// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+// With `order=asc` the list has final events only: an event is listed only when no event with a lower id can
 // appear. While a transaction is open that may still add an event, the list ends before the first missing
 // id. To follow the log without losing or repeating an event, send the id of the last event of the previous
 // response as `cursor`. With `order=desc` the list has all committed events.
@@ -7360,7 +7360,7 @@ type ClientWithResponsesInterface interface {
 	//
 	// Events are ordered by id, newest first by default. All filters must match exactly.
 	//
-	// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+	// With `order=asc` the list has final events only: an event is listed only when no event with a lower id can
 	// appear. While a transaction is open that may still add an event, the list ends before the first missing
 	// id. To follow the log without losing or repeating an event, send the id of the last event of the previous
 	// response as `cursor`. With `order=desc` the list has all committed events.
@@ -16960,7 +16960,7 @@ func (c *ClientWithResponses) GetAppTenantWithResponse(ctx context.Context, appI
 //
 // Events are ordered by id, newest first by default. All filters must match exactly.
 //
-// With `order=asc` the list has final events only: an event is listed once no event with a lower id can
+// With `order=asc` the list has final events only: an event is listed only when no event with a lower id can
 // appear. While a transaction is open that may still add an event, the list ends before the first missing
 // id. To follow the log without losing or repeating an event, send the id of the last event of the previous
 // response as `cursor`. With `order=desc` the list has all committed events.

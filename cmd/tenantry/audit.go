@@ -34,7 +34,7 @@ type auditListCmd struct {
 	RequestID string    `placeholder:"ID" help:"Only events of the request with this X-Request-Id."`
 	After     time.Time `placeholder:"TIME" format:"2006-01-02T15:04:05Z07:00" help:"Only events from then on, such as 2026-01-31T12:00:00Z."`
 	Before    time.Time `placeholder:"TIME" format:"2006-01-02T15:04:05Z07:00" help:"Only events before then."`
-	Order     string    `enum:"desc,asc" default:"desc" help:"By event id: desc is newest first, asc oldest first. asc lists an event once no event with a lower id can appear."`
+	Order     string    `enum:"desc,asc" default:"desc" help:"By event id: desc is newest first, asc oldest first. asc lists an event only when no event with a lower id can appear."`
 	Limit     int       `default:"100" help:"Most events to print; 0 means all."`
 }
 

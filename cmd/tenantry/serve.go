@@ -33,7 +33,7 @@ type serveCmd struct {
 	InternalAddr    string        `env:"TENANTRY_INTERNAL_ADDR" default:"127.0.0.1:8081" help:"Where /livez, /readyz, /readyz/writes, /readyz/lookups and /metrics listen."`
 	Pprof           bool          `env:"TENANTRY_PPROF" help:"Serve profiles of the process at /debug/pprof/ of the internal listener, for go tool pprof."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
-	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"5s" help:"On SIGTERM, how long to go on serving requests while /readyz says no and responses close their connections: clients and load balancers need this time to go elsewhere."`
+	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"5s" help:"On SIGTERM, how long to continue to serve requests while /readyz returns 503 and each response closes its connection. Clients and load balancers need this time to change to another replica."`
 	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end."`
 
 	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
