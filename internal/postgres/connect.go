@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -29,15 +30,17 @@ const (
 	resetEvery = time.Second
 )
 
-// sessionLimits are the limits of a session at the server. Without them, a replica that is cut off
-// within a transaction keeps its locks for hours, and stops the work of all replicas.
-const sessionLimits = `
-	SET statement_timeout = '60s'; SET lock_timeout = '2s'; SET idle_in_transaction_session_timeout = '10s';
-	SET tcp_keepalives_idle = 10; SET tcp_keepalives_interval = 5; SET tcp_keepalives_count = 3; SET tcp_user_timeout = 15000`
-
-// beginLimited begins a transaction with limits of its own: in the sessions of a pooler in transaction
-// mode, only these apply. They must equal those of sessionLimits.
-const beginLimited = `BEGIN; SET LOCAL statement_timeout = '60s'; SET LOCAL lock_timeout = '2s'; SET LOCAL idle_in_transaction_session_timeout = '10s'`
+// Limits at the server. Without them, a replica that is cut off within a transaction keeps its locks
+// for hours, and stops the work of all replicas.
+var (
+	limits = []string{`statement_timeout = '60s'`, `lock_timeout = '2s'`, `idle_in_transaction_session_timeout = '10s'`}
+	// sessionLimits are those of a session.
+	sessionLimits = `SET ` + strings.Join(append(slices.Clone(limits),
+		`tcp_keepalives_idle = 10`, `tcp_keepalives_interval = 5`, `tcp_keepalives_count = 3`, `tcp_user_timeout = 15000`), `; SET `)
+	// beginLimited begins a transaction with limits of its own: behind a pooler in transaction mode, only
+	// these apply.
+	beginLimited = `BEGIN; SET LOCAL ` + strings.Join(limits, `; SET LOCAL `)
+)
 
 // inTx runs f in a transaction.
 func (db *DB) inTx(ctx context.Context, f func(tx pgx.Tx) error) error {
@@ -98,13 +101,14 @@ type connector struct {
 	// url reads the connection string for each new connection; nil if it cannot change.
 	url func() (tenant.Secret, error)
 
-	pool      *pgxpool.Pool
+	pool      atomic.Pointer[pgxpool.Pool] // set once it exists
 	config    *pgxpool.Config
-	unprepare atomic.Bool  // a pooler loses prepared statements
-	resetAt   atomic.Int64 // the time of the last reset in Unix nanoseconds
+	lastRead  atomic.Pointer[pgx.ConnConfig] // of the connection string as url last returned it
+	unprepare atomic.Bool                    // a pooler loses prepared statements
+	resetAt   atomic.Int64                   // the time of the last reset in Unix nanoseconds
 }
 
-// open returns a pool whose connections are opened and closed as described there.
+// open returns the pool. It does not connect.
 func (c *connector) open(ctx context.Context, url tenant.Secret, maxConns int32, tracer pgx.QueryTracer) (*pgxpool.Pool, error) {
 	cfg, err := poolConfig(url, maxConns)
 	if err != nil {
@@ -119,16 +123,18 @@ func (c *connector) open(ctx context.Context, url tenant.Secret, maxConns int32,
 		}
 	}
 	if !c.standby {
-		cfg.ConnConfig.ValidateConnect = notStandby
+		cfg.ConnConfig.ValidateConnect = notStandby(cfg.ConnConfig.ValidateConnect)
 	}
 	keeps := cfg.ConnConfig.OnPgError
 	cfg.ConnConfig.OnPgError = func(conn *pgconn.PgConn, err *pgconn.PgError) bool { return c.keeps(err) && keeps(conn, err) }
 	cfg.ConnConfig.OnNotice = closeUnreplicated
-	if c.pool, err = pgxpool.NewWithConfig(ctx, cfg); err != nil {
+	c.config = cfg
+	pool, err := pgxpool.NewWithConfig(ctx, cfg)
+	if err != nil {
 		return nil, fmt.Errorf("open pool: %w", err)
 	}
-	c.config = cfg
-	return c.pool, nil
+	c.pool.Store(pool)
+	return pool, nil
 }
 
 // connect opens a connection outside the pool.
@@ -154,28 +160,43 @@ func (c *connector) beforeConnect(_ context.Context, cfg *pgx.ConnConfig) error 
 }
 
 func (c *connector) reread(cfg *pgx.ConnConfig) error {
-	url, err := c.url()
-	if err != nil {
+	is, err := c.read()
+	if err == nil {
+		c.lastRead.Store(is)
+	} else if is = c.lastRead.Load(); is == nil {
 		return err
 	}
-	now, err := poolConfig(url, 0)
-	if err != nil {
-		return err
-	}
-	is := now.ConnConfig
 	cfg.Host, cfg.Port, cfg.User, cfg.Password, cfg.Database = is.Host, is.Port, is.User, is.Password, is.Database
 	cfg.TLSConfig, cfg.Fallbacks, cfg.RuntimeParams = is.TLSConfig, is.Fallbacks, is.RuntimeParams
-	return nil
+	return err
+}
+
+func (c *connector) read() (*pgx.ConnConfig, error) {
+	url, err := c.url()
+	if err != nil {
+		return nil, err
+	}
+	cfg, err := poolConfig(url, 0)
+	if err != nil {
+		return nil, err
+	}
+	return cfg.ConnConfig, nil
 }
 
 // errStandby is the error of a connection to a server that would return old data and take no change.
 var errStandby = errors.New("the server is a standby")
 
-func notStandby(_ context.Context, conn *pgconn.PgConn) error {
-	if conn.ParameterStatus("in_hot_standby") == "on" {
-		return errStandby
+// notStandby refuses standbys, and then does what the connection string asks for.
+func notStandby(then pgconn.ValidateConnectFunc) pgconn.ValidateConnectFunc {
+	return func(ctx context.Context, conn *pgconn.PgConn) error {
+		if conn.ParameterStatus("in_hot_standby") == "on" {
+			return errStandby
+		}
+		if then == nil {
+			return nil
+		}
+		return then(ctx, conn)
 	}
-	return nil
 }
 
 // keeps reports whether a connection can be used after an error.
@@ -203,9 +224,9 @@ func (c *connector) keeps(err *pgconn.PgError) bool {
 
 // reset replaces all connections of the pool.
 func (c *connector) reset() {
-	last, now := c.resetAt.Load(), time.Now().UnixNano()
-	if c.pool != nil && time.Duration(now-last) >= resetEvery && c.resetAt.CompareAndSwap(last, now) {
-		c.pool.Reset()
+	pool, last, now := c.pool.Load(), c.resetAt.Load(), time.Now().UnixNano()
+	if pool != nil && time.Duration(now-last) >= resetEvery && c.resetAt.CompareAndSwap(last, now) {
+		pool.Reset()
 	}
 }
 
@@ -256,7 +277,7 @@ func whyUnavailable(err error) string {
 		case why != "":
 			return why
 		case statementLost(pg), planStale(pg), pg.Code == "25P02", pg.Code == "25P03":
-			return "the connection to the database was of no use"
+			return "the connection to the database cannot be used any more"
 		}
 		switch pg.Code[:2] {
 		case "08", "57", "58":
@@ -264,7 +285,7 @@ func whyUnavailable(err error) string {
 		case "53":
 			return "the database lacks a resource"
 		case "40":
-			return "another transaction was in the way"
+			return "the statement conflicted with another transaction"
 		}
 		return ""
 	}

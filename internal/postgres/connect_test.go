@@ -105,26 +105,32 @@ func TestUnavailableDatabases(t *testing.T) {
 	}
 }
 
-// The connection string is read for each new connection.
+// The connection string is read for each new connection. While it cannot be read, the last one is used.
 func TestURLIsReadAgain(t *testing.T) {
 	t.Parallel()
 	app, owner, _ := migratedCluster(t)
 	var mu sync.Mutex
-	now := app
+	now, failed := app, error(nil)
 	db := opened(t, postgres.Config{URL: app, RereadURL: func() (tenant.Secret, error) {
 		mu.Lock()
 		defer mu.Unlock()
-		return now, nil
+		return now, failed
 	}})
 	if err := db.Ping(t.Context()); err != nil {
 		t.Fatal(err)
 	}
+	const disconnect = `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'`
 	run(t, owner, `ALTER ROLE app PASSWORD 'second'`)
-	run(t, owner, `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'`)
+	run(t, owner, disconnect)
 	mu.Lock()
 	now = as(t, app, "app", "second")
 	mu.Unlock()
 	until(t, "the new password is used", func() bool { return db.Ping(t.Context()) == nil })
+	mu.Lock()
+	failed = errors.New("the file is being replaced")
+	mu.Unlock()
+	run(t, owner, disconnect)
+	until(t, "the new password is still used", func() bool { return db.Ping(t.Context()) == nil })
 }
 
 // Sessions that turned read-only are closed: when the database is writable again, so is Tenantry.

@@ -148,7 +148,7 @@ func (db *DB) watched(ctx context.Context, tx pgx.Tx, w watch) (tenant.Recovery,
 	case w.missing:
 		lost = fmt.Sprintf("the control record names the audit event %d, which is not in the database", w.record.EventID())
 	case w.over && !w.registered && w.was.Reason == restored && (w.record == nil || w.record.Stopped != "true"):
-		lost = "the database was restored or copied, and no replica of the time before is left that could tell what is missing"
+		lost = "the database was restored or copied, and no replica that ran before is left to report what is missing"
 	}
 	renewed := w.read && w.record != nil && *w.record != w.was.Record
 	if renewed {

@@ -131,19 +131,13 @@ type cause struct {
 // restored is the reason of an incarnation that began because the table apps has another file.
 const restored = "the database, or its table apps, was restored, copied or rewritten"
 
-// lockTimeout is the maximum time that sign-ups queue behind the start of an incarnation,
-// which waits for other transactions.
-const lockTimeout = `SET LOCAL lock_timeout = '2s'`
-
 // nextIncarnation starts the next incarnation, in recovery mode. It reports false if another
 // replica was first. Without a new fingerprint it waits for hand-outs in flight.
 func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err error) {
 	start := func(tx pgx.Tx) error {
 		began = false
 		if c.of != uuid.Nil {
-			if _, err := tx.Exec(ctx, lockTimeout); err != nil {
-				return err
-			}
+			// Sign-ups queue behind this lock, for the lock timeout at most.
 			if _, err := tx.Exec(ctx, `LOCK TABLE apps IN SHARE ROW EXCLUSIVE MODE`); err != nil {
 				return err
 			}

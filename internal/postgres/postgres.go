@@ -42,8 +42,8 @@ type DB struct {
 	lookups *lookups
 	unsent  chan struct{} // holds one while other replicas are to be woken
 
-	replica       uuid.UUID // of this process
-	follows       atomic.Bool
+	replica       uuid.UUID                 // of this process
+	follows       atomic.Bool               // a follower reads the change log
 	compared      atomic.Pointer[uuid.UUID] // the last incarnation in which the follower found all events that it had read
 	recoveryWatch time.Duration
 }

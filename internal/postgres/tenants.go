@@ -435,13 +435,14 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 			return s, err
 		}
 		if tries == 0 {
-			return s, tenant.Errorf(tenant.Unavailable, "database_unavailable", "the database is being replaced again and again")
+			return s, &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailable", RetryAfter: 2 * time.Second,
+				Detail: "the database is being replaced repeatedly; try again"}
 		}
 	}
 }
 
-// trySignUpAlone is one attempt of signUpAlone. It changes nothing, and reports false, unless the
-// incarnation of the database is current and not stopped.
+// trySignUpAlone is one attempt of signUpAlone. It reports false if the incarnation of the database was
+// not current, or stopped: then the attempt can be repeated.
 func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (s tenant.SignedUp, current bool, err error) {
 	var began []tenant.AppID
 	batch := &pgx.Batch{}

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"strconv"
 	"strings"
 	"testing"
@@ -74,6 +75,28 @@ func TestReadiness(t *testing.T) {
 	want("while the database is read-only", map[*cluster.Replica]string{cached: lookups, empty: lookups, readOnly: lookups})
 	setReadOnly("off") // the sessions stay read-only, and no caller writes
 	want("afterwards", map[*cluster.Replica]string{cached: all, empty: all})
+}
+
+// With several hosts in its URL, a replica finds the primary, and never reads from a standby.
+func TestSeveralHosts(t *testing.T) {
+	c := cluster.New(t, cluster.Options{Standbys: 1})
+	standby := c.Standbys[0]
+	primary, err := url.Parse(c.Primary.URL(cluster.Database))
+	if err != nil {
+		t.Fatal(err)
+	}
+	primary.Host = standby.Addr() + "," + c.Primary.Addr()
+	several := c.StartReplica(cluster.ReplicaOptions{Env: map[string]string{"DATABASE_URL": primary.String()}})
+	several.SignUp("one")
+	alone := c.NewReplica(cluster.ReplicaOptions{Env: map[string]string{"DATABASE_URL": standby.URL(cluster.Database)}})
+	alone.Launch()
+	alone.WaitLog("the server is a standby", 1)
+	if alone.Ready() {
+		t.Error("a replica is ready that can reach only a standby")
+	}
+	c.Primary.Stop()
+	standby.Promote()
+	several.SignUp("two")
 }
 
 // metric reads a metric without labels.
