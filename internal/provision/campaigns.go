@@ -136,8 +136,6 @@ func (s *Service) logCampaign(what string, c tenant.Campaign) {
 
 // rotateAged begins campaigns for the keys that are older than their profiles allow.
 func (s *Service) rotateAged(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
 	for _, p := range s.Profiles {
 		if p.MaxKeyAge <= 0 {
 			continue

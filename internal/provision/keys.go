@@ -161,8 +161,8 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 	return s.notListed(ctx, k)
 }
 
-// revokeUnreadable ends a key whose ciphertext cannot be decrypted, for the reason why. The list of the
-// app's keys has its secret.
+// revokeUnreadable ends a key whose ciphertext cannot be decrypted. The list of the app's keys has its
+// secret. If the list hides secrets, it returns why, the error of the decryption.
 func (s *Service) revokeUnreadable(ctx context.Context, k tenant.LeasedKey, why error) error {
 	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}
 	var secret tenant.Secret

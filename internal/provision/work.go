@@ -208,7 +208,7 @@ func (s *Service) repeat(ctx context.Context, st step) {
 		}
 		failing = err != nil
 		every := max(s.SweepEvery, st.every)
-		if failing { // it may be cheap to wait for, but must not be tried all the time
+		if failing { // a rare step is repeated sooner, but not at each turn: it may lock a table
 			every = max(s.SweepEvery, st.every/60)
 		}
 		select {
