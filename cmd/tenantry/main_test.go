@@ -381,10 +381,16 @@ func TestSignal(t *testing.T) {
 
 	var clients sync.WaitGroup
 	var requests atomic.Int64
+	ending := make(chan struct{}) // closed once the replica is not ready
 	for range 40 {
 		clients.Go(func() {
 			client := &http.Client{Transport: &http.Transport{MaxConnsPerHost: 1}}
-			for closed := false; !closed; requests.Add(1) {
+			for last := false; !last; requests.Add(1) {
+				select {
+				case <-ending:
+					last = true
+				default:
+				}
 				// A request with a body is not repeated by the client when its connection breaks.
 				req, err := http.NewRequestWithContext(t.Context(), http.MethodPut, p.url+"/v1/tenants/user_1", strings.NewReader("{}"))
 				if err != nil {
@@ -400,8 +406,8 @@ func TestSignal(t *testing.T) {
 				}
 				_, _ = io.Copy(io.Discard, resp.Body)
 				_ = resp.Body.Close()
-				if closed = resp.Close; resp.StatusCode != http.StatusOK {
-					t.Errorf("a request returns %s", resp.Status)
+				if resp.StatusCode != http.StatusOK || last && !resp.Close {
+					t.Errorf("a request returns %s, and closes its connection: %v", resp.Status, resp.Close)
 				}
 			}
 		})
@@ -414,6 +420,7 @@ func TestSignal(t *testing.T) {
 		status, body := p.get(p.internal + "/readyz")
 		return status == http.StatusServiceUnavailable && strings.Contains(body, "shutting down")
 	})
+	close(ending)
 	clients.Wait()
 	<-done
 	if code := cmd.ProcessState.ExitCode(); code != 0 {
