@@ -1045,7 +1045,7 @@ var crashScenarios = map[string]crashScenario{
 			first(s)
 			tagAnother(s)
 			s.r.Stop()
-			exec(s.t, s.w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+			exec(s.t, s.w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()`)
 		},
 		settle: func(s *scene) {
 			provisiontest.Eventually(s.t, "the key is not shown", func() bool {

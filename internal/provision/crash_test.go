@@ -357,11 +357,11 @@ func intended(t *testing.T, w *provisiontest.World) {
 func timePasses(t *testing.T, w *provisiontest.World) {
 	t.Helper()
 	exec(t, w, `
-		WITH a AS (UPDATE apps SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now() WHERE state <> 'deleted'),
-			k AS (UPDATE keys SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			d AS (UPDATE adoptions SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			r AS (UPDATE reconciliations SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			c AS (UPDATE campaigns SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
+		WITH a AS (UPDATE apps SET leased_until = '-infinity', next_attempt_at = now() WHERE state <> 'deleted'),
+			k AS (UPDATE keys SET leased_until = '-infinity', next_attempt_at = now()),
+			d AS (UPDATE adoptions SET leased_until = '-infinity', next_attempt_at = now()),
+			r AS (UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now()),
+			c AS (UPDATE campaigns SET leased_until = '-infinity', next_attempt_at = now()),
 			q AS (UPDATE quarantines SET leased_until = '-infinity', next_attempt_at = now()),
 			p AS (UPDATE refused_pats SET next_check_at = now())
 		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch', next_slot_at = 'epoch'`)

@@ -613,8 +613,8 @@ func (h *history) turn(name string) {
 // timePasses ends leases, waits and the watch.
 func (h *history) timePasses(name string) {
 	h.exec(name, `
-		UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s' WHERE state <> 'deleted';
-		UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s'
+		UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s' WHERE state <> 'deleted';
+		UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
 			WHERE state IN ('creating', 'revoking');
 		UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now() WHERE state = 'running';
 		UPDATE campaigns SET leased_until = '-infinity', next_attempt_at = now() WHERE ended_at IS NULL;
