@@ -228,7 +228,7 @@ var crashReads = map[string]bool{
 	"Rotation": true, "Sealed": true, "CountSealed": true, "NextFinding": true, "Finding": true, "CountFindings": true, "CountOpenFindings": true,
 	"LastReport": true, "Reconciliation": true, "RemovalsInLastHour": true, "Pools": true, "CountCampaign": true, "CountCampaigns": true,
 	"CountByRevision": true, "CountTenants": true, "CountKeys": true, "NextMisfit": true, "Misfits": true, "QuarantineState": true,
-	"HasAdoption": true, "SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true,
+	"HasAdoption": true, "SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true, "WorkDue": true, "DueWork": true,
 }
 
 // Wherever a replica dies, another finishes what it began: who was told of an app
