@@ -96,9 +96,10 @@ var dueWorkSQL = func() string {
 	), turns AS (
 		SELECT *, row_number() OVER (PARTITION BY priority, share ORDER BY due_at) AS turn FROM due
 	), places AS (
-		SELECT *, row_number() OVER (PARTITION BY priority ORDER BY last, turn, due_at) AS place FROM turns
+		-- By chance: if one slot is free at a time, the share of the oldest row would have all.
+		SELECT *, row_number() OVER (PARTITION BY priority ORDER BY last, turn, random()) AS place FROM turns
 	)
-	SELECT kind, id, priority FROM places WHERE place <= ($1::int[])[priority + 1] ORDER BY priority, place`
+	SELECT kind, id, priority, share FROM places WHERE place <= ($1::int[])[priority + 1] ORDER BY priority, place`
 }()
 
 // DueWork lists rows that are due, by priority: at most as many of each as slots says. Among the rows of a

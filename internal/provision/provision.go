@@ -358,7 +358,7 @@ type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
 	byRevision profileCount
-	waiting    [tenant.Priorities]chan struct{} // each held by the one call of its priority that waits for a slot; incident has none
+	calls      sync.Map // by callTurn, a chan struct{} that the one call holds that waits for a slot
 	reread     rereading
 	controlDue chan struct{} // holds one while the control record or an unknown key is due
 	apps       gatherer[tenant.NewApp, struct{}]
@@ -378,9 +378,6 @@ func New(c Config) (*Service, error) {
 		return nil, err
 	}
 	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{}), controlDue: make(chan struct{}, 1)}
-	for p := interactive; p <= background; p++ {
-		s.waiting[p] = make(chan struct{}, 1)
-	}
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}

@@ -75,6 +75,19 @@ func (s *Service) patience(ctx context.Context) time.Duration {
 	return s.CallTimeout
 }
 
+// A callTurn is who waits for slots one after the other.
+type callTurn struct {
+	priority tenant.Priority
+	share    string
+}
+
+type shareOfCalls struct{}
+
+// withShare says of the calls that are made with ctx with whom they take turns.
+func withShare(ctx context.Context, share string) context.Context {
+	return context.WithValue(ctx, shareOfCalls{}, share)
+}
+
 // takeSlot waits for the next upstream call that a priority may reserve. It returns
 // *deferred if none is in time.
 func (s *Service) takeSlot(ctx context.Context, p tenant.Priority, r tenant.SlotRequest) (turn, error) {
@@ -82,12 +95,14 @@ func (s *Service) takeSlot(ctx context.Context, p tenant.Priority, r tenant.Slot
 	end := time.Now().Add(s.patience(ctx))
 	r.PerSecond, r.ProbeTimeout = s.Rate, 2*s.CallTimeout
 	if p != incident {
-		// One of this replica's calls of a priority at a time waits for its slot: an incident has a
-		// few slots before it then, whatever waits, and what cannot be reserved yet is not asked for
-		// more often.
+		// One of this replica's calls of a share at a time waits for its slot: the shares of a
+		// priority get one after the other, however many calls each has.
+		share, _ := ctx.Value(shareOfCalls{}).(string)
+		turns, _ := s.calls.LoadOrStore(callTurn{p, share}, make(chan struct{}, 1))
+		alone := turns.(chan struct{})
 		select {
-		case s.waiting[p] <- struct{}{}:
-			defer func() { <-s.waiting[p] }()
+		case alone <- struct{}{}:
+			defer func() { <-alone }()
 		case <-ctx.Done():
 			return turn{}, &deferred{}
 		case <-time.After(time.Until(end)):

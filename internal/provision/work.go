@@ -30,7 +30,7 @@ type Workers struct {
 }
 
 // How often workers look for due rows: while they have work, often, since other replicas make work due,
-// too. A search follows the last one after searchGap, or after several times as long as the last one took.
+// too. A search follows the last one after searchGap, or after as long as the last one took.
 const (
 	searchGap        = 5 * time.Millisecond
 	searchesPerSweep = 4
@@ -89,7 +89,7 @@ func (w *Workers) search(ctx, work context.Context) {
 		} else if busy {
 			next = w.s.SweepEvery / searchesPerSweep
 		}
-		if !sleep(ctx, max(searchGap, searchesPerSweep*time.Since(began))) {
+		if !sleep(ctx, max(searchGap, time.Since(began))) {
 			return
 		}
 		timer := time.NewTimer(next)
@@ -165,6 +165,7 @@ func (w *Workers) look() {
 type leasedRow struct {
 	tenant.Lease
 	priority tenant.Priority
+	share    string
 	attempts int             // that failed
 	problem  *tenant.Problem // the one that stands
 	do       func(ctx context.Context, row *leasedRow) error
@@ -173,11 +174,11 @@ type leasedRow struct {
 // lease leases rows. Of some, another worker may have been first. It returns those that it has leased,
 // also if it fails.
 func (s *Service) lease(ctx context.Context, due []tenant.DueWork) ([]*leasedRow, error) {
-	priorities := map[string]tenant.Priority{}
+	of := map[string]tenant.DueWork{}
 	ids := map[tenant.WorkKind][]uuid.UUID{}
 	var apps []tenant.AppID
 	for _, d := range due {
-		priorities[d.ID] = d.Priority
+		of[d.ID] = d
 		if d.Kind == tenant.AppWork {
 			apps = append(apps, tenant.AppID(d.ID))
 		} else {
@@ -234,7 +235,7 @@ func (s *Service) lease(ctx context.Context, due []tenant.DueWork) ([]*leasedRow
 		}
 	}
 	for _, row := range rows {
-		row.priority = priorities[row.ID]
+		row.priority, row.share = of[row.ID].Priority, of[row.ID].Share
 	}
 	return rows, errors.Join(failures...)
 }
@@ -260,7 +261,7 @@ var errGivenUp = errors.New("given up")
 // work works on a leased row and records how the attempt ended. It reports whether the row is due again,
 // and after which time.
 func (s *Service) work(ctx context.Context, row *leasedRow) (again time.Duration, due bool) {
-	limited, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.JobTimeout)
+	limited, cancel := context.WithTimeout(withShare(tenant.WithUpstreamTrace(ctx), row.share), s.JobTimeout)
 	defer cancel()
 	err := s.protected(limited, row)
 	stopped, late := ctx.Err() != nil, limited.Err() != nil

@@ -45,11 +45,13 @@ const (
 	CampaignWork       WorkKind = "campaign"
 )
 
-// DueWork is a row that is due. ID is the text of the row's id.
+// DueWork is a row that is due. ID is the text of the row's id. Share names with whom its work takes turns:
+// the shares of a priority get as many turns as one another, however much work each has.
 type DueWork struct {
 	Kind     WorkKind
 	ID       string
 	Priority Priority
+	Share    string
 }
 
 // A Lease is a worker's claim to a row until a time. Whatever the worker records is refused once another
