@@ -32,7 +32,7 @@ type serveCmd struct {
 	Pprof           bool          `env:"TENANTRY_PPROF" help:"Serve profiles of the process at /debug/pprof/ of the internal listener, for go tool pprof."`
 	AddrFile        string        `env:"TENANTRY_ADDR_FILE" placeholder:"FILE" help:"File to write the two URLs to once they are listened on."`
 	ShutdownDelay   time.Duration `env:"TENANTRY_SHUTDOWN_DELAY" default:"5s" help:"On SIGTERM, how long to continue to serve requests while /readyz returns 503 and each response closes its connection. Clients and load balancers need this time to change to another replica."`
-	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and jobs under way may take to end."`
+	ShutdownTimeout time.Duration `env:"TENANTRY_SHUTDOWN_TIMEOUT" default:"20s" help:"How long requests and work in progress may take to end."`
 
 	DatabaseMaxConns int32 `env:"TENANTRY_DATABASE_MAX_CONNS" default:"16" help:"Most connections to the database, and as many direct ones where they differ."`
 
@@ -46,7 +46,7 @@ type serveCmd struct {
 	APIBase         string        `name:"clarifai-api-base" env:"CLARIFAI_API_BASE" default:"https://api.clarifai.com" help:"Where Clarifai is."`
 	UpstreamRate    float64       `env:"TENANTRY_UPSTREAM_RATE" default:"14" help:"Most calls a second to Clarifai, of all replicas together; Clarifai allows 15 by default. Every replica must have the same."`
 	UpstreamTimeout time.Duration `env:"TENANTRY_UPSTREAM_TIMEOUT" default:"5s" help:"Longest call to Clarifai, 7.5s at most."`
-	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Builds at once in this replica."`
+	Workers         int           `env:"TENANTRY_WORKERS" default:"32" help:"Rows of work that callers wait for, at once in this replica; other work has a quarter as many workers."`
 
 	ItemsPerCall int `env:"TENANTRY_ITEMS_PER_CALL" default:"1" help:"Most apps, or keys, that one call to Clarifai makes for tenants of an import and for pools, 1 to 100. How Clarifai fails such calls in part is not public: try it before you rely on it."`
 

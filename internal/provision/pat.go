@@ -98,14 +98,14 @@ func (p *PAT) replace(secret tenant.Secret, fingerprint []byte) {
 // while the PAT cannot be used.
 func (s *Service) verifyPAT(ctx context.Context) error {
 	if !s.PAT.checking.TryLock() {
-		return &deferred{wait: s.BackoffBase} // another job is at it
+		return &deferred{wait: s.BackoffBase} // another worker does
 	}
 	defer s.PAT.checking.Unlock()
 	secret, fingerprint, verified := s.PAT.current()
 	if verified {
 		return nil
 	}
-	free, wait, err := s.Store.ClaimPATCheck(ctx, fingerprint, s.JobTimeout)
+	free, wait, err := s.Store.ClaimPATCheck(ctx, fingerprint, s.WorkTimeout)
 	if err != nil {
 		return err
 	}
@@ -300,7 +300,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 
 // takeOver puts a PAT in the place of the one in use, if it is the operator's.
 func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate []byte) error {
-	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.WorkTimeout)
 	defer cancel()
 	t, err := s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
 	if err != nil {

@@ -243,8 +243,8 @@ type Config struct {
 	AppPrefix   string        // begins every app id
 	Rate        float64       // upstream calls a second, of all replicas together
 	CallTimeout time.Duration // of one upstream call; 5 s
-	JobTimeout  time.Duration // of one job: at least two calls; 15 s
-	Lease       time.Duration // of a row, longer than JobTimeout; 20 s
+	WorkTimeout time.Duration // of one attempt at a row: at least two calls; 15 s
+	Lease       time.Duration // of a row, longer than WorkTimeout; 20 s
 	Settle      time.Duration // how late an unclear call may still land; 60 s
 	SweepEvery  time.Duration // 1 s
 	SealEvery   time.Duration // how often the audit log is sealed; 30 s
@@ -297,11 +297,11 @@ func (c Config) Validate() error {
 		fault("Rate", "upstream rate %v must be more than 0 calls a second", c.Rate)
 	}
 	faults = append(faults, checkProfiles(c.Profiles)...)
-	if c.JobTimeout < 2*c.CallTimeout {
-		fault("CallTimeout", "upstream timeout %s is too long: a job of %s makes two calls", c.CallTimeout, c.JobTimeout)
+	if c.WorkTimeout < 2*c.CallTimeout {
+		fault("CallTimeout", "upstream timeout %s is too long: an attempt of %s makes two calls", c.CallTimeout, c.WorkTimeout)
 	}
-	if c.Lease <= c.JobTimeout {
-		fault("Lease", "lease %s must be longer than the job timeout %s", c.Lease, c.JobTimeout)
+	if c.Lease <= c.WorkTimeout {
+		fault("Lease", "lease %s must be longer than the limit of an attempt %s", c.Lease, c.WorkTimeout)
 	}
 	return errors.Join(faults...)
 }
@@ -313,7 +313,7 @@ func (c Config) WithDefaults() Config {
 		value time.Duration
 	}{
 		{&c.CallTimeout, 5 * time.Second},
-		{&c.JobTimeout, 15 * time.Second},
+		{&c.WorkTimeout, 15 * time.Second},
 		{&c.Lease, 20 * time.Second},
 		{&c.Settle, time.Minute},
 		{&c.SweepEvery, time.Second},

@@ -120,7 +120,7 @@ func (s *Service) KeepControl(ctx context.Context) error {
 
 // control takes a turn at the control record. It reports tenant.NotFound if no turn is due.
 func (s *Service) control(ctx context.Context) error {
-	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.WorkTimeout)
 	defer cancel()
 	t, err := s.Store.LeaseControl(ctx, false)
 	if err != nil {
@@ -268,7 +268,7 @@ const controlDescription = "Tenantry's control record. Do not delete: it tells a
 // LeaveControl removes the registration of this replica. The last replica writes into the control
 // record that it has stopped, so that the next start of the database need not be watched.
 func (s *Service) LeaveControl(ctx context.Context) error {
-	// A process that ends has less time than a job. With a deadline, callControl would keep all that
+	// A process that ends has less time than an attempt. With a deadline, callControl would keep all that
 	// time for the call, and not wait for a permit.
 	leaving, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	defer cancel()
@@ -309,7 +309,7 @@ func (s *Service) askUnknownKey(ctx context.Context) (asked bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	asking, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.JobTimeout)
+	asking, cancel := context.WithTimeout(tenant.WithUpstreamTrace(ctx), s.WorkTimeout)
 	err = s.identifyKey(asking, k)
 	cancel()
 	if err == nil || errors.Is(err, tenant.ErrLeaseLost) {

@@ -261,7 +261,7 @@ var errGivenUp = errors.New("given up")
 // work works on a leased row and records how the attempt ended. It reports whether the row is due again,
 // and after which time.
 func (s *Service) work(ctx context.Context, row *leasedRow) (again time.Duration, due bool) {
-	limited, cancel := context.WithTimeout(withShare(tenant.WithUpstreamTrace(ctx), row.share), s.JobTimeout)
+	limited, cancel := context.WithTimeout(withShare(tenant.WithUpstreamTrace(ctx), row.share), s.WorkTimeout)
 	defer cancel()
 	err := s.protected(limited, row)
 	stopped, late := ctx.Err() != nil, limited.Err() != nil

@@ -274,7 +274,7 @@ func (w *World) TryStart(o Options) (*Replica, error) {
 			{Name: "narrow", BaseWorkflow: "Empty", KeyScopes: []string{"Predict", "Apps_Get"}},
 		},
 		AppPrefix: "t", Rate: 10000,
-		CallTimeout: 500 * time.Millisecond, JobTimeout: 5 * time.Second, Lease: 6 * time.Second,
+		CallTimeout: 500 * time.Millisecond, WorkTimeout: 5 * time.Second, Lease: 6 * time.Second,
 		Settle: 300 * time.Millisecond, SweepEvery: 50 * time.Millisecond, SealEvery: 50 * time.Millisecond,
 		BackoffBase: 20 * time.Millisecond, BackoffCap: 200 * time.Millisecond,
 		PauseBase: 20 * time.Millisecond, PauseCap: 200 * time.Millisecond,
