@@ -119,7 +119,6 @@ func (s *server) patchTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	p.Within = scopeOf(r)
 	ifMatch := r.Header.Values("If-Match")
 	t, err := s.Service.Update(r.Context(), id, p, func(t tenant.Tenant) bool {
 		return len(ifMatch) == 0 || matchesVersion(ifMatch, t)

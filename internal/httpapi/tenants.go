@@ -112,7 +112,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels", "adopt"); err != nil {
 		return err
 	}
-	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != "", Within: scopeOf(r)}
+	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != ""}
 	if body.Adopt != nil {
 		if replace != "" {
 			return invalid("on_deleting", "cannot be combined with adopt: purge the tenant first")
@@ -128,9 +128,6 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	got, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
-	}
-	if !up.Within.Covers(got.Tenant.Labels) { // somebody else signed it up, after confine had found nobody
-		return errNotCovered
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	applied(w, prefer)

@@ -1,6 +1,7 @@
 package provision
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -40,15 +41,12 @@ func (s *Service) Resume(ctx context.Context, id tenant.ID, wait time.Duration, 
 // its profile says, or purges it now. It waits for wait until no key works, or until
 // the app is gone.
 func (s *Service) Delete(ctx context.Context, id tenant.ID, purgeNow bool, wait time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	t, err := s.Store.Tenant(ctx, id)
-	if err != nil {
-		return t, err
-	}
-	d := tenant.Deletion{Retention: tenant.DefaultRetention, PurgeNow: purgeNow}
-	if p, ok := s.profiles[t.Profile]; ok && p.Retention != 0 {
-		d.Retention = p.Retention
-	}
-	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Delete(ctx, id, d, actor) })
+	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Delete(ctx, id, purgeNow, s.retention, actor) })
+}
+
+// retention is how long the app of a deleted tenant of a profile is kept.
+func (s *Service) retention(profile string) time.Duration {
+	return cmp.Or(s.profiles[profile].Retention, tenant.DefaultRetention)
 }
 
 // Restore takes a deletion back while the app is there, and waits for wait until the
@@ -69,6 +67,7 @@ func newKeyIDs() []uuid.UUID {
 // Update changes attributes of a tenant. It reports tenant.Precondition, and changes
 // nothing, unless current takes the tenant as it stands.
 func (s *Service) Update(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
+	p.Within = actor.Within
 	return s.Store.UpdateTenant(ctx, id, p, current, actor)
 }
 
@@ -78,17 +77,10 @@ func (s *Service) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec,
 	if err := spec.Validate(time.Now()); err != nil {
 		return key, false, err
 	}
-	t, err := s.Store.Tenant(ctx, id)
-	if err != nil {
-		return key, false, err
-	}
-	row, err := s.keyRow(t, spec)
-	if err != nil {
-		return key, false, err
-	}
 	changed, stop := s.Store.Watch(id)
 	defer stop()
-	if key, created, err = s.Store.AddKey(ctx, id, row, spec, actor); err != nil {
+	row := func(t tenant.Tenant) (tenant.NewKeyRow, error) { return s.keyRow(t, spec) }
+	if key, created, err = s.Store.AddKey(ctx, id, spec, row, actor); err != nil {
 		return key, false, err
 	}
 	began := key.CreatedAt // a key that takes the place of this one has the same time

@@ -41,12 +41,12 @@ type Store interface {
 
 	Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
 	Resume(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
-	Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error)
+	Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention func(profile string) time.Duration, actor tenant.Actor) (tenant.Tenant, error)
 	Restore(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
 	UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error)
 	Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error)
 	Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, error)
-	AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error)
+	AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec, row func(tenant.Tenant) (tenant.NewKeyRow, error), actor tenant.Actor) (key tenant.Key, created bool, err error)
 	RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, error)
 	StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (tenant.Rotation, error)
 	Rotation(ctx context.Context, id tenant.ID, name, rotation string) (tenant.Rotation, error)
@@ -417,9 +417,11 @@ type SignedUp struct {
 // that is being deleted.
 //
 // It reports tenant.Invalid for attributes or a profile that cannot be,
-// tenant.Conflict for a tenant that was signed up otherwise or is being deleted.
+// tenant.Conflict for a tenant that was signed up otherwise or is being deleted, and
+// tenant.ErrOutside for one that actor may not change.
 func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (SignedUp, error) {
 	var got SignedUp
+	up.Within = actor.Within
 	if err := up.Validate(); err != nil {
 		return got, err
 	}
@@ -443,6 +445,9 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		}
 	}
 	got.Tenant, got.Created = signedUp.Tenant, signedUp.Created
+	if !actor.Within.Covers(got.Tenant.Labels) {
+		return SignedUp{}, tenant.ErrOutside
+	}
 	if _, most := profile.PoolBounds(); got.Created && most > 0 {
 		s.Metrics.signedUp(profile.Name, got.Tenant.State == tenant.Active)
 	}
@@ -546,7 +551,7 @@ var errLost = &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailabl
 // lostIfNotFound returns errLost if err says that a row is missing which this request has written or
 // found.
 func lostIfNotFound(err error) error {
-	if errors.Is(err, tenant.NotFound) {
+	if errors.Is(err, tenant.NotFound) && !errors.Is(err, tenant.ErrOutside) {
 		return errLost
 	}
 	return err
