@@ -148,18 +148,21 @@ func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenan
 	status := http.StatusOK
 	switch {
 	case t.State == tenant.Active:
+		if created {
+			status = http.StatusCreated
+		}
 		if b.Credentials == nil && infoOf(r).caller.Role == tenant.Provisioner { // an admin sees no keys
 			key, secret, err := s.Service.Reveal(r.Context(), t.ID, tenant.DefaultKey, actorOf(r))
 			switch {
 			case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
+			case unrevealed(created, err):
+				status = http.StatusAccepted
+				setRetryAfter(w, retryProvisioning)
 			case err != nil:
 				return err
 			default:
 				b.Credentials = credentialsOf(key, secret)
 			}
-		}
-		if created {
-			status = http.StatusCreated
 		}
 	case !t.Settled():
 		status = http.StatusAccepted
@@ -170,6 +173,13 @@ func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenan
 		w.Header().Set("Location", pathOf(t.ID))
 	}
 	return respond(w, status, b)
+}
+
+// unrevealed reports whether the key of what a request has created cannot be shown now, for lack of the
+// database. The change is committed: the answer is 202, and the same request again shows the key.
+func unrevealed(created bool, err error) bool {
+	e, ok := errors.AsType[*tenant.Error](err)
+	return created && ok && e.Code == "database_unavailable"
 }
 
 func (s *server) getTenant(w http.ResponseWriter, r *http.Request) error {

@@ -466,7 +466,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		return got, err
 	}
 	if wait > 0 {
-		got.Tenant, err = s.awaitWritten(ctx, got.Tenant, wait, changed)
+		got.Tenant, err = s.awaitWritten(ctx, got.Tenant, wait, changed, actor.Within)
 	}
 	return got, err
 }
@@ -557,21 +557,38 @@ func lostIfNotFound(err error) error {
 	return err
 }
 
+// committed returns the error of a request whose change is committed, and which could not be read again.
+// The change is made and goes on: that is no failure, and what was read before is true. errLost is one.
+func (s *Service) committed(ctx context.Context, err error) error {
+	if err == nil || errors.Is(err, errLost) || errors.Is(ctx.Err(), context.Canceled) { // or the caller went away
+		return err
+	}
+	s.Log.Warn("change committed, and its progress cannot be read", zap.Error(err))
+	return nil
+}
+
 // awaitWritten is await for a request that has written or found t. It returns errLost if the row of t
-// is missing, or older than t.
-func (s *Service) awaitWritten(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
+// is missing, or older than t. Once the tenant is not within the scope of the request any more, it returns
+// what was read before.
+func (s *Service) awaitWritten(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}, within tenant.Scope) (tenant.Tenant, error) {
 	is := t
 	err := s.awaitThat(ctx, wait, changed, func() (bool, error) {
 		if is.Settled() {
 			return true, nil
 		}
-		var err error
-		if is, err = s.Store.Tenant(ctx, t.ID); err == nil && is.Version < t.Version {
-			err = errLost
+		next, err := s.Store.Tenant(ctx, t.ID)
+		switch {
+		case err != nil:
+			return false, lostIfNotFound(err)
+		case next.Version < t.Version:
+			return false, errLost
+		case !within.Covers(next.Labels):
+			return true, nil
 		}
-		return err == nil && is.Settled(), lostIfNotFound(err)
+		is = next
+		return is.Settled(), nil
 	})
-	return is, err
+	return is, s.committed(ctx, err)
 }
 
 // awaitThat looks until what it looks at is so, wait has passed or the service
