@@ -1498,7 +1498,7 @@ type RateLimit = int
 // Reconciliation defines model for Reconciliation.
 type Reconciliation struct {
 	// Counts How many of each kind were found, 0 included. `app_foreign` are apps of the account that are not
-	// Tenantry's: they are counted and never touched.
+	// Tenantry's: they are counted and never touched. Empty if they could not be counted when it began.
 	Counts    map[string]int `json:"counts"`
 	CreatedAt time.Time      `json:"created_at"`
 

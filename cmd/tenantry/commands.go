@@ -15,7 +15,7 @@ import (
 )
 
 type migrateCmd struct {
-	Up     migrateUpCmd     `cmd:"" help:"Bring the schema to this binary's version. Any number of replicas may run it at once."`
+	Up     migrateUpCmd     `cmd:"" help:"Bring the schema to this binary's version, and say what that blocks. Leaves a newer schema on which this binary can serve as it is. Any number of replicas may run it at once."`
 	Down   migrateDownCmd   `cmd:"" help:"Take migrations back. Loses the data they hold."`
 	Status migrateStatusCmd `cmd:"" help:"Show how the schema stands; exit code 1 if this binary cannot serve on it."`
 }
@@ -29,11 +29,7 @@ func (c migrateUpCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	if err := postgres.MigrateUp(ctx, direct); err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(e.stderr, "the schema is at version %d\n", postgres.KnownSchema())
-	return err
+	return postgres.MigrateUpAndReport(ctx, direct, func(line string) { _, _ = fmt.Fprintln(e.stderr, line) })
 }
 
 type migrateDownCmd struct {

@@ -136,6 +136,7 @@ func (c keyAddCmd) Run(ctx context.Context, e env) error {
 		return put(&prefer)
 	})
 	k := last.value
+	err = unread(last, k.State != client.KeyState(tenant.KeyCreating), err)
 	if c.json() {
 		return errors.Join(printBody(e.stdout, last.body), err)
 	}
@@ -144,6 +145,14 @@ func (c keyAddCmd) Run(ctx context.Context, e env) error {
 	}
 	_, _ = fmt.Fprintf(e.stderr, "key %s of tenant %s is %s, scopes %s, expires %s\n", k.Name, c.Tenant, k.State, strings.Join(k.Scopes, ","),
 		orNever(exactly(k.ExpiresAt, time.Now())))
+	return err
+}
+
+// unread returns the error of a command whose key works, and could not be read for the response.
+func unread[T any](a answered[T], works bool, err error) error {
+	if err == nil && works && a.pending() {
+		return laterError{errors.New("the key works, and could not be read: run the same command again, with the same --id for a rotation")}
+	}
 	return err
 }
 
@@ -233,6 +242,7 @@ func (c keyRotateCmd) Run(ctx context.Context, e env) error {
 		return put(&prefer)
 	})
 	r := last.value
+	err = unread(last, r.State != client.RotationState(tenant.RotationCreating), err)
 	if c.json() {
 		return errors.Join(printBody(e.stdout, last.body), err)
 	}

@@ -22,6 +22,7 @@ import (
 	"time"
 
 	"github.com/tenantry/tenantry/internal/localpg"
+	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision/provisiontest"
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -271,6 +272,33 @@ func TestEndToEnd(t *testing.T) {
 	fails(t, vars, []string{"migrate", "down"}, "--yes")
 	must(t, vars, "migrate", "down", "--yes", "--steps", "100")
 	fails(t, vars, []string{"migrate", "status"}, "run `tenantry migrate up`")
+}
+
+// An older image whose migration job finds a newer schema, as in a rollback.
+func TestMigrateUpOnNewerSchema(t *testing.T) {
+	t.Parallel()
+	url := pgtest.EmptyURL(t)
+	vars := map[string]string{"DATABASE_URL": url.Reveal()}
+	if exit, _, log := command(t, vars, "migrate", "up"); exit != 0 || !strings.Contains(log, "creates the schema") {
+		t.Errorf("migrate up of a new database exits with %d: %s", exit, log)
+	}
+	must(t, vars, "migrate", "down", "--yes")
+	if exit, _, log := command(t, vars, "migrate", "up"); exit != 0 || !strings.Contains(log, fmt.Sprintf("migration %d (", postgres.KnownSchema())) || !strings.Contains(log, ") blocks ") {
+		t.Errorf("migrate up exits with %d and does not say what it blocks: %s", exit, log)
+	}
+	conn := pgtest.Conn(t, url)
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`UPDATE schema_migrations SET version = version + 1`)
+	if exit, _, log := command(t, vars, "migrate", "up"); exit != 0 || !strings.Contains(log, "this binary can serve on it") {
+		t.Errorf("migrate up on a newer schema exits with %d: %s", exit, log)
+	}
+	exec(fmt.Sprintf(`CREATE OR REPLACE FUNCTION tenantry_oldest_code() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT %d'`, postgres.KnownSchema()+1))
+	fails(t, vars, []string{"migrate", "up"}, "run a newer tenantry", "tenantry migrate down")
 }
 
 // reconcileByCommand finds a key that is gone and has it made again.

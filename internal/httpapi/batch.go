@@ -46,7 +46,6 @@ func (s *server) postBatch(w http.ResponseWriter, r *http.Request) error {
 	for i, raw := range items {
 		ups[i] = parseBatchItem(raw)
 	}
-	rule.Within = scopeOf(r)
 	ends, err := s.Service.SignUpMany(r.Context(), ups, rule, actorOf(r))
 	if err != nil {
 		return err

@@ -179,11 +179,6 @@ func (s *server) identifyKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if sees, err := s.seesTenant(r, found.TenantID); err != nil {
-		return err
-	} else if !sees {
-		return tenant.Errorf(tenant.NotFound, "key_not_found", "there is no such key")
-	}
 	infoOf(r).tenant = found.TenantID
 	b := identifiedBody{TenantID: found.TenantID, AppID: found.AppID, AppState: found.AppState}
 	for _, k := range found.Keys {

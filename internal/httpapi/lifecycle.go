@@ -119,7 +119,6 @@ func (s *server) patchTenant(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	p.Within = scopeOf(r)
 	ifMatch := r.Header.Values("If-Match")
 	t, err := s.Service.Update(r.Context(), id, p, func(t tenant.Tenant) bool {
 		return len(ifMatch) == 0 || matchesVersion(ifMatch, t)
@@ -216,7 +215,11 @@ func (s *server) putKey(w http.ResponseWriter, r *http.Request) error {
 	case created:
 		status = http.StatusCreated
 	}
-	if b.Credentials, err = s.credentials(r, id, key); err != nil {
+	switch b.Credentials, err = s.credentials(r, id, key); {
+	case unrevealed(created, err):
+		status = http.StatusAccepted
+		setRetryAfter(w, retryProvisioning)
+	case err != nil:
 		return err
 	}
 	w.Header().Set("Cache-Control", "no-store")
@@ -350,15 +353,15 @@ func (s *server) putRotation(w http.ResponseWriter, r *http.Request) error {
 // respondRotation answers with a rotation: with its new key for callers who may see it.
 func (s *server) respondRotation(w http.ResponseWriter, r *http.Request, rot tenant.Rotation, created bool) error {
 	b := rotationBodyOf(rot)
+	var err error
 	if infoOf(r).caller.Role == tenant.Provisioner {
-		var err error
-		if b.Credentials, err = s.credentials(r, rot.TenantID, rot.New); err != nil {
-			return err
-		}
+		b.Credentials, err = s.credentials(r, rot.TenantID, rot.New)
 	}
 	status := http.StatusOK
 	switch {
-	case rot.State == tenant.RotationCreating && r.Method == http.MethodPut:
+	case err != nil && !unrevealed(created, err):
+		return err
+	case err != nil, rot.State == tenant.RotationCreating && r.Method == http.MethodPut:
 		status = http.StatusAccepted
 		setRetryAfter(w, retryProvisioning)
 	case created:

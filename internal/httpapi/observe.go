@@ -101,10 +101,10 @@ type infoKey struct{}
 
 func infoOf(r *http.Request) *requestInfo { return r.Context().Value(infoKey{}).(*requestInfo) }
 
-// actorOf names the caller for the audit log.
+// actorOf names the caller, with its scope.
 func actorOf(r *http.Request) tenant.Actor {
 	info := infoOf(r)
-	return tenant.Actor{Name: "caller:" + info.caller.TokenID, RequestID: info.id}
+	return tenant.Actor{Name: "caller:" + info.caller.TokenID, RequestID: info.id, Within: info.caller.Scope}
 }
 
 var saneRequestID = regexp.MustCompile(`^[A-Za-z0-9._:/+=@-]{1,128}$`)

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -61,6 +62,7 @@ func (s *server) reconciliationBody(r *http.Request, rec tenant.Reconciliation) 
 	}
 	kinds, states, err := s.DB.CountFindings(r.Context(), rec)
 	if err != nil {
+		b.Counts = map[string]int{} // unknown
 		return b, err
 	}
 	for _, kind := range tenant.FindingKinds {
@@ -98,8 +100,8 @@ func (s *server) postReconciliation(w http.ResponseWriter, r *http.Request) erro
 		return err
 	}
 	b, err := s.reconciliationBody(r, rec)
-	if err != nil {
-		return err
+	if err != nil { // it has begun: that it cannot be read any more is no failure
+		s.Log.Warn("reconciliation started, and its findings cannot be counted", zap.Error(err))
 	}
 	w.Header().Set("Location", "/v1/reconciliations/"+rec.ID.String())
 	setRetryAfter(w, retryProvisioning)

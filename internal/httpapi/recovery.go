@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -65,32 +66,52 @@ func (s *server) recoveryBody(r *http.Request) (recoveryBody, error) {
 	if err != nil {
 		return recoveryBody{}, err
 	}
-	b := recoveryBody{State: is.State, Incarnation: is.Incarnation, BeganAt: is.BeganAt.UTC(), Reason: is.Reason, Since: is.Since.UTC(), Lost: is.Lost,
-		WatchUntil: is.WatchUntil.UTC(), EndsWhen: endsWhen[is.State], ReportDone: is.ReportDone, Undecided: is.Undecided,
-		Waiting:    recoveryWaitingBody(is.Waiting),
+	b := recoveryBody{ReportDone: is.ReportDone, Undecided: is.Undecided, Waiting: recoveryWaitingBody(is.Waiting),
 		Deployment: s.Service.Deployment.ID, ControlApp: tenant.ControlID(s.Service.AppPrefix, s.Service.Deployment.ID),
-		ControlSeenAt: is.ControlSeenAt.UTC(), ControlProblem: is.ControlProblem,
 		Retired: retiredCountBody{retired.Count, retired.Oldest.UTC(), retired.Newest.UTC()}}
-	if is.State == tenant.NotRecovering {
-		b.State = notRecovering
-	}
+	b.set(is)
 	if is.Report != uuid.Nil {
 		b.ReportID = &is.Report
 	}
 	return b, nil
 }
 
+// set sets what is read of the incarnation alone.
+func (b *recoveryBody) set(is tenant.Recovery) {
+	b.State, b.Incarnation, b.BeganAt, b.Reason, b.Since, b.Lost = is.State, is.Incarnation, is.BeganAt.UTC(), is.Reason, is.Since.UTC(), is.Lost
+	b.WatchUntil, b.EndsWhen, b.ControlSeenAt, b.ControlProblem = is.WatchUntil.UTC(), endsWhen[is.State], is.ControlSeenAt.UTC(), is.ControlProblem
+	if is.State == tenant.NotRecovering {
+		b.State = notRecovering
+	}
+}
+
 func (s *server) getRecovery(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
 		return err
 	}
-	return s.respondRecovery(w, r)
-}
-
-func (s *server) respondRecovery(w http.ResponseWriter, r *http.Request) error {
 	b, err := s.recoveryBody(r)
 	if err != nil {
 		return err
+	}
+	return respond(w, http.StatusOK, b)
+}
+
+// changeRecovery carries out a command about recovery mode. It reads what it will respond with before,
+// too: a read that fails after the commit is no failure of the command, which must not be repeated.
+func (s *server) changeRecovery(w http.ResponseWriter, r *http.Request, change func() (tenant.Recovery, error)) error {
+	before, err := s.recoveryBody(r)
+	if err != nil {
+		return err
+	}
+	is, err := change()
+	if err != nil {
+		return err
+	}
+	b, err := s.recoveryBody(r)
+	if err != nil {
+		s.Log.Warn("recovery mode changed, and its state cannot be read", zap.Error(err))
+		b = before
+		b.set(is)
 	}
 	return respond(w, http.StatusOK, b)
 }
@@ -113,10 +134,9 @@ func (s *server) beginRecovery(w http.ResponseWriter, r *http.Request) error {
 	if reason := strings.TrimSpace(body.Reason); reason == "" || len(reason) > maxReason || strings.ContainsFunc(reason, func(c rune) bool { return c < ' ' }) {
 		return invalid("reason", "must say in 1 to %d bytes why the database is behind, without control characters", maxReason)
 	}
-	if _, err := s.DB.BeginRecovery(r.Context(), strings.TrimSpace(body.Reason), actorOf(r)); err != nil {
-		return err
-	}
-	return s.respondRecovery(w, r)
+	return s.changeRecovery(w, r, func() (tenant.Recovery, error) {
+		return s.DB.BeginRecovery(r.Context(), strings.TrimSpace(body.Reason), actorOf(r))
+	})
 }
 
 type confirmBody struct {
@@ -131,10 +151,9 @@ func (s *server) endRecovery(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "confirm"); err != nil {
 		return err
 	}
-	if _, err := s.Service.EndRecovery(r.Context(), body.Confirm, actorOf(r)); err != nil {
-		return err
-	}
-	return s.respondRecovery(w, r)
+	return s.changeRecovery(w, r, func() (tenant.Recovery, error) {
+		return s.Service.EndRecovery(r.Context(), body.Confirm, actorOf(r))
+	})
 }
 
 func (s *server) takeOver(w http.ResponseWriter, r *http.Request) error {
@@ -145,10 +164,9 @@ func (s *server) takeOver(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "confirm"); err != nil {
 		return err
 	}
-	if _, err := s.Service.TakeOver(r.Context(), body.Confirm, actorOf(r)); err != nil {
-		return err
-	}
-	return s.respondRecovery(w, r)
+	return s.changeRecovery(w, r, func() (tenant.Recovery, error) {
+		return s.Service.TakeOver(r.Context(), body.Confirm, actorOf(r))
+	})
 }
 
 type recoveryFindingBody struct {

@@ -30,7 +30,8 @@ func scopeOf(r *http.Request) tenant.Scope { return infoOf(r).caller.Scope }
 
 // confine keeps a limited caller to its tenants, whatever the route is: it settles
 // before any work that the tenant in the path is one of them, and answers for all
-// others as if they were not there.
+// others as if they were not there. Labels may change after that: a command is limited by
+// the transaction that carries it out, which has the scope in its tenant.Actor.
 func (s *server) confine(r *http.Request) error {
 	scope := scopeOf(r)
 	if !scope.Limited() {
@@ -60,7 +61,7 @@ func (s *server) confine(r *http.Request) error {
 		return err
 	}
 	if err != nil || !scope.Covers(labels) {
-		return errNotCovered
+		return tenant.ErrOutside
 	}
 	return nil
 }
@@ -72,23 +73,4 @@ func (s *server) labelsOf(r *http.Request, id tenant.ID) (map[string]string, err
 		return s.DB.LookUpLabels(r.Context(), id)
 	}
 	return s.DB.TenantLabels(r.Context(), id)
-}
-
-// errNotCovered is answered to a limited caller for a tenant that is not one of its
-// own, and for one that does not exist.
-var errNotCovered = tenant.Errorf(tenant.NotFound, "tenant_not_found",
-	"there is no such tenant among those that the token is limited to")
-
-// seesTenant reports whether the caller may be told of a tenant that was found by
-// something else than its id; the empty id is of an app that waits in the pool.
-func (s *server) seesTenant(r *http.Request, id tenant.ID) (bool, error) {
-	scope := scopeOf(r)
-	if !scope.Limited() {
-		return true, nil
-	}
-	labels, err := s.labelsOf(r, id)
-	if errors.Is(err, tenant.NotFound) {
-		return false, nil
-	}
-	return scope.Covers(labels), err
 }

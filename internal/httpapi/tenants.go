@@ -112,7 +112,7 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "profile", "display_name", "labels", "adopt"); err != nil {
 		return err
 	}
-	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != "", Within: scopeOf(r)}
+	up := tenant.SignUp{Profile: body.Profile, DisplayName: body.DisplayName, Labels: body.Labels, Replace: replace != ""}
 	if body.Adopt != nil {
 		if replace != "" {
 			return invalid("on_deleting", "cannot be combined with adopt: purge the tenant first")
@@ -128,9 +128,6 @@ func (s *server) putTenant(w http.ResponseWriter, r *http.Request) error {
 	got, err := s.Service.SignUp(ctx, id, up, prefer.wait, actorOf(r))
 	if err != nil {
 		return err
-	}
-	if !up.Within.Covers(got.Tenant.Labels) { // somebody else signed it up, after confine had found nobody
-		return errNotCovered
 	}
 	w.Header().Set("Cache-Control", "no-store")
 	applied(w, prefer)
@@ -151,18 +148,21 @@ func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenan
 	status := http.StatusOK
 	switch {
 	case t.State == tenant.Active:
+		if created {
+			status = http.StatusCreated
+		}
 		if b.Credentials == nil && infoOf(r).caller.Role == tenant.Provisioner { // an admin sees no keys
 			key, secret, err := s.Service.Reveal(r.Context(), t.ID, tenant.DefaultKey, actorOf(r))
 			switch {
 			case errors.Is(err, tenant.NotFound): // it has been revoked: the tenant is there all the same
+			case unrevealed(created, err):
+				status = http.StatusAccepted
+				setRetryAfter(w, retryProvisioning)
 			case err != nil:
 				return err
 			default:
 				b.Credentials = credentialsOf(key, secret)
 			}
-		}
-		if created {
-			status = http.StatusCreated
 		}
 	case !t.Settled():
 		status = http.StatusAccepted
@@ -173,6 +173,13 @@ func (s *server) respondSignedUp(w http.ResponseWriter, r *http.Request, t tenan
 		w.Header().Set("Location", pathOf(t.ID))
 	}
 	return respond(w, status, b)
+}
+
+// unrevealed reports whether the key of what a request has created cannot be shown now, for lack of the
+// database. The change is committed: the answer is 202, and the same request again shows the key.
+func unrevealed(created bool, err error) bool {
+	e, ok := errors.AsType[*tenant.Error](err)
+	return created && ok && e.Code == "database_unavailable"
 }
 
 func (s *server) getTenant(w http.ResponseWriter, r *http.Request) error {

@@ -94,7 +94,7 @@ func (db *DB) ExamineControl(ctx context.Context, t tenant.ControlTurn, record *
 		return is, false, translate("compare control record", err)
 	}
 	if behind != "" {
-		if _, err := db.nextIncarnation(ctx, cause{of: t.Incarnation, reason: "the control record was written by another database, or before a rollback of this database",
+		if _, _, err := db.nextIncarnation(ctx, cause{of: t.Incarnation, reason: "the control record was written by another database, or before a rollback of this database",
 			lost: behind, event: record.EventID()}); err != nil {
 			return is, false, err
 		}
@@ -231,14 +231,14 @@ func (db *DB) BeginRecovery(ctx context.Context, reason string, actor tenant.Act
 	if err != nil {
 		return was, err
 	}
-	began, err := db.nextIncarnation(ctx, cause{of: was.Incarnation, reason: "begun by hand: " + reason, lost: reason, actor: actor})
+	is, began, err := db.nextIncarnation(ctx, cause{of: was.Incarnation, reason: "begun by hand: " + reason, lost: reason, actor: actor})
 	if err != nil {
 		return was, err
 	}
 	if !began {
 		return was, tenant.Errorf(tenant.Conflict, "incarnation_changed", "the next incarnation has just begun for another reason; run `tenantry recover show` before another attempt")
 	}
-	return db.Recovery(ctx)
+	return is, nil
 }
 
 // errWatching is the error of a command that must not run in a copy.

@@ -34,10 +34,6 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 	// In the order of the ids, here and below: two batches that name the same tenants must
 	// not wait for each other.
 	args := []any{ids, profiles, names, labels, hashes, actor.Name, actor.RequestID}
-	within := n.Within
-	if within == nil { // which would be the JSON null
-		within = tenant.Scope{}
-	}
 	for _, statement := range []struct {
 		made  string
 		args  []any
@@ -61,7 +57,7 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 			FROM gone JOIN unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[]) AS m (id, profile, display_name, labels, attributes_hash)
 				ON m.id = gone.id
 			WHERE t.id = gone.id AND t.state = 'deleted'
-			RETURNING t.id, t.generation, t.profile`, append(args, within), true},
+			RETURNING t.id, t.generation, t.profile`, append(args, scopeSQL(actor)), true},
 	} {
 		if n.DryRun || n.LeaveDeleted && statement.again {
 			break
@@ -95,7 +91,7 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 					return err
 				}
 				up.Created = made[up.Tenant.ID] ||
-					n.DryRun && up.Tenant.State == tenant.Deleted && !n.LeaveDeleted && n.Within.Covers(up.Tenant.Labels)
+					n.DryRun && up.Tenant.State == tenant.Deleted && !n.LeaveDeleted && actor.Within.Covers(up.Tenant.Labels)
 				ups[place[up.Tenant.ID]] = up
 			}
 			return rows.Err()
@@ -115,7 +111,7 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 	batch := &pgx.Batch{}
 	batch.Queue(`
 		UPDATE tenants SET background = false, state_since = now(), updated_at = now()
-		WHERE id = $1 AND state = 'provisioning' AND background`, n.ID)
+		WHERE id = $1 AND state = 'provisioning' AND background AND labels @> $2`, n.ID, scopeSQL(actor))
 	batch.Queue(claimAndWakeSQL, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
 	batch.Queue(`SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, n.ID).

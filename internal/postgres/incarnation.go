@@ -111,7 +111,7 @@ func (db *DB) ensureIncarnation(ctx context.Context) error {
 	case err != nil:
 		return translate("compare incarnation", err)
 	case !same:
-		_, err := db.nextIncarnation(ctx, cause{})
+		_, _, err := db.nextIncarnation(ctx, cause{})
 		return err
 	case stopped:
 		return tenant.ErrAnotherDatabase
@@ -131,9 +131,9 @@ type cause struct {
 // restored is the reason of an incarnation that began because the table apps has another file.
 const restored = "the database, or its table apps, was restored, copied or rewritten"
 
-// nextIncarnation starts the next incarnation, in recovery mode. It reports false if another
+// nextIncarnation starts the next incarnation, in recovery mode, and returns it. It reports false if another
 // replica was first. Without a new fingerprint it waits for hand-outs in flight.
-func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err error) {
+func (db *DB) nextIncarnation(ctx context.Context, c cause) (next tenant.Recovery, began bool, err error) {
 	start := func(tx pgx.Tx) error {
 		began = false
 		if c.of != uuid.Nil {
@@ -164,7 +164,8 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 			reason = "the rows of the database were loaded again or changed by hand"
 		}
 		began = true
-		return db.startIncarnation(ctx, tx, was, reason, c)
+		next, err = db.startIncarnation(ctx, tx, was, reason, c)
+		return err
 	}
 	for {
 		err = db.inTx(ctx, start)
@@ -176,49 +177,48 @@ func (db *DB) nextIncarnation(ctx context.Context, c cause) (began bool, err err
 	if began && err == nil {
 		db.wakeFollowers()
 	}
-	return began && err == nil, translate("start incarnation", err)
+	return next, began && err == nil, translate("start incarnation", err)
 }
 
-func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, reason string, c cause) error {
+func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, reason string, c cause) (next tenant.Recovery, err error) {
 	if c.actor.Name == "" {
 		c.actor.Name = "worker"
 	}
 	if _, err := tx.Exec(ctx, `
 		SELECT setval('audit_events_id_seq', greatest((SELECT last_value FROM audit_events_id_seq),
 			coalesce((SELECT id FROM audit_events ORDER BY id DESC LIMIT 1), 0), $1) + $2)`, c.event, eventJump); err != nil {
-		return err
+		return next, err
 	}
-	var next uuid.UUID
-	if err := tx.QueryRow(ctx, `
-		WITH next AS (INSERT INTO incarnations (reason) VALUES ($1) RETURNING id)
+	if next, err = scanRecovery(tx.QueryRow(ctx, `
+		WITH next AS (INSERT INTO incarnations (reason) VALUES ($1) RETURNING id AS next)
 		UPDATE current_incarnation c
-		SET id = next.id, server_started_at = pg_postmaster_start_time(), apps_file = pg_relation_filepath('apps'), `+written+`,
+		SET id = next, server_started_at = pg_postmaster_start_time(), apps_file = pg_relation_filepath('apps'), `+written+`,
 			began_at = now(), retiring = true, recovery = 'watching', recovery_since = now(), recovery_reason = $1, lost = CASE WHEN $2 = '' THEN c.lost ELSE $2 END,
 			watch_until = now() + $3::interval, record = NULL, record_renewals = 0, claim_record = false, control_due_at = '-infinity'
-		FROM next RETURNING c.id`, reason, c.lost, db.recoveryWatch).Scan(&next); err != nil {
-		return err
+		FROM next RETURNING `+recoveryColumns, reason, c.lost, db.recoveryWatch)); err != nil {
+		return next, err
 	}
 	// The clock of the server before may have been ahead: its reservations must not delay calls.
 	if _, err := tx.Exec(ctx, `
 		UPDATE upstream_budget SET next_slot_at = least(next_slot_at, clock_timestamp() + interval '1 second'),
 			paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
 			probe_until = least(probe_until, clock_timestamp() + interval '30 seconds')`); err != nil {
-		return err
+		return next, err
 	}
 	// A decision about the rows of an earlier incarnation may be wrong now: the next report asks again.
 	if _, err := tx.Exec(ctx, `
 		UPDATE reconciliation_items SET state = 'skipped', ended_at = now(), note = 'the next incarnation of the database began first'
 		WHERE state = 'decided'`); err != nil {
-		return err
+		return next, err
 	}
-	return audit(ctx, tx, c.actor, event{action: "incarnation.began", detail: map[string]any{"id": next, "after": was, "reason": reason, "lost": c.lost}})
+	return next, audit(ctx, tx, c.actor, event{action: "incarnation.began", detail: map[string]any{"id": next.Incarnation, "after": was, "reason": reason, "lost": c.lost}})
 }
 
 // reportLoss records that transactions which a replica has seen are missing. If they were
 // seen in the current incarnation, it starts the next one.
 func (db *DB) reportLoss(ctx context.Context, seenIn uuid.UUID, event int64) error {
 	lost := fmt.Sprintf("audit event %d was read by a replica and is not in the database", event)
-	began, err := db.nextIncarnation(ctx, cause{of: seenIn, reason: "the database was rolled back", lost: lost, event: event})
+	_, began, err := db.nextIncarnation(ctx, cause{of: seenIn, reason: "the database was rolled back", lost: lost, event: event})
 	if err != nil || began {
 		return err
 	}

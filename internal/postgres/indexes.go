@@ -27,7 +27,7 @@ const missingAuditIndexes = `
 
 // finishAuditIndexes builds the indexes of the audit log that migrations have declared, without stopping
 // inserts, and drops those that they replace. If it is stopped, the next call continues.
-func (db *DB) finishAuditIndexes(ctx context.Context) error {
+func (db *DB) finishAuditIndexes(ctx context.Context, report func(line string)) error {
 	pooled, err := db.direct.Acquire(ctx)
 	if err != nil {
 		return translate("connect", err)
@@ -42,6 +42,9 @@ func (db *DB) finishAuditIndexes(ctx context.Context) error {
 	parts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[part])
 	if err != nil {
 		return translate("read indexes of the audit log", err)
+	}
+	if len(parts) > 0 {
+		report(fmt.Sprintf("building indexes of the audit log (%d); this blocks nothing, and waits for transactions that are open, such as a dump's", len(parts)))
 	}
 	for _, p := range parts {
 		var built, broken bool // broken: the build was stopped

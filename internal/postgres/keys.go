@@ -64,17 +64,21 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 	err := db.pool.QueryRow(ctx, `
 		WITH key AS (
 			SELECT k.* FROM tenants t JOIN keys k ON k.app_id = t.app_id
-			WHERE t.id = $1 AND `+which+` AND k.state = 'active' AND t.problem->>'code' IS DISTINCT FROM '`+tenant.AppContested+`'
+			WHERE t.id = $1 AND `+which+` AND k.state = 'active' AND t.labels @> $5 AND t.problem->>'code' IS DISTINCT FROM '`+tenant.AppContested+`'
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $3, nullif($4, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
 		)
 		SELECT `+keyColumns+`, k.ciphertext FROM key k`,
-		id, arg, actor.Name, actor.RequestID).Scan(append(fields, &ciphertext)...)
+		id, arg, actor.Name, actor.RequestID, scopeSQL(actor)).Scan(append(fields, &ciphertext)...)
 	done()
 	if errors.Is(err, pgx.ErrNoRows) {
 		t, err := db.Tenant(ctx, id)
-		if err == nil {
+		switch {
+		case err != nil:
+		case !actor.Within.Covers(t.Labels):
+			err = tenant.ErrOutside
+		default:
 			err = contested(t)
 		}
 		if err != nil {
@@ -86,7 +90,8 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 }
 
 // Identify finds the key of a fingerprint, or the keys of an app, and writes that it
-// was asked for. It reports tenant.NotFound if Tenantry never held such a key or app.
+// was asked for. It reports tenant.NotFound if Tenantry never held such a key or app, or if it is of no tenant
+// that actor may change.
 func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Actor) (tenant.Identified, error) {
 	var found tenant.Identified
 	which, arg := `k.fingerprint = $1`, any(what.Fingerprint)
@@ -96,7 +101,8 @@ func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Ac
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		err := tx.QueryRow(ctx, `
 			SELECT a.id, a.state, coalesce(a.tenant_id, ''), now() FROM apps a WHERE a.id = (
-				SELECT a.id FROM apps a LEFT JOIN keys k ON k.app_id = a.id WHERE `+which+` LIMIT 1)`, arg).
+				SELECT a.id FROM apps a LEFT JOIN keys k ON k.app_id = a.id WHERE `+which+` LIMIT 1)
+			AND ($2::jsonb = '{}' OR EXISTS (SELECT FROM tenants t WHERE t.id = a.tenant_id AND t.labels @> $2 FOR SHARE))`, arg, scopeSQL(actor)).
 			Scan(&found.AppID, &found.AppState, &found.TenantID, &found.At)
 		if errors.Is(err, pgx.ErrNoRows) {
 			if what.AppID != "" {

@@ -44,8 +44,9 @@ func lockOwner(ctx context.Context, tx pgx.Tx, app tenant.AppID) (tenant.ID, err
 	return id, err
 }
 
-// change runs act on a tenant that it holds locked, and returns the tenant as it stands afterwards.
-func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pgx.Tx, tenant.Tenant) error) (tenant.Tenant, error) {
+// change runs act on a tenant that it holds locked, and returns the tenant as it stands afterwards. It reports tenant.ErrOutside for a
+// tenant that actor may not change.
+func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenant.Actor, act func(pgx.Tx, tenant.Tenant) error) (tenant.Tenant, error) {
 	var t tenant.Tenant
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return t, err
@@ -55,6 +56,9 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, act func(pg
 		var err error
 		if t, err = oneTenant(rows); err != nil {
 			return err
+		}
+		if !actor.Within.Covers(t.Labels) {
+			return tenant.ErrOutside
 		}
 		if err = act(tx, t); err != nil {
 			return err
@@ -194,7 +198,7 @@ func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, err
 // earlier incarnation, the keys of a suspended tenant, or in recovery mode of a deleting tenant,
 // are ended again: the rows may be out of date.
 func (db *DB) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "suspend tenant", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	return db.change(ctx, "suspend tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		return suspend(ctx, tx, t, actor)
 	})
 }
@@ -243,7 +247,7 @@ func contested(t tenant.Tenant) error {
 // Resume begins to make the keys anew that a tenant had when it was suspended, as the
 // rows ids. It reports tenant.Conflict for a tenant whose state does not allow it.
 func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "resume tenant", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	return db.change(ctx, "resume tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		done, err := tenant.Resume.Check(t.State)
 		if err != nil || done {
 			return err
@@ -285,14 +289,14 @@ func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, ac
 	return settle(ctx, tx, t.ID, actor)
 }
 
-// Delete begins to revoke every key of a tenant and retains its app for the time
-// given. A tenant that waits for an app is deleted at once. It reports
-// tenant.Conflict for a tenant that is protected.
-func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "delete tenant", id, func(tx pgx.Tx, t tenant.Tenant) error {
-		change, retention := tenant.Delete, d.Retention
-		if d.PurgeNow {
-			change, retention = tenant.Purge, 0
+// Delete begins to revoke every key of a tenant and retains its app for the time that
+// retention returns for its profile, or purges it now. A tenant that waits for an app is deleted at once. It
+// reports tenant.Conflict for a tenant that is protected.
+func (db *DB) Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention func(profile string) time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
+	return db.change(ctx, "delete tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
+		change, retained := tenant.Delete, retention(t.Profile)
+		if purgeNow {
+			change, retained = tenant.Purge, 0
 		}
 		done, err := change.Check(t.State)
 		switch {
@@ -322,7 +326,7 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 		if err := tx.QueryRow(ctx, `
 			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = true, background = false, next_attempt_at = now(),
 				problem = NULL, attempts = 0, updated_at = now()
-			WHERE id = $1 AND state = 'held' RETURNING purge_after`, t.AppID, retention).Scan(&purgeAfter); err != nil {
+			WHERE id = $1 AND state = 'held' RETURNING purge_after`, t.AppID, retained).Scan(&purgeAfter); err != nil {
 			return err
 		}
 		if _, err := endUnknownKeys(ctx, tx, t.AppID); err != nil {
@@ -339,7 +343,7 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor
 // made anew as the rows ids. Of an app that is shared with the operator it is suspended.
 // It reports tenant.Conflict once the app is being removed.
 func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "restore tenant", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	return db.change(ctx, "restore tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		done, err := tenant.Restore.Check(t.State)
 		if err != nil || done {
 			return err
@@ -364,7 +368,7 @@ func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor 
 // UpdateTenant changes attributes of a tenant. It reports tenant.Precondition, and
 // changes nothing, unless current takes the tenant as it stands.
 func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "change tenant", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	return db.change(ctx, "change tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		if !current(t) {
 			return tenant.Errorf(tenant.Precondition, "tenant_changed", "the tenant was changed since you read it: read it again")
 		}

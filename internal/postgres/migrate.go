@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -49,18 +51,96 @@ func (s SchemaStatus) Err() error {
 
 // KnownSchema returns the schema version this binary was built for.
 func KnownSchema() int {
-	entries, err := migrations.FS.ReadDir(".")
+	newest := 0
+	for _, m := range PendingMigrations(0) {
+		newest = max(newest, m.Version)
+	}
+	return newest
+}
+
+// A Migration is one step of the schema.
+type Migration struct {
+	Version int
+	Name    string
+	File    string
+	Locks   []TableLock // of tables that may be in use, by name
+}
+
+// A TableLock is a lock that a migration holds until it ends. It blocks writes.
+type TableLock struct {
+	Table string
+	Reads bool // it blocks reads, too
+}
+
+// lockStatement matches the statements with which a migration takes its locks before the first change.
+var lockStatement = regexp.MustCompile(`LOCK TABLE ([a-z_, ]+) IN ([A-Z ]+) MODE`)
+
+// PendingMigrations returns the migrations after a version, in their order.
+func PendingMigrations(version int) []Migration {
+	entries, err := migrations.FS.ReadDir(".") // by name
 	if err != nil {
 		panic(err) // embedded: cannot fail
 	}
-	newest := 0
+	var pending []Migration
 	for _, e := range entries {
-		number, _, _ := strings.Cut(e.Name(), "_")
-		if n, err := strconv.Atoi(number); err == nil {
-			newest = max(newest, n)
+		base, up := strings.CutSuffix(e.Name(), ".up.sql")
+		number, name, _ := strings.Cut(base, "_")
+		m := Migration{Name: name, File: e.Name()}
+		if m.Version, err = strconv.Atoi(number); err != nil || !up || m.Version <= version {
+			continue
 		}
+		sql, err := migrations.FS.ReadFile(m.File)
+		if err != nil {
+			panic(err)
+		}
+		for _, lock := range lockStatement.FindAllSubmatch(sql, -1) {
+			for table := range strings.SplitSeq(string(lock[1]), ",") {
+				m.Locks = append(m.Locks, TableLock{strings.TrimSpace(table), string(lock[2]) == "ACCESS EXCLUSIVE"})
+			}
+		}
+		slices.SortFunc(m.Locks, func(a, b TableLock) int { return strings.Compare(a.Table, b.Table) })
+		pending = append(pending, m)
 	}
-	return newest
+	return pending
+}
+
+// firstWithLocks is the first migration whose LOCK TABLE statements name all that it locks. Older ones
+// are run only while no replica serves: see migration 9.
+const firstWithLocks = 10
+
+// Announce says what pending migrations block, a line for each.
+func Announce(version int, pending []Migration) []string {
+	if version == 0 {
+		return []string{"migrate up creates the schema; it blocks nothing that is in use"}
+	}
+	var lines []string
+	for _, m := range pending {
+		line := fmt.Sprintf("migration %d (%s) blocks ", m.Version, m.Name)
+		var all, writes []string
+		for _, l := range m.Locks {
+			if l.Reads {
+				all = append(all, l.Table)
+			} else {
+				writes = append(writes, l.Table)
+			}
+		}
+		switch {
+		case m.Version < firstWithLocks:
+			line += "reads and writes of the tables that it changes, until it ends"
+		case len(m.Locks) == 0:
+			line += "nothing"
+		case len(all) == 0:
+			line += "writes of " + strings.Join(writes, ", ") + ", until it ends"
+		default:
+			line += "reads and writes of " + strings.Join(all, ", ")
+			if len(writes) > 0 {
+				line += "; and writes of " + strings.Join(writes, ", ")
+			}
+			line += ", until it ends"
+		}
+		lines = append(lines, line)
+	}
+	return lines
 }
 
 // Schema reads how the schema stands. It works on an empty database.
@@ -88,14 +168,38 @@ func isUndefined(err error) bool {
 	return ok && (pg.Code == "42P01" || pg.Code == "42883")
 }
 
-// MigrateUp brings the schema to the version this binary was built for. Several
-// processes may call it at once: one works, the others wait and find it done.
+// MigrateUp is MigrateUpAndReport without reports.
 func MigrateUp(ctx context.Context, direct tenant.Secret) error {
+	return MigrateUpAndReport(ctx, direct, func(string) {})
+}
+
+// MigrateUpAndReport brings the schema to the version this binary was built for, and reports before each
+// step what it blocks. Several processes may call it at once: one works, the others wait and find it done. It
+// leaves a newer schema as it is, and returns an error if this binary cannot serve on it.
+func MigrateUpAndReport(ctx context.Context, direct tenant.Secret, report func(line string)) error {
 	return underMigrationLock(ctx, direct, func(db *DB, m *migrate.Migrate) error {
+		s, err := db.Schema(ctx)
+		if err != nil {
+			return err
+		}
+		if s.Dirty || s.Version > s.Known {
+			if err := s.Err(); err != nil {
+				return err
+			}
+			report(fmt.Sprintf("the schema is at version %d, which is newer than this binary's %d; this binary can serve on it, so nothing is changed", s.Version, s.Known))
+			return nil
+		}
+		for _, line := range Announce(s.Version, PendingMigrations(s.Version)) {
+			report(line)
+		}
 		if err := m.Up(); err != nil && !errors.Is(err, migrate.ErrNoChange) {
 			return explainDirty(err)
 		}
-		return db.finishAuditIndexes(ctx)
+		if err := db.finishAuditIndexes(ctx, report); err != nil {
+			return err
+		}
+		report(fmt.Sprintf("the schema is at version %d", s.Known))
+		return nil
 	})
 }
 
@@ -111,6 +215,9 @@ func MigrateDown(ctx context.Context, direct tenant.Secret, steps int) error {
 		}
 		if dirty {
 			return explainDirty(migrate.ErrDirty{Version: int(version)})
+		}
+		if known := KnownSchema(); int(version) > known {
+			return fmt.Errorf("the schema is at version %d, and this binary knows %d: run `tenantry migrate down` with the newer one", version, known)
 		}
 		if steps >= int(version) {
 			return m.Down()

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"regexp"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -91,9 +92,18 @@ func TestMigrateUpAndDown(t *testing.T) {
 	}
 	exec(`UPDATE schema_migrations SET dirty = false, version = version + 1`) // a newer release was here
 	says("")
+	if err := postgres.MigrateUp(t.Context(), url); err != nil {
+		t.Errorf("migrate up on a newer schema that this binary may serve: %v", err)
+	}
+	if err := postgres.MigrateDown(t.Context(), url, 1); err == nil || !strings.Contains(err.Error(), "run `tenantry migrate down` with the newer one") {
+		t.Errorf("migrate down on a newer schema fails with %v", err)
+	}
 	exec(fmt.Sprintf(`CREATE OR REPLACE FUNCTION tenantry_oldest_code() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT %d'`,
 		postgres.KnownSchema()+1))
 	says("run a newer tenantry")
+	if err := postgres.MigrateUp(t.Context(), url); err == nil || !strings.Contains(err.Error(), "run a newer tenantry") {
+		t.Errorf("migrate up on a newer schema that bars this binary fails with %v", err)
+	}
 	exec(`UPDATE schema_migrations SET version = version - 1;
 		CREATE OR REPLACE FUNCTION tenantry_oldest_code() RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT 1'`)
 	exec(`DROP SCHEMA public CASCADE; CREATE SCHEMA public`)
@@ -146,6 +156,54 @@ func TestMigrationsKeepFingerprint(t *testing.T) {
 	var same bool
 	if err := conn.QueryRow(t.Context(), `SELECT apps_file = pg_relation_filepath('apps') AND xmin = written_by FROM current_incarnation`).Scan(&same); err != nil || !same {
 		t.Errorf("after the migrations since %d the fingerprint is the same: %v, %v", first, same, err)
+	}
+}
+
+// Each migration says what it locks: as many tables, and as strongly, as it does.
+func TestMigrationsSayWhatTheyLock(t *testing.T) {
+	t.Parallel()
+	const described = 10 // older migrations need a service that is stopped
+	conn := pgtest.Conn(t, pgtest.EmptyURL(t))
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(`CREATE TEMP TABLE existing (id oid)`)
+	for _, m := range postgres.PendingMigrations(0) {
+		sql, err := migrations.FS.ReadFile(m.File)
+		if err != nil {
+			t.Fatal(err)
+		}
+		exec(`BEGIN; TRUNCATE existing; INSERT INTO existing SELECT oid FROM pg_class WHERE relnamespace = 'public'::regnamespace`)
+		exec(string(sql))
+		rows, _ := conn.Query(t.Context(), `
+			SELECT c.relname, bool_or(l.mode = 'AccessExclusiveLock')
+			FROM pg_locks l JOIN existing e ON e.id = l.relation
+				LEFT JOIN pg_inherits h ON h.inhrelid = l.relation JOIN pg_class c ON c.oid = coalesce(h.inhparent, l.relation)
+			WHERE l.pid = pg_backend_pid() AND c.relkind IN ('r', 'p') AND l.mode NOT IN ('AccessShareLock', 'RowShareLock', 'RowExclusiveLock', 'ShareUpdateExclusiveLock')
+			GROUP BY 1 ORDER BY 1`)
+		took, err := pgx.CollectRows(rows, pgx.RowToStructByPos[postgres.TableLock])
+		if err != nil {
+			t.Fatal(err)
+		}
+		exec(`COMMIT`)
+		if m.Version >= described && !slices.Equal(took, m.Locks) {
+			t.Errorf("%s says that it locks %+v, and locks %+v: begin it with LOCK TABLE, as 000010 does", m.File, m.Locks, took)
+		}
+	}
+	for version, want := range map[int][]string{
+		0: {"creates the schema"},
+		8: {"migration 9 (incarnations) blocks reads and writes of the tables that it changes",
+			"migration 10 (fault_isolation) blocks reads and writes of adoptions, apps, campaigns, keys, reconciliations, replicas, tenants; and writes of audit_events"},
+	} {
+		text := strings.Join(postgres.Announce(version, postgres.PendingMigrations(version)), "\n")
+		for _, w := range want {
+			if !strings.Contains(text, w) {
+				t.Errorf("at version %d, migrate up announces %q; want %q in it", version, text, w)
+			}
+		}
 	}
 }
 

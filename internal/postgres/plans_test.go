@@ -207,7 +207,7 @@ func hotPaths(n int) []hotPath {
 		}},
 		{name: "suspend", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.Suspend(ctx, id, actor)) }},
 		{name: "delete", do: func(ctx context.Context, db *postgres.DB) error {
-			return ignore(db.Delete(ctx, id2, tenant.Deletion{Retention: time.Hour}, actor))
+			return ignore(db.Delete(ctx, id2, false, func(string) time.Duration { return time.Hour }, actor))
 		}},
 		{name: "retry", do: func(ctx context.Context, db *postgres.DB) error { return ignore(db.Retry(ctx, id, actor)) }},
 

@@ -182,20 +182,16 @@ func (db *DB) RemovalsInLastHour(ctx context.Context) (n int, until time.Duratio
 // SetFirstAttributes takes a sign-up's attributes for those of a tenant that was
 // adopted without any.
 func (db *DB) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error) {
-	_, err := db.pool.Exec(ctx, `
-		WITH changed AS (
+	return db.change(ctx, "set first attributes", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
+		tag, err := tx.Exec(ctx, `
 			UPDATE tenants SET display_name = $2, labels = $3, attributes_hash = $4, version = version + 1, updated_at = now()
-			WHERE id = $1 AND attributes_hash = $5
-			RETURNING id, app_id
-		)
-		INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, detail)
-		SELECT $6, nullif($7, ''), 'tenant.changed', id, app_id, '{"fields": ["display_name", "labels"], "first": true}' FROM changed`,
-		id, a.DisplayName, a.Labels, a.Hash(), unknownAttributes, actor.Name, actor.RequestID)
-	if err != nil {
-		return tenant.Tenant{}, translate("set first attributes", err)
-	}
-	db.changed(id, "")
-	return db.Tenant(ctx, id)
+			WHERE id = $1 AND attributes_hash = $5`, id, a.DisplayName, a.Labels, a.Hash(), unknownAttributes)
+		if err != nil || tag.RowsAffected() == 0 {
+			return err
+		}
+		return audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID,
+			detail: map[string]any{"fields": []string{"display_name", "labels"}, "first": true}})
+	})
 }
 
 // unknownAttributes is the hash of a tenant whose sign-up is unknown: the next PUT counts as its

@@ -45,11 +45,15 @@ func (db *DB) Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, e
 	return k, translate("read key", err)
 }
 
-// AddKey begins to make a further key for a tenant, as the row row, or finds the key
-// that is there. It reports tenant.Conflict for a tenant that is not active, for a key
+// AddKey begins to make a further key for a tenant, as the row that newRow returns for it, or finds the
+// key that is there. It reports the error of newRow, and tenant.Conflict for a tenant that is not active, for a key
 // of other scopes or expiry, and beyond tenant.MaxKeys names.
-func (db *DB) AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error) {
-	_, err = db.change(ctx, "add key", id, func(tx pgx.Tx, t tenant.Tenant) error {
+func (db *DB) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec, newRow func(tenant.Tenant) (tenant.NewKeyRow, error), actor tenant.Actor) (key tenant.Key, created bool, err error) {
+	_, err = db.change(ctx, "add key", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
+		row, err := newRow(t)
+		if err != nil {
+			return err
+		}
 		if _, err := tenant.ChangeKey.Check(t.State); err != nil {
 			return err
 		}
@@ -111,7 +115,7 @@ func sameKey(k tenant.Key, spec tenant.KeySpec) error {
 // worked, or else the last there was, and reports tenant.NotFound for an unknown
 // tenant or name.
 func (db *DB) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (key tenant.Key, err error) {
-	_, err = db.change(ctx, "revoke key", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	_, err = db.change(ctx, "revoke key", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		key, err = oneKey(ctx, tx, `k.app_id = $1 AND k.name = $2
 			ORDER BY k.state = 'active' DESC, k.state IN ('creating', 'retiring') DESC, k.created_at DESC, k.id DESC LIMIT 1`, t.AppID, name)
 		if err != nil {
@@ -134,7 +138,7 @@ func (db *DB) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, act
 // tenant that is not active, while another rotation of the name is under way, and for
 // a rotation of the same id with another overlap.
 func (db *DB) StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (r tenant.Rotation, err error) {
-	_, err = db.change(ctx, "start rotation", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	_, err = db.change(ctx, "start rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		r, err = rotationIn(ctx, tx, t, n.KeyName, n.ID)
 		if err == nil {
 			if n.Overlap != nil && *n.Overlap != r.Overlap {
@@ -244,7 +248,7 @@ func (db *DB) Rotation(ctx context.Context, id tenant.ID, name, rotation string)
 // ConfirmRotation ends the overlap of a rotation now. It reports tenant.NotFound for
 // an unknown one, and tenant.Conflict while the new key does not work yet.
 func (db *DB) ConfirmRotation(ctx context.Context, id tenant.ID, name, rotation string, actor tenant.Actor) (r tenant.Rotation, err error) {
-	_, err = db.change(ctx, "confirm rotation", id, func(tx pgx.Tx, t tenant.Tenant) error {
+	_, err = db.change(ctx, "confirm rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		if r, err = rotationIn(ctx, tx, t, name, rotation); err != nil {
 			return err
 		}

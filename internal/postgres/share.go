@@ -102,12 +102,16 @@ func (s *shared[In, Out]) runAll(calls []*sharedCall[In, Out]) {
 	}
 }
 
-// runOnce turns a panic into an error, or the place of the call would be taken forever.
+// runOnce turns a panic into an error, and results that are too few, or the place of the call would be
+// taken forever.
 func (s *shared[In, Out]) runOnce(ctx context.Context, ins []In) (outs []Out, err error) {
 	defer func() {
 		if v := recover(); v != nil {
 			err = fmt.Errorf("panic: %v\n%s", v, debug.Stack())
 		}
 	}()
-	return s.run(ctx, ins)
+	if outs, err = s.run(ctx, ins); err == nil && len(outs) != len(ins) {
+		err = fmt.Errorf("%d results for %d calls", len(outs), len(ins))
+	}
+	return outs, err
 }

@@ -72,22 +72,27 @@ func TestShared(t *testing.T) {
 	})
 }
 
-// A panic takes no place away.
+// A panic takes no place away, nor do results that are too few.
 func TestSharedPanics(t *testing.T) {
 	t.Parallel()
-	panics := true
+	fault := "panic: a fault of ours"
 	s := &shared[int, int]{run: func(_ context.Context, calls []int) ([]int, error) {
-		if panics {
+		switch fault {
+		case "panic: a fault of ours":
 			panic("a fault of ours")
+		case "0 results for 1 calls":
+			return nil, nil
 		}
 		return calls, nil
 	}}
-	for range sharedAtOnce {
-		if _, err := s.do(t.Context(), 1); err == nil || !strings.Contains(err.Error(), "a fault of ours") {
-			t.Errorf("do: %v; want the panic", err)
+	for _, fault = range []string{fault, "0 results for 1 calls"} {
+		for range sharedAtOnce {
+			if _, err := s.do(t.Context(), 1); err == nil || !strings.Contains(err.Error(), fault) {
+				t.Errorf("do: %v; want %s", err, fault)
+			}
 		}
 	}
-	panics = false
+	fault = ""
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	if got, err := s.do(ctx, 2); got != 2 || err != nil {

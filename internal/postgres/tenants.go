@@ -444,6 +444,7 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 // not current, or stopped: then the attempt can be repeated.
 func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (s tenant.SignedUp, current bool, err error) {
 	batch := &pgx.Batch{}
+	args := []any{n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID}
 	made := `
 			INSERT INTO tenants (id, profile, display_name, labels, attributes_hash)
 			SELECT $1, $2, $3, $4, $5 WHERE ` + currentIncarnation + ` IS NOT NULL
@@ -455,15 +456,15 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 			SET generation = generation + 1, profile = $2, display_name = $3, labels = $4, attributes_hash = $5, state = 'provisioning',
 				state_since = now(), app_id = NULL, app_user_id = NULL, problem = NULL, deletion_protection = false, background = false,
 				version = version + 1, updated_at = now()
-			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted') AND ` + currentIncarnation + ` IS NOT NULL`
+			WHERE id = $1 AND state IN ('deleting', 'purging', 'deleted') AND labels @> $8 AND ` + currentIncarnation + ` IS NOT NULL`
+		args = append(args, scopeSQL(actor))
 	}
 	batch.Queue(`
 		WITH made AS (`+made+`
 			RETURNING id, generation)
 		INSERT INTO audit_events (actor, request_id, action, tenant_id, detail)
 		SELECT $6, nullif($7, ''), 'tenant.created', id, jsonb_build_object('generation', generation, 'profile', $2::text)
-		FROM made`,
-		n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID,
+		FROM made`, args...,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
 	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
@@ -499,10 +500,13 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
 	var t tenant.Tenant
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
-		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
+		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1 FOR UPDATE OF t`, id)
 		var err error
 		if t, err = oneTenant(rows); err != nil {
 			return err
+		}
+		if !actor.Within.Covers(t.Labels) {
+			return tenant.ErrOutside
 		}
 		batch := &pgx.Batch{}
 		batch.Queue(`

@@ -119,7 +119,9 @@ func TestPrioritiesOfKeys(t *testing.T) {
 	if got, want := counts(), [tenant.Priorities]int{0, tenant.MostInteractive, 3, 0}; got != want {
 		t.Fatalf("of one caller's keys by priority %v; want %v", got, want)
 	}
-	if _, _, err := db.AddKey(t.Context(), ids[n-1], tenant.NewKeyRow{ID: uuid.New(), Name: "more", Scopes: []string{"All"}}, tenant.KeySpec{Name: "more"}, actor); err != nil {
+	if _, _, err := db.AddKey(t.Context(), ids[n-1], tenant.KeySpec{Name: "more"}, func(tenant.Tenant) (tenant.NewKeyRow, error) {
+		return tenant.NewKeyRow{ID: uuid.New(), Name: "more", Scopes: []string{"All"}}, nil
+	}, actor); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := db.Suspend(t.Context(), ids[n-3], other); err != nil {

@@ -85,8 +85,11 @@ func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.
 	a.Adoption, a.Done = b.Adoption, b.Adoption.ID == uuid.Nil
 	err = s.awaitThat(ctx, max(wait, 1), changed, func() (bool, error) { // looks at least once
 		if !a.Done {
-			a.Adoption, err = s.Store.Adoption(ctx, b.Adoption.ID)
+			is, err := s.Store.Adoption(ctx, b.Adoption.ID)
 			if !errors.Is(err, tenant.NotFound) {
+				if err == nil {
+					a.Adoption = is
+				}
 				return a.Adoption.State != tenant.AdoptionChecking, err
 			}
 			a.Done, a.Created = true, b.Tenant.ID == "" // or it was replaced by another
@@ -100,6 +103,8 @@ func (s *Service) adoptNow(ctx context.Context, n tenant.NewAdoption, up tenant.
 			return a, cmp.Or(err, error(errLost))
 		}
 		return a, tenant.Errorf(tenant.Conflict, "adoption_replaced", "another adoption by this tenant was asked for meanwhile: say which is meant")
+	case err != nil && b.Adoption.ID != uuid.Nil: // it has begun
+		return Adopted{Adoption: b.Adoption}, s.committed(ctx, err)
 	case err != nil:
 		return a, err
 	case a.Done && (a.Tenant.AppID != n.AppID || a.Tenant.AppUserID != n.AppUserID):

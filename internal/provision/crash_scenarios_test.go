@@ -227,7 +227,7 @@ var crashScenarios = map[string]crashScenario{
 		settle: resumed,
 	},
 	"delete": {
-		points:  []string{"Delete Tenant", "Delete Delete", "tag MarkApp", "confirmEnd KeyEnded"},
+		points:  []string{"Delete Delete", "tag MarkApp", "confirmEnd KeyEnded"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Delete(s.t.Context(), "user_1", false, wait, caller) },
 		settle: func(s *scene) {
@@ -286,7 +286,7 @@ var crashScenarios = map[string]crashScenario{
 		moves: true,
 	},
 	"further key": {
-		points:  []string{"AddKey Tenant", "AddKey Watch", "AddKey AddKey", "AddKey Key", "makeHeldKey FinishLeasedKey"},
+		points:  []string{"AddKey Watch", "AddKey AddKey", "AddKey Key", "makeHeldKey FinishLeasedKey"},
 		prepare: first,
 		act:     func(s *scene) { _, _, _ = s.r.AddKey(s.t.Context(), "user_1", more, wait, caller) },
 		settle: func(s *scene) {

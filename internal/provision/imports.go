@@ -27,13 +27,9 @@ type BatchEnd struct {
 
 // A BatchRule says what is special about a batch.
 type BatchRule struct {
-	Within       tenant.Scope // of who asks; that of each sign-up counts for nothing
-	LeaveDeleted bool         // refuse a tenant that is deleted, as one that is being deleted
-	DryRun       bool         // change nothing: Created says what would be made
+	LeaveDeleted bool // refuse a tenant that is deleted, as one that is being deleted
+	DryRun       bool // change nothing: Created says what would be made
 }
-
-// errOutside is why nothing is done for a tenant that the caller may not know of.
-var errOutside = tenant.Errorf(tenant.NotFound, "tenant_not_found", "there is no such tenant among those that the token is limited to")
 
 // SignUpMany signs tenants up and does not wait for their apps, which are built when no
 // other tenant waits and the pools are full. Each ends as it would by SignUp, in their
@@ -52,11 +48,11 @@ func (s *Service) SignUpMany(ctx context.Context, ups []BatchSignUp, rule BatchR
 }
 
 func (s *Service) signUpChunk(ctx context.Context, ups []BatchSignUp, ends []BatchEnd, rule BatchRule, actor tenant.Actor) error {
-	batch := tenant.NewBatch{Within: rule.Within, LeaveDeleted: rule.LeaveDeleted, DryRun: rule.DryRun}
+	batch := tenant.NewBatch{LeaveDeleted: rule.LeaveDeleted, DryRun: rule.DryRun}
 	place := map[tenant.ID]int{} // in the batch, of the first good sign-up of an id
 	for i := range ups {
 		up := &ups[i]
-		up.Within = rule.Within
+		up.Within = actor.Within
 		if ends[i].Err = up.Fault; up.Fault == nil {
 			ends[i].Err = up.Validate()
 		}
@@ -99,7 +95,7 @@ func (s *Service) signUpChunk(ctx context.Context, ups []BatchSignUp, ends []Bat
 // one id the first has made it.
 func (s *Service) endSignUp(ctx context.Context, up BatchSignUp, got *tenant.SignedUp, dryRun bool, actor tenant.Actor) (BatchEnd, error) {
 	if !up.Within.Covers(got.Tenant.Labels) {
-		return BatchEnd{Err: errOutside}, nil
+		return BatchEnd{Err: tenant.ErrOutside}, nil
 	}
 	end := BatchEnd{SignedUp: SignedUp{Tenant: got.Tenant, Created: got.Created}}
 	switch {
@@ -110,6 +106,9 @@ func (s *Service) endSignUp(ctx context.Context, up BatchSignUp, got *tenant.Sig
 		return end, nil
 	case got.FirstUnknown():
 		t, err := s.Store.SetFirstAttributes(ctx, up.ID, up.Attributes(), actor)
+		if errors.Is(err, tenant.ErrOutside) {
+			return BatchEnd{Err: tenant.ErrOutside}, nil
+		}
 		if err != nil {
 			return end, err
 		}

@@ -1,6 +1,7 @@
 package provision
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -12,49 +13,46 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// changed runs a change of a tenant and waits for wait until it has taken effect.
-func (s *Service) changed(ctx context.Context, id tenant.ID, wait time.Duration, change func() (tenant.Tenant, error)) (tenant.Tenant, error) {
+// changed runs a change of a tenant that actor asks for, and waits for wait until it has taken effect.
+func (s *Service) changed(ctx context.Context, id tenant.ID, wait time.Duration, actor tenant.Actor, change func() (tenant.Tenant, error)) (tenant.Tenant, error) {
 	changed, stop := s.Store.Watch(id)
 	defer stop()
 	t, err := change()
 	if err != nil || wait <= 0 {
 		return t, err
 	}
-	return s.awaitWritten(ctx, t, wait, changed)
+	return s.awaitWritten(ctx, t, wait, changed, actor.Within)
 }
 
 // Suspend begins to revoke every key of a tenant, and waits for wait until none works
 // upstream. It reports tenant.Conflict, as all of these do, for a tenant whose state
 // does not allow it.
 func (s *Service) Suspend(ctx context.Context, id tenant.ID, wait time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Suspend(ctx, id, actor) })
+	return s.changed(ctx, id, wait, actor, func() (tenant.Tenant, error) { return s.Store.Suspend(ctx, id, actor) })
 }
 
 // Resume begins to make the keys anew that a tenant had when it was suspended, and
 // waits for wait until they work.
 func (s *Service) Resume(ctx context.Context, id tenant.ID, wait time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Resume(ctx, id, newKeyIDs(), actor) })
+	return s.changed(ctx, id, wait, actor, func() (tenant.Tenant, error) { return s.Store.Resume(ctx, id, newKeyIDs(), actor) })
 }
 
 // Delete begins to revoke every key of a tenant, and retains its app for as long as
 // its profile says, or purges it now. It waits for wait until no key works, or until
 // the app is gone.
 func (s *Service) Delete(ctx context.Context, id tenant.ID, purgeNow bool, wait time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	t, err := s.Store.Tenant(ctx, id)
-	if err != nil {
-		return t, err
-	}
-	d := tenant.Deletion{Retention: tenant.DefaultRetention, PurgeNow: purgeNow}
-	if p, ok := s.profiles[t.Profile]; ok && p.Retention != 0 {
-		d.Retention = p.Retention
-	}
-	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Delete(ctx, id, d, actor) })
+	return s.changed(ctx, id, wait, actor, func() (tenant.Tenant, error) { return s.Store.Delete(ctx, id, purgeNow, s.retention, actor) })
+}
+
+// retention is how long the app of a deleted tenant of a profile is kept.
+func (s *Service) retention(profile string) time.Duration {
+	return cmp.Or(s.profiles[profile].Retention, tenant.DefaultRetention)
 }
 
 // Restore takes a deletion back while the app is there, and waits for wait until the
 // tenant's keys, made anew, work.
 func (s *Service) Restore(ctx context.Context, id tenant.ID, wait time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	return s.changed(ctx, id, wait, func() (tenant.Tenant, error) { return s.Store.Restore(ctx, id, newKeyIDs(), actor) })
+	return s.changed(ctx, id, wait, actor, func() (tenant.Tenant, error) { return s.Store.Restore(ctx, id, newKeyIDs(), actor) })
 }
 
 // newKeyIDs names rows for as many keys as a tenant can have.
@@ -69,6 +67,7 @@ func newKeyIDs() []uuid.UUID {
 // Update changes attributes of a tenant. It reports tenant.Precondition, and changes
 // nothing, unless current takes the tenant as it stands.
 func (s *Service) Update(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
+	p.Within = actor.Within
 	return s.Store.UpdateTenant(ctx, id, p, current, actor)
 }
 
@@ -78,17 +77,10 @@ func (s *Service) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec,
 	if err := spec.Validate(time.Now()); err != nil {
 		return key, false, err
 	}
-	t, err := s.Store.Tenant(ctx, id)
-	if err != nil {
-		return key, false, err
-	}
-	row, err := s.keyRow(t, spec)
-	if err != nil {
-		return key, false, err
-	}
 	changed, stop := s.Store.Watch(id)
 	defer stop()
-	if key, created, err = s.Store.AddKey(ctx, id, row, spec, actor); err != nil {
+	row := func(t tenant.Tenant) (tenant.NewKeyRow, error) { return s.keyRow(t, spec) }
+	if key, created, err = s.Store.AddKey(ctx, id, spec, row, actor); err != nil {
 		return key, false, err
 	}
 	began := key.CreatedAt // a key that takes the place of this one has the same time
@@ -96,13 +88,17 @@ func (s *Service) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec,
 		if key.State != tenant.KeyCreating {
 			return true, nil
 		}
-		key, err = s.Store.Key(ctx, id, spec.Name)
-		if err == nil && key.CreatedAt.Before(began) {
-			err = errLost
+		is, err := s.Store.Key(ctx, id, spec.Name)
+		switch {
+		case err != nil:
+			return false, lostIfNotFound(err)
+		case is.CreatedAt.Before(began):
+			return false, errLost
 		}
-		return key.State != tenant.KeyCreating, lostIfNotFound(err)
+		key = is
+		return key.State != tenant.KeyCreating, nil
 	})
-	return key, created, err
+	return key, created, s.committed(ctx, err)
 }
 
 // keyRow is the row of a key that is asked for, if the tenant's profile allows it.
@@ -143,13 +139,17 @@ func (s *Service) RevokeKey(ctx context.Context, id tenant.ID, name string, wait
 		if key.State != tenant.KeyRevoking {
 			return true, nil
 		}
-		key, err = s.Store.Key(ctx, id, name)
-		if err == nil && key.ID == revoked && isLive(key.State) {
-			err = errLost
+		is, err := s.Store.Key(ctx, id, name)
+		switch {
+		case err != nil:
+			return false, lostIfNotFound(err)
+		case is.ID == revoked && isLive(is.State):
+			return false, errLost
 		}
-		return key.State != tenant.KeyRevoking, lostIfNotFound(err)
+		key = is
+		return key.State != tenant.KeyRevoking, nil
 	})
-	return key, err
+	return key, s.committed(ctx, err)
 }
 
 // isLive reports whether a key works or is to work: no key that was revoked is live again.
@@ -172,7 +172,7 @@ func (s *Service) Rotate(ctx context.Context, id tenant.ID, n tenant.NewRotation
 	}
 	created = r.New.ID == n.KeyID
 	err = s.awaitRotation(ctx, &r, wait, changed)
-	return r, created, lostIfNotFound(err)
+	return r, created, s.committed(ctx, lostIfNotFound(err))
 }
 
 // Rotation reads a rotation, and waits for wait until its new key works.
@@ -244,7 +244,7 @@ func (s *Service) Quarantine(ctx context.Context, leaked tenant.Secret, wait tim
 		}
 		return q.Key.State != tenant.KeyRevoking && q.Successor.State != tenant.KeyCreating, nil
 	})
-	return q, err
+	return q, s.committed(ctx, err)
 }
 
 // quarantineUnknown lets a worker ask Clarifai which app an unknown key opens, and waits for the

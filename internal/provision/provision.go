@@ -41,12 +41,12 @@ type Store interface {
 
 	Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error)
 	Resume(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
-	Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error)
+	Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention func(profile string) time.Duration, actor tenant.Actor) (tenant.Tenant, error)
 	Restore(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error)
 	UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error)
 	Keys(ctx context.Context, id tenant.ID) ([]tenant.Key, error)
 	Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, error)
-	AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error)
+	AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec, row func(tenant.Tenant) (tenant.NewKeyRow, error), actor tenant.Actor) (key tenant.Key, created bool, err error)
 	RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, error)
 	StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (tenant.Rotation, error)
 	Rotation(ctx context.Context, id tenant.ID, name, rotation string) (tenant.Rotation, error)
@@ -408,9 +408,11 @@ type SignedUp struct {
 // that is being deleted.
 //
 // It reports tenant.Invalid for attributes or a profile that cannot be,
-// tenant.Conflict for a tenant that was signed up otherwise or is being deleted.
+// tenant.Conflict for a tenant that was signed up otherwise or is being deleted, and
+// tenant.ErrOutside for one that actor may not change.
 func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wait time.Duration, actor tenant.Actor) (SignedUp, error) {
 	var got SignedUp
+	up.Within = actor.Within
 	if err := up.Validate(); err != nil {
 		return got, err
 	}
@@ -434,6 +436,9 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		}
 	}
 	got.Tenant, got.Created = signedUp.Tenant, signedUp.Created
+	if !actor.Within.Covers(got.Tenant.Labels) {
+		return SignedUp{}, tenant.ErrOutside
+	}
 	if _, most := profile.PoolBounds(); got.Created && most > 0 {
 		s.Metrics.signedUp(profile.Name, got.Tenant.State == tenant.Active)
 	}
@@ -452,7 +457,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 		return got, err
 	}
 	if wait > 0 {
-		got.Tenant, err = s.awaitWritten(ctx, got.Tenant, wait, changed)
+		got.Tenant, err = s.awaitWritten(ctx, got.Tenant, wait, changed, actor.Within)
 	}
 	return got, err
 }
@@ -537,27 +542,44 @@ var errLost = &tenant.Error{Kind: tenant.Unavailable, Code: "database_unavailabl
 // lostIfNotFound returns errLost if err says that a row is missing which this request has written or
 // found.
 func lostIfNotFound(err error) error {
-	if errors.Is(err, tenant.NotFound) {
+	if errors.Is(err, tenant.NotFound) && !errors.Is(err, tenant.ErrOutside) {
 		return errLost
 	}
 	return err
 }
 
+// committed returns the error of a request whose change is committed, and which could not be read again.
+// The change is made and goes on: that is no failure, and what was read before is true. errLost is one.
+func (s *Service) committed(ctx context.Context, err error) error {
+	if err == nil || errors.Is(err, errLost) || errors.Is(ctx.Err(), context.Canceled) { // or the caller went away
+		return err
+	}
+	s.Log.Warn("change committed, and its progress cannot be read", zap.Error(err))
+	return nil
+}
+
 // awaitWritten is await for a request that has written or found t. It returns errLost if the row of t
-// is missing, or older than t.
-func (s *Service) awaitWritten(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}) (tenant.Tenant, error) {
+// is missing, or older than t. Once the tenant is not within the scope of the request any more, it returns
+// what was read before.
+func (s *Service) awaitWritten(ctx context.Context, t tenant.Tenant, wait time.Duration, changed <-chan struct{}, within tenant.Scope) (tenant.Tenant, error) {
 	is := t
 	err := s.awaitThat(ctx, wait, changed, func() (bool, error) {
 		if is.Settled() {
 			return true, nil
 		}
-		var err error
-		if is, err = s.Store.Tenant(ctx, t.ID); err == nil && is.Version < t.Version {
-			err = errLost
+		next, err := s.Store.Tenant(ctx, t.ID)
+		switch {
+		case err != nil:
+			return false, lostIfNotFound(err)
+		case next.Version < t.Version:
+			return false, errLost
+		case !within.Covers(next.Labels):
+			return true, nil
 		}
-		return err == nil && is.Settled(), lostIfNotFound(err)
+		is = next
+		return is.Settled(), nil
 	})
-	return is, err
+	return is, s.committed(ctx, err)
 }
 
 // awaitThat looks until what it looks at is so, wait has passed or the service

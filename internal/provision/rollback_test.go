@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -15,17 +16,19 @@ import (
 // rolledBackTables are the tables that a request changes before it waits.
 var rolledBackTables = []string{"tenants", "apps", "keys", "adoptions", "quarantines"}
 
-// A request that waits for its own change, which a failover then loses, returns
-// tenant.Unavailable: neither "not found" nor the state from before the change.
-func TestLostWhileWaiting(t *testing.T) {
-	t.Parallel()
-	const id, name = "user_1", "reports"
-	type request func(r *provisiontest.Replica, leaked tenant.Secret) error
+// A waitingRequest changes something, and waits for the effect.
+type waitingRequest struct {
+	prepare func(r *provisiontest.Replica) error
+	request func(r *provisiontest.Replica, leaked tenant.Secret) error
+}
+
+const waitingID, waitingKey = "user_1", "reports"
+
+// waitingRequests returns each request that waits for its own change.
+func waitingRequests(t *testing.T) map[string]waitingRequest {
+	const id, name = waitingID, waitingKey
 	ofTenant := func(_ tenant.Tenant, err error) error { return err }
-	for what, c := range map[string]struct {
-		prepare func(r *provisiontest.Replica) error
-		request request
-	}{
+	return map[string]waitingRequest{
 		"sign-up": {request: func(r *provisiontest.Replica, _ tenant.Secret) error {
 			_, _, err := r.SignUp(t.Context(), "user_2", tenant.SignUp{}, long, caller)
 			return err
@@ -82,44 +85,86 @@ func TestLostWhileWaiting(t *testing.T) {
 			_, err := r.Quarantine(t.Context(), tenant.NewSecret("0123456789abcdef0123456789abcdef"), long, caller)
 			return err
 		}},
-	} {
+	}
+}
+
+// begin starts the request on its own world, without workers, and returns when its change is committed,
+// with the rows from before.
+func (c waitingRequest) begin(t *testing.T) (w *provisiontest.World, empty, before savedRows, ended chan error) {
+	t.Helper()
+	w = provisiontest.New(t)
+	w.AppByHand(provisiontest.PAT, "hand-made", nil)
+	r := w.Start(provisiontest.Options{})
+	empty = saveRows(t, w)
+	signUp(t, r, waitingID)
+	if _, _, err := r.AddKey(t.Context(), waitingID, tenant.KeySpec{Name: waitingKey}, long, caller); err != nil {
+		t.Fatal(err)
+	}
+	_, leaked, err := r.Reveal(t.Context(), waitingID, waitingKey, caller)
+	if err == nil && c.prepare != nil {
+		err = c.prepare(r)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Stop()
+	r = w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.LookAgain = 20 * time.Millisecond }})
+	before, ended = saveRows(t, w), make(chan error, 1)
+	go func() { ended <- c.request(r, leaked) }()
+	provisiontest.Eventually(t, "the change is committed", func() bool { return before.differ(t, w) })
+	return w, empty, before, ended
+}
+
+const unknownKeyRequest = "quarantine of an unknown key"
+
+// A request that waits for its own change, which a failover then loses, returns
+// tenant.Unavailable: neither "not found" nor the state from before the change.
+func TestLostWhileWaiting(t *testing.T) {
+	t.Parallel()
+	for what, c := range waitingRequests(t) {
 		for _, all := range []bool{false, true} { // what the request wrote, or the whole tenant
-			if all && slices.Contains([]string{"sign-up", "adoption", "quarantine of an unknown key"}, what) {
+			if all && slices.Contains([]string{"sign-up", "adoption", unknownKeyRequest}, what) {
 				continue
 			}
 			t.Run(what+map[bool]string{true: " and the tenant"}[all], func(t *testing.T) {
 				t.Parallel()
-				w := provisiontest.New(t)
-				w.AppByHand(provisiontest.PAT, "hand-made", nil)
-				r := w.Start(provisiontest.Options{})
-				empty := saveRows(t, w)
-				signUp(t, r, id)
-				if _, _, err := r.AddKey(t.Context(), id, tenant.KeySpec{Name: name}, long, caller); err != nil {
-					t.Fatal(err)
-				}
-				_, leaked, err := r.Reveal(t.Context(), id, name, caller)
-				if err == nil && c.prepare != nil {
-					err = c.prepare(r)
-				}
-				if err != nil {
-					t.Fatal(err)
-				}
-				r.Stop()
-				r = w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.LookAgain = 20 * time.Millisecond }})
-				before := saveRows(t, w)
-				ended := make(chan error, 1)
-				go func() { ended <- c.request(r, leaked) }()
-				provisiontest.Eventually(t, "the change is committed", func() bool { return before.differ(t, w) })
+				w, empty, before, ended := c.begin(t)
 				if all {
 					before = empty
 				}
 				before.restore(t, w)
-				err = <-ended
+				err := <-ended
 				if e, ok := errors.AsType[*tenant.Error](err); !ok || e.Kind != tenant.Unavailable || e.Code != "database_unavailable" || e.RetryAfter == 0 {
 					t.Errorf("after its change was lost, a waiting request returns %v", err)
 				}
 			})
 		}
+	}
+}
+
+// A request that waits for its own change does not fail if the database cannot be read any more: the
+// change is committed, and goes on.
+func TestUnreadableWhileWaiting(t *testing.T) {
+	t.Parallel()
+	for what, c := range waitingRequests(t) {
+		if what == unknownKeyRequest { // which has no result until Clarifai has been asked
+			continue
+		}
+		t.Run(what, func(t *testing.T) {
+			t.Parallel()
+			w, _, _, ended := c.begin(t)
+			conn := connOf(t, w)
+			if _, err := conn.Exec(t.Context(), `BEGIN; LOCK TABLE `+strings.Join(rolledBackTables, ", ")+` IN ACCESS EXCLUSIVE MODE`); err != nil {
+				t.Fatal(err)
+			}
+			err := <-ended
+			if _, rolledBack := conn.Exec(t.Context(), `ROLLBACK`); rolledBack != nil {
+				t.Fatal(rolledBack)
+			}
+			if err != nil {
+				t.Errorf("after its change was committed, a waiting request returns %v", err)
+			}
+		})
 	}
 }
 

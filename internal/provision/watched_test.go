@@ -613,9 +613,9 @@ func (s watchedStore) Resume(ctx context.Context, id tenant.ID, keys []uuid.UUID
 	return s.Store.Resume(ctx, id, keys, actor)
 }
 
-func (s watchedStore) Delete(ctx context.Context, id tenant.ID, d tenant.Deletion, actor tenant.Actor) (tenant.Tenant, error) {
+func (s watchedStore) Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention func(string) time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
 	defer s.returned()
-	return s.Store.Delete(ctx, id, d, actor)
+	return s.Store.Delete(ctx, id, purgeNow, retention, actor)
 }
 
 func (s watchedStore) Restore(ctx context.Context, id tenant.ID, keys []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
@@ -638,9 +638,9 @@ func (s watchedStore) Key(ctx context.Context, id tenant.ID, name string) (tenan
 	return s.Store.Key(ctx, id, name)
 }
 
-func (s watchedStore) AddKey(ctx context.Context, id tenant.ID, row tenant.NewKeyRow, spec tenant.KeySpec, actor tenant.Actor) (key tenant.Key, created bool, err error) {
+func (s watchedStore) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec, newRow func(tenant.Tenant) (tenant.NewKeyRow, error), actor tenant.Actor) (key tenant.Key, created bool, err error) {
 	defer s.returned()
-	return s.Store.AddKey(ctx, id, row, spec, actor)
+	return s.Store.AddKey(ctx, id, spec, newRow, actor)
 }
 
 func (s watchedStore) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (tenant.Key, error) {

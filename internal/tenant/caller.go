@@ -35,10 +35,13 @@ type Caller struct {
 	ReplacedBy string    // the id of the token that a rotation made; empty if there was none
 }
 
-// An Actor says who asked for a change, for the audit log.
+// An Actor says who asked for a change: for the audit log, and for the transaction that makes it.
 type Actor struct {
 	Name      string // "caller:<token id>", "worker" or "operator" (the command line)
 	RequestID string // empty outside a request
+	// Within limits the tenants that it may change, and whose keys it may be shown. The transaction checks it,
+	// since labels may change until then.
+	Within Scope
 	// UpstreamRequestID is Clarifai's id of the call that the change comes of; may be empty.
 	UpstreamRequestID string
 }

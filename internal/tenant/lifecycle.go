@@ -251,12 +251,6 @@ func ValidOverlap(d time.Duration) error {
 	return nil
 }
 
-// A Deletion is a deletion as it is asked for.
-type Deletion struct {
-	Retention time.Duration // until the app is removed
-	PurgeNow  bool          // instead
-}
-
 // A Patch changes attributes of a tenant. Nil fields stay as they are; a nil label
 // is removed.
 type Patch struct {

@@ -19,6 +19,10 @@ func (s Scope) Covers(labels map[string]string) bool {
 	return true
 }
 
+// ErrOutside is returned to a limited caller for a tenant outside its scope, and for one that does not
+// exist.
+var ErrOutside = Errorf(NotFound, "tenant_not_found", "there is no such tenant among those that the token is limited to")
+
 // Complete returns labels with those of s.
 func (s Scope) Complete(labels map[string]string) map[string]string {
 	all := make(map[string]string, len(labels)+len(s))

@@ -47,8 +47,6 @@ type SignedUp struct {
 // apps: until nobody else does, and the pools are full.
 type NewBatch struct {
 	Tenants []NewTenant // no two of one id; of each the BuildID and MaxBuilds count for nothing
-	// Within is the scope of who asks: nothing is done to a tenant outside it.
-	Within Scope
 	// LeaveDeleted begins no next generation of a tenant that is deleted.
 	LeaveDeleted bool
 	// DryRun changes nothing. Created then says of a tenant that it would be made; one
