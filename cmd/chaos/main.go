@@ -9,8 +9,9 @@
 //
 // With the argument "measure" it measures, without other faults, how long it takes
 // until the work of a killed replica is taken up, how near several replicas come to
-// the rate of calls that they share, how soon a suspension takes effect, and how soon
-// one replica shows what another has changed.
+// the rate of calls that they share, how soon a suspension takes effect, how soon
+// one replica shows what another has changed, and, alone with `measure priorities`, what waits behind
+// CHAOS_REVOCATIONS (1000) revocations.
 package main
 
 import (
@@ -23,6 +24,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"syscall"
 	"time"
@@ -67,10 +69,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	}
 	say := func(format string, args ...any) { _, _ = fmt.Fprintf(out, format+"\n", args...) }
 	if len(args) > 0 {
-		if args[0] != "measure" || len(args) > 1 {
-			return failed(fmt.Errorf("%q: the one argument there can be is measure", args))
+		onlyPriorities := slices.Equal(args, []string{"measure", "priorities"})
+		if !onlyPriorities && !slices.Equal(args, []string{"measure"}) {
+			return failed(fmt.Errorf("%q: the arguments can be `measure` or `measure priorities`", args))
 		}
-		if err := measure(ctx, dir, say); err != nil {
+		if err := measure(ctx, dir, onlyPriorities, say); err != nil {
 			return failed(err)
 		}
 		return 0

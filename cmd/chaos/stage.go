@@ -33,10 +33,11 @@ const (
 // A setting says what a stage is to be.
 type setting struct {
 	replicas    int
-	throttle    int // calls a second that Clarifai allows; 0 means any number
-	connections int // of a replica to Postgres
-	pool        int // apps that are kept ready at most; 0 means none
-	items       int // that one call may make for builds of the first replica; 0 means one
+	throttle    int  // calls a second that Clarifai allows; 0 means any number
+	connections int  // of a replica to Postgres
+	pool        int  // apps that are kept ready at most; 0 means none
+	items       int  // that one call may make for builds of the first replica; 0 means one
+	fast        bool // at no particular rate of calls, until replicas are started with another environment
 }
 
 // A stage is everything that runs.
@@ -186,6 +187,9 @@ func (s *stage) startTenantry(ctx context.Context) error {
 		fmt.Sprint("TENANTRY_DATABASE_MAX_CONNS=", s.connections), fmt.Sprint("TENANTRY_POOL_MAX=", s.pool),
 		// Each crash of Postgres starts a watch. A shorter watch renews the control record more often.
 		"TENANTRY_RECOVERY_WATCH=10s", "TENANTRY_SHUTDOWN_DELAY=1s"}
+	if s.fast {
+		s.env = append(s.env, "TENANTRY_UPSTREAM_RATE=1000")
+	}
 	for _, args := range [][]string{{"keyset", "create"}, {"migrate", "up"}} {
 		if _, err := s.command(ctx, args...); err != nil {
 			return err
@@ -289,6 +293,11 @@ func await(ctx context.Context, limit time.Duration, what string, ok func() (boo
 
 // ask asks any replica as admin, and decodes what it answers.
 func (s *stage) ask(ctx context.Context, method, path string, body, answer any) error {
+	return s.as(ctx, s.admin, method, path, body, answer)
+}
+
+// as is ask for another caller, with headers.
+func (s *stage) as(ctx context.Context, token, method, path string, body, answer any, headers ...string) error {
 	var last error
 	for _, p := range s.running {
 		raw, err := json.Marshal(body)
@@ -302,7 +311,10 @@ func (s *stage) ask(ctx context.Context, method, path string, body, answer any) 
 		if err != nil {
 			return err
 		}
-		req.Header.Set("Authorization", "Bearer "+s.admin)
+		req.Header.Set("Authorization", "Bearer "+token)
+		for i := 0; i+1 < len(headers); i += 2 {
+			req.Header.Set(headers[i], headers[i+1])
+		}
 		if last = decode(req, answer); last == nil {
 			return nil
 		}
@@ -335,6 +347,9 @@ func decode(req *http.Request, answer any) error {
 	}
 	if resp.StatusCode >= 300 {
 		return fmt.Errorf("%s %s answers %s: %s", req.Method, req.URL.Path, resp.Status, raw)
+	}
+	if answer == nil {
+		return nil
 	}
 	return json.Unmarshal(raw, answer)
 }

@@ -229,7 +229,7 @@ func TestEndToEnd(t *testing.T) {
 	for _, name := range []string{
 		`tenantry_http_requests_total{code="201",method="PUT",route="/v1/tenants/{tenant_id}"} 1`,
 		`tenantry_upstream_calls_total{call="PostApps",outcome="ok"} `,
-		`tenantry_jobs_total{kind="app",outcome="done"} `,
+		`tenantry_work_total{kind="app",outcome="done"} `,
 		`tenantry_build_duration_seconds_count `, `tenantry_tenants{state="active"}`, `go_goroutines`,
 		`tenantry_recovery_mode{state="watching"} 0`, `tenantry_recovery_undecided_findings 0`, `tenantry_control_record_failing 0`, `tenantry_upstream_paused 0`, `tenantry_upstream_pat_refused 0`,
 		`tenantry_report_timestamp_seconds 0`, `tenantry_audit_sealed_timestamp_seconds 1`,

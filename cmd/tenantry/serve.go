@@ -11,10 +11,8 @@ import (
 	"sync/atomic"
 	"time"
 
-	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
-	"github.com/riverqueue/river"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"golang.org/x/sync/errgroup"
@@ -404,7 +402,7 @@ func (s *service) readPAT() (tenant.Secret, error) {
 }
 
 // run serves until ctx ends, then stops in order: no more requests, those under
-// way, the jobs, the rest.
+// way, the workers, the rest.
 func (s *service) run(ctx context.Context, public, internal net.Listener) error {
 	registerCacheMetrics(s.reg, s.db.CacheStats)
 	s.reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
@@ -439,12 +437,11 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	s.log.Info("listening", zap.String("api", urlOf(public)), zap.String("internal", urlOf(internal)), zap.String("version", version()))
 
 	var engine *provision.Service
-	var jobs *river.Client[pgx.Tx]
+	var workers *provision.Workers
 	engine, err := s.start(serving)
 	if err == nil && !s.ReadOnly {
-		if jobs, err = engine.StartJobs(background, s.db.Direct(), s.Workers); err == nil {
-			s.work(background, &group, engine)
-		}
+		workers = engine.StartWork(background, s.Workers)
+		s.work(background, &group, engine)
 	}
 	if err == nil {
 		handler := httpapi.New(httpapi.Config{Service: engine, DB: s.db, Log: s.log, Metrics: httpapi.NewMetrics(s.reg), ReadOnly: s.ReadOnly})
@@ -463,7 +460,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		time.Sleep(s.ShutdownDelay)
 	}
 	s.log.Info("stopping")
-	if jobs != nil {
+	if workers != nil {
 		engine.Drain()
 	}
 	end, cancel := context.WithTimeout(context.Background(), s.ShutdownTimeout)
@@ -472,16 +469,15 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 		s.log.Warn("requests were cut off", zap.Error(shut))
 		_ = apiServer.Close()
 	}
-	if jobs != nil {
-		if stop := jobs.Stop(end); stop != nil {
-			s.log.Warn("jobs were cut off; another replica takes them up", zap.Error(stop))
-			_ = jobs.StopAndCancel(context.Background())
+	if workers != nil {
+		if stop := workers.Stop(end); stop != nil {
+			s.log.Warn("work was cut off; it is due again, for another replica too", zap.Error(stop))
 		}
 	}
 	stopBackground()
 	_ = internalServer.Close()
 	_ = group.Wait()
-	if jobs != nil {
+	if workers != nil {
 		s.leave(engine)
 	}
 	s.log.Info("stopped")
@@ -491,7 +487,7 @@ func (s *service) run(ctx context.Context, public, internal net.Listener) error 
 	return err
 }
 
-// work starts the background work, except for the jobs.
+// work starts the background work, except for the workers.
 func (s *service) work(ctx context.Context, group *errgroup.Group, engine *provision.Service) {
 	group.Go(func() error { return s.db.Listen(ctx, s.log) })
 	group.Go(func() error { return s.db.Follow(ctx, s.log) })

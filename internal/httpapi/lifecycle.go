@@ -334,14 +334,11 @@ func (s *server) putRotation(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "overlap"); err != nil {
 		return err
 	}
-	n := tenant.NewRotation{ID: rotation, KeyName: name, Lane: tenant.Normal}
+	n := tenant.NewRotation{ID: rotation, KeyName: name, Priority: tenant.Interactive}
 	if n.Overlap, err = durationField("overlap", body.Overlap); err != nil {
 		return err
 	}
 	prefer := parsePrefer(r.Header.Values("Prefer"), defaultWait)
-	if prefer.wait > 0 {
-		n.Lane = tenant.Urgent // somebody waits
-	}
 	ctx, cancel := waiting(w, r, prefer.wait)
 	defer cancel()
 	r = r.WithContext(ctx)

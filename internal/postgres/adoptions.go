@@ -9,7 +9,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/riverqueue/river"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -70,13 +69,13 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		}
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO adoptions AS a (id, tenant_id, dry_run, app_id, app_user_id, profile, display_name, labels, attributes_hash,
-				ciphertext, fingerprint, requested_by, request_id, by_admin, enqueued_at)
-			VALUES ($1, $2, $3, $4, nullif($5, ''), $6, $7, $8, $9, $10, $11, $12, nullif($13, ''), $14, now())
+				ciphertext, fingerprint, requested_by, request_id, by_admin)
+			VALUES ($1, $2, $3, $4, nullif($5, ''), $6, $7, $8, $9, $10, $11, $12, nullif($13, ''), $14)
 			ON CONFLICT (tenant_id, dry_run) DO UPDATE
 			SET id = excluded.id, app_id = excluded.app_id, app_user_id = excluded.app_user_id, profile = excluded.profile,
 				display_name = excluded.display_name, labels = excluded.labels, attributes_hash = excluded.attributes_hash,
 				ciphertext = excluded.ciphertext, fingerprint = excluded.fingerprint, state = 'checking', told = false, reserved = false,
-				requested_by = excluded.requested_by, by_admin = excluded.by_admin, request_id = excluded.request_id, leased_until = '-infinity', enqueued_at = now(),
+				requested_by = excluded.requested_by, by_admin = excluded.by_admin, request_id = excluded.request_id, leased_until = '-infinity',
 				next_attempt_at = now(), attempts = 0, problem = NULL, created_at = now(), updated_at = now()
 			WHERE a.state <> 'checking' AND a.told
 				OR (a.app_id, a.app_user_id, a.profile, a.attributes_hash, a.fingerprint, a.by_admin) IS DISTINCT FROM
@@ -115,7 +114,7 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		return b, translate("begin adoption", err)
 	}
 	if began {
-		db.enqueue(ctx, []river.InsertManyParams{adoptionJob(b.Adoption.ID)})
+		db.wakeWorkers()
 	}
 	return b, nil
 }
@@ -135,10 +134,6 @@ func replacesKey(ctx context.Context, tx pgx.Tx, key tenant.SealedKey, t tenant.
 // keys are dead, or dying, is active again with it.
 func takesKey(s tenant.State) bool {
 	return s == tenant.Active || s == tenant.Suspending || s == tenant.Suspended
-}
-
-func adoptionJob(id uuid.UUID) river.InsertManyParams {
-	return river.InsertManyParams{Args: tenant.AdoptionJob{AdoptionID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground}}
 }
 
 // unclaimed reports tenant.Conflict for an app that the database knows, unless it is retired: by R1
@@ -187,19 +182,18 @@ func (db *DB) HasAdoption(ctx context.Context, id tenant.ID, dryRun bool) (bool,
 	return has, translate("look up adoption", err)
 }
 
-// LeaseAdoption takes an adoption that there is work on, for at most lease. It reports
-// tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
-	var a tenant.LeasedAdoption
-	err := db.pool.QueryRow(ctx, `
-		UPDATE adoptions a SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
-		WHERE id = (SELECT id FROM adoptions WHERE id = $1 AND `+dueAdoption+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.reserved, a.attempts, a.leased_until`, id, lease, db.replica).
-		Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Reserved, &a.Attempts, &a.LeasedUntil)...)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return a, errNotFound("adoption")
-	}
-	return a, translate("lease adoption", err)
+// LeaseAdoptions leases those of the adoptions that there is work on, for at most lease.
+func (db *DB) LeaseAdoptions(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedAdoption, error) {
+	rows, _ := db.pool.Query(ctx, `
+		UPDATE adoptions a SET leased_until = now() + $2, leased_by = $3
+		WHERE id = ANY (ARRAY(SELECT id FROM adoptions WHERE id = ANY ($1) AND `+dueAdoption+` FOR UPDATE SKIP LOCKED))
+		RETURNING `+adoptionColumns+`, a.profile, a.ciphertext, a.requested_by, coalesce(a.request_id, ''), a.by_admin, a.reserved, a.attempts, a.leased_until`, ids, lease, db.replica)
+	leased, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (tenant.LeasedAdoption, error) {
+		var a tenant.LeasedAdoption
+		err := row.Scan(append(adoptionFields(&a.Adoption), &a.Profile, &a.Ciphertext, &a.RequestedBy.Name, &a.RequestedBy.RequestID, &a.ByAdmin, &a.Reserved, &a.Attempts, &a.LeasedUntil)...)
+		return a, err
+	})
+	return leased, translate("lease adoptions", err)
 }
 
 // ReserveAdoption reserves the app of a leased adoption. Until that adoption ends, no other
@@ -218,7 +212,6 @@ func (db *DB) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (boo
 // key in the place of its own. All or nothing. It reports
 // tenant.Conflict if the app, the tenant's id or the key were taken meanwhile.
 func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
-	var making []keyInLane
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		generation, there, err := lockAdopter(ctx, tx, a)
 		if err != nil {
@@ -232,8 +225,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 			if !replaces { // it was carried out between the look for the tenant and the writing of this
 				return adoptionDone(ctx, tx, a)
 			}
-			making, err = giveKey(ctx, tx, a, there, key, scopes, actor)
-			return err
+			return giveKey(ctx, tx, a, there, key, scopes, actor)
 		}
 		tag, err := tx.Exec(ctx, `
 			INSERT INTO apps AS a (id, user_id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, pending)
@@ -267,7 +259,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 			detail: map[string]any{"generation": generation}}); err != nil {
 			return err
 		}
-		if making, err = adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+		if err = adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
 			return err
 		}
 		return adoptionDone(ctx, tx, a)
@@ -276,7 +268,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 		return translate("hold adopted app", err)
 	}
 	db.changed(a.TenantID, a.AppID)
-	db.enqueue(ctx, keyJobs(making))
+	db.wakeWorkers()
 	return nil
 }
 
@@ -291,22 +283,19 @@ func adoptionDone(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption) error
 
 // giveKey puts the key of an adoption in the place of that which a tenant of a shared app
 // has.
-func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.Tenant, key tenant.SealedKey, scopes []string, actor tenant.Actor) ([]keyInLane, error) {
-	ended, err := endKeys(ctx, tx, actor, tenant.EndRotated, nil, false, `k.app_id = $6 AND k.name = $7`, a.AppID, tenant.DefaultKey)
-	if err != nil {
-		return nil, err
+func giveKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, t tenant.Tenant, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
+	if _, err := endKeys(ctx, tx, actor, tenant.EndRotated, tenant.Interactive, false, `k.app_id = $6 AND k.name = $7`, a.AppID, tenant.DefaultKey); err != nil {
+		return err
 	}
-	more, err := adoptKey(ctx, tx, a, key, scopes, actor)
-	if err != nil {
-		return nil, err
+	if err := adoptKey(ctx, tx, a, key, scopes, actor); err != nil {
+		return err
 	}
-	ended = append(ended, more...)
 	if t.State != tenant.Active {
 		if err := move(ctx, tx, t, tenant.Active, actor, nil); err != nil {
-			return nil, err
+			return err
 		}
 	}
-	return ended, adoptionDone(ctx, tx, a)
+	return adoptionDone(ctx, tx, a)
 }
 
 // lockAdopter locks the adoption and its tenant, if there is one, and returns the
@@ -358,29 +347,29 @@ func holdTenant(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, generat
 }
 
 // adoptKey writes down the key that was given, or that one is to be made.
-func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) ([]keyInLane, error) {
+func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error {
 	e := event{action: "key.adopted", tenant: a.TenantID, app: a.AppID, key: a.ID, detail: map[string]any{"name": tenant.DefaultKey, "scopes": scopes}}
 	if key.Ciphertext == nil {
 		e.action = "key.creating"
 		_, err := tx.Exec(ctx, `
-			INSERT INTO keys (id, app_id, name, scopes, lane, request_id, enqueued_at) VALUES ($1, $2, $3, $4, 1, nullif($5, ''), now())`,
-			a.ID, a.AppID, tenant.DefaultKey, scopes, actor.RequestID)
+			INSERT INTO keys (id, app_id, name, scopes, priority, requested_by, request_id) VALUES ($1, $2, $3, $4, 1, $6, nullif($5, ''))`,
+			a.ID, a.AppID, tenant.DefaultKey, scopes, actor.RequestID, actor.Name)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		return []keyInLane{{a.ID, tenant.Normal}}, audit(ctx, tx, actor, e)
+		return audit(ctx, tx, actor, e)
 	}
 	e.key = key.ID
 	// A retired app may have rows of this key already, and of other keys that may be dead.
 	if _, err := tx.Exec(ctx, `
 		UPDATE keys SET state = 'retiring', retires_at = now(), end_reason = 'rotated', updated_at = now()
 		WHERE app_id = $1 AND name = $2 AND state = 'active' AND fingerprint <> $3`, a.AppID, tenant.DefaultKey, key.Fingerprint); err != nil {
-		return nil, err
+		return err
 	}
-	ended, err := endKeys(ctx, tx, actor, tenant.EndRotated, nil, false, `k.app_id = $6 AND k.name = $7 AND k.state = 'creating' AND k.id <> $8`,
+	_, err := endKeys(ctx, tx, actor, tenant.EndRotated, tenant.Interactive, false, `k.app_id = $6 AND k.name = $7 AND k.state = 'creating' AND k.id <> $8`,
 		a.AppID, tenant.DefaultKey, key.ID)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	// A key that was being created when the rows were copied has been created since.
 	tag, err := tx.Exec(ctx, `
@@ -389,10 +378,10 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		WHERE id = $1 AND app_id = $2 AND state IN ('creating', 'lost') AND fingerprint IS NULL`,
 		key.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	if tag.RowsAffected() == 1 {
-		return ended, audit(ctx, tx, actor, e)
+		return audit(ctx, tx, actor, e)
 	}
 	tag, err = tx.Exec(ctx, `
 		INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, activated_at)
@@ -400,12 +389,12 @@ func adoptKey(ctx context.Context, tx pgx.Tx, a tenant.LeasedAdoption, key tenan
 		ON CONFLICT (fingerprint) WHERE fingerprint IS NOT NULL DO UPDATE SET updated_at = now() WHERE k.app_id = excluded.app_id AND k.state = 'active'`,
 		key.ID, a.AppID, tenant.DefaultKey, scopes, key.Ciphertext, key.Fingerprint, key.Hint)
 	if pg, ok := errors.AsType[*pgconn.PgError](err); err != nil && (!ok || pg.ConstraintName != "keys_pkey") {
-		return nil, err
+		return err
 	}
 	if err != nil || tag.RowsAffected() == 0 {
-		return nil, tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry has this key already, for another app, or has ended it")
+		return tenant.Errorf(tenant.Conflict, "adopt_key_known", "Tenantry has this key already, for another app, or has ended it")
 	}
-	return ended, audit(ctx, tx, actor, e)
+	return audit(ctx, tx, actor, e)
 }
 
 // EndAdoption ends a leased adoption without carrying it out. Of what was given it keeps
@@ -430,31 +419,11 @@ func (db *DB) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state te
 	}))
 }
 
-// AdoptionSetback records a failed try on a leased adoption, and lets the lease go.
-func (db *DB) AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE adoptions
-		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
-			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
-			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-		WHERE id = $1 AND leased_until = $2 AND state = 'checking'`,
-		a.ID, a.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
-	return oneRow("record setback of adoption", tag, err)
-}
-
-// DeferAdoption lets the lease of an adoption go, to be looked at again after delay.
-func (db *DB) DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE adoptions SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`, a.ID, a.LeasedUntil, delay)
-	return oneRow("defer adoption", tag, err)
-}
-
 // adoptionMemory is how long it is known how an adoption ended that was not carried out.
 const adoptionMemory = 24 * time.Hour
 
-// forgetAdoptions deletes adoptions that ended long ago.
-func (db *DB) forgetAdoptions(ctx context.Context) error {
+// ForgetAdoptions deletes adoptions that ended long ago.
+func (db *DB) ForgetAdoptions(ctx context.Context) error {
 	_, err := db.pool.Exec(ctx, `
 		DELETE FROM adoptions WHERE id IN (
 			SELECT id FROM adoptions WHERE state <> 'checking' AND updated_at < now() - $1::interval LIMIT 100)`, adoptionMemory)

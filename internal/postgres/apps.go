@@ -36,20 +36,13 @@ const untagged = `(user_id IS NULL AND (tagging OR tagged_purge_after IS DISTINC
 // the time of the removal: the removal begins with a check of both.
 const duePurge = `(purge_after <= now() AND (removal_confirmed OR NOT ` + untagged + `) AND ` + mayRemove + `)`
 
-// LeaseApp takes an app that there is work on, for at most lease. It reports
-// tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
-	var a tenant.App
-	var keyID *uuid.UUID
-	var keyInDoubt *bool
-	var purge, tagged, tagging *time.Time
-	err := db.pool.QueryRow(ctx, `
+// LeaseApps leases those of the apps that there is work on, for at most lease.
+func (db *DB) LeaseApps(ctx context.Context, ids []tenant.AppID, lease time.Duration) ([]tenant.App, error) {
+	rows, _ := db.pool.Query(ctx, `
 		WITH leased AS (
-			UPDATE apps SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
-			WHERE id = (
-				SELECT id FROM apps
-				WHERE id = $1 AND `+dueApp+`
-				FOR UPDATE SKIP LOCKED)
+			UPDATE apps SET leased_until = now() + $2, leased_by = $3
+			WHERE id = ANY (ARRAY(SELECT due.id FROM unnest($1::text[]) AS asked (id),
+				LATERAL (SELECT id FROM apps WHERE id = asked.id AND `+dueApp+` FOR UPDATE SKIP LOCKED) due))
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
@@ -59,20 +52,27 @@ func (db *DB) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration
 			l.purge_after, l.tagged_purge_after, l.tagging, l.tagging_purge_after, l.end_unknown_keys, l.removal_confirmed,
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), (l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`) IS TRUE,
 			k.id, k.in_doubt_since IS NOT NULL
-		FROM leased l LEFT JOIN keys k ON k.app_id = l.id AND k.state = 'creating' AND l.state = 'building'`,
-		id, lease, db.replica).Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
+		FROM leased l LEFT JOIN LATERAL (SELECT * FROM keys WHERE app_id = l.id AND state = 'creating' AND l.state = 'building' LIMIT 1) k ON true`,
+		ids, lease, db.replica)
+	apps, err := pgx.CollectRows(rows, scanLeasedApp)
+	return apps, translate("lease apps", err)
+}
+
+func scanLeasedApp(row pgx.CollectableRow) (tenant.App, error) {
+	var a tenant.App
+	var keyID *uuid.UUID
+	var keyInDoubt *bool
+	var purge, tagged, tagging *time.Time
+	err := row.Scan(&a.ID, &a.Profile, &a.Revision, &a.State, &a.Attempts, &a.Problem, &a.LeasedUntil, &a.Made, &a.InDoubt, &a.Wanted, &a.WantedLater,
 		&a.Tenant, &a.Generation, &a.UserID, &a.Marked, &a.HasExtraKeys,
 		&purge, &tagged, &a.Tagging, &tagging, &a.EndUnknownKeys, &a.RemovalConfirmed,
 		&a.ForPool, &a.PoolRevision, &a.Unproven,
 		&keyID, &keyInDoubt)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return a, errNotFound("app")
-	}
 	if keyID != nil {
 		a.Creating = tenant.CreatingKey{ID: *keyID, InDoubt: *keyInDoubt}
 	}
 	a.PurgeAfter, a.TaggedPurgeAfter, a.TaggingPurgeAfter = orZero(purge), orZero(tagged), orZero(tagging)
-	return a, translate("lease app", err)
+	return a, err
 }
 
 // BeginApp records the intent to make the app of a leased build: from here on,
@@ -118,7 +118,7 @@ func (db *DB) BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) 
 // not be found upstream, into one to be revoked: it may still land there.
 func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys SET state = 'revoking', end_reason = 'unclear', next_attempt_at = now(), updated_at = now()
+		UPDATE keys SET state = 'revoking', priority = 2, end_reason = 'unclear', next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state = 'creating'
 			AND EXISTS (SELECT FROM apps WHERE id = $2 AND leased_until = $3 AND state = 'building')`,
 		a.Creating.ID, a.ID, a.LeasedUntil)
@@ -130,7 +130,6 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 // build if tenants still wait: all or nothing. An app of an earlier incarnation is
 // retired instead.
 func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
-	var began []tenant.AppID
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
 		var ready, active int64
@@ -149,11 +148,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 			a.ID, a.LeasedUntil,
 		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
 		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-		batch.Queue(startBuildsSQL, end.Profile.Name, end.NextBuilds, end.Profile.Revision(), end.MaxBuilds).
-			Query(func(rows pgx.Rows) (err error) {
-				began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
-				return err
-			})
+		batch.Queue(startBuildsSQL, end.Profile.Name, end.NextBuilds, end.Profile.Revision(), end.MaxBuilds)
 		if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 			return err
 		}
@@ -166,7 +161,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 		return translate("finish build", err)
 	}
 	db.wakeFollowers() // it may have been given to a tenant
-	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.wakeWorkers()
 	return nil
 }
 
@@ -195,68 +190,19 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 			return translate("end contest of app", err)
 		}
 	}
-	// Keys of a restored tenant wait for the tag.
-	var keys []keyInLane
-	rows, _ := db.pool.Query(ctx, `
-		WITH marked AS (
+	tag, err := db.pool.Exec(ctx, `
 		UPDATE apps
-		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity',
+		SET marked_at = now(), attempts = 0, problem = NULL, leased_until = '-infinity',
 			marker_key_id = coalesce($3, marker_key_id, CASE WHEN NOT $4 THEN -1 END),
 			tagged_purge_after = $5, tagging = false, tagging_purge_after = NULL, pending = purge_after IS DISTINCT FROM $5 OR end_unknown_keys
 		WHERE id = $1 AND leased_until = $2 AND state IN ('held', 'retained')
-		RETURNING id
-		), keys AS (
-			UPDATE keys k SET enqueued_at = now() FROM marked WHERE k.app_id = marked.id AND k.state = 'creating' AND $6
-			RETURNING k.id, k.lane
-		)
-		SELECT keys.id, coalesce(keys.lane, 0) FROM marked LEFT JOIN keys ON true`,
-		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked, nullTime(a.TaggedPurgeAfter), a.Tenant != "" && a.State == tenant.AppHeld)
-	var id *uuid.UUID
-	var lane tenant.Lane
-	tag, err := pgx.ForEachRow(rows, []any{&id, &lane}, func() error {
-		if id != nil {
-			keys = append(keys, keyInLane{*id, lane})
-		}
-		return nil
-	})
-	if err != nil {
-		return translate("record app as marked", err)
+		`,
+		a.ID, a.LeasedUntil, a.MarkerKey, a.Marked, nullTime(a.TaggedPurgeAfter))
+	if err := oneRow("record app as marked", tag, err); err != nil {
+		return err
 	}
-	if tag.RowsAffected() == 0 {
-		return tenant.ErrLeaseLost
-	}
-	db.enqueue(ctx, keyJobs(keys))
+	db.wakeWorkers() // keys of a restored tenant wait for the tag
 	return nil
-}
-
-// AppSetback records a failed try on a leased app and lets the lease go.
-func (db *DB) AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error {
-	tag, err := db.pool.Exec(ctx, `
-		WITH app AS (
-			UPDATE apps
-			SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
-				next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
-				in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
-				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging', 'held', 'retained', 'ready')
-			RETURNING id
-		), key AS (
-			UPDATE keys SET in_doubt_since = NULL, updated_at = now()
-			FROM app WHERE keys.app_id = app.id AND keys.state = 'creating' AND $6
-		)
-		SELECT FROM app`,
-		a.ID, a.LeasedUntil, s.Problem, s.Delay, count(s.Counts), s.Settled)
-	return oneRow("record setback of app", tag, err)
-}
-
-// DeferApp lets the lease of an app go, to be looked at again after delay. Nothing
-// failed, and what is in doubt stays so.
-func (db *DB) DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE apps SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`,
-		a.ID, a.LeasedUntil, delay)
-	return oneRow("defer app", tag, err)
 }
 
 // AbandonApp gives up a leased build for good; another build takes its place.
@@ -270,7 +216,7 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 		WITH abandoned AS (
 			UPDATE apps
 			SET state = $3, attempts = 0, problem = NULL, in_doubt_since = NULL, next_attempt_at = now(),
-				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state = 'building'
 			RETURNING id)
 		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
@@ -284,7 +230,7 @@ func (db *DB) RetireApp(ctx context.Context, a tenant.App, reason string, actor 
 	tag, err := db.pool.Exec(ctx, `
 		WITH retired AS (
 			UPDATE apps SET state = 'retired', made_at = coalesce(made_at, now()), removal_confirmed = false, attempts = 0, problem = NULL, in_doubt_since = NULL,
-				leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2 AND state IN ('building', 'purging') AND tenant_id IS NULL
 			RETURNING id)
 		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)

@@ -105,7 +105,7 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 			{"keys", `state IN ('creating', 'revoking')`},
 		} {
 			if _, err := tx.Exec(ctx, `
-				UPDATE `+work.table+` SET next_attempt_at = now(), enqueued_at = '-infinity'
+				UPDATE `+work.table+` SET next_attempt_at = now()
 				WHERE id = ANY (ARRAY(SELECT id FROM `+work.table+`
 					WHERE (`+work.is+`) AND next_attempt_at > now() AND problem ->> 'code' IN ('upstream_unavailable', 'upstream_throttled')
 					FOR UPDATE SKIP LOCKED))`); err != nil {
@@ -114,6 +114,9 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 		}
 		return nil
 	})
+	if resumed {
+		db.wakeWorkers()
+	}
 	return resumed, translate("resume upstream work", err)
 }
 

@@ -8,7 +8,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/riverqueue/river"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -38,10 +37,6 @@ func oneCampaign(rows pgx.Rows) (tenant.Campaign, error) {
 		return c, errNotFound("campaign")
 	}
 	return c, err
-}
-
-func campaignJob(id uuid.UUID) river.InsertManyParams {
-	return river.InsertManyParams{Args: tenant.CampaignJob{CampaignID: id}, InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: 2}}
 }
 
 // NoteProfiles writes down what the revisions of profiles make, unless that is known.
@@ -75,7 +70,7 @@ func (db *DB) StartCampaign(ctx context.Context, n tenant.NewCampaign, actor ten
 	if err != nil {
 		return c, translate("start campaign", err)
 	}
-	db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	db.wakeWorkers()
 	return c, nil
 }
 
@@ -88,8 +83,8 @@ func insertCampaign(ctx context.Context, tx pgx.Tx, n tenant.NewCampaign, actor 
 	}
 	rows, _ := tx.Query(ctx, `
 		WITH inserted AS (
-			INSERT INTO campaigns AS c (id, kind, filter, overlap, revision, created_by, enqueued_at)
-			SELECT $1::uuid, $2::text, $3::jsonb, $4::interval, nullif($5, ''), $6::text, now() WHERE `+condition+`
+			INSERT INTO campaigns AS c (id, kind, filter, overlap, revision, created_by)
+			SELECT $1::uuid, $2::text, $3::jsonb, $4::interval, nullif($5, ''), $6::text WHERE `+condition+`
 			RETURNING `+campaignColumns+`
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, detail)
@@ -105,10 +100,8 @@ func insertCampaign(ctx context.Context, tx pgx.Tx, n tenant.NewCampaign, actor 
 // StartDueRotation begins a rotation of the keys that are too old, unless there is
 // none or such a campaign is open. It reports whether it did.
 func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error) {
-	var c tenant.Campaign
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
-		var err error
-		c, err = insertCampaign(ctx, tx, n, actor, `
+		_, err := insertCampaign(ctx, tx, n, actor, `
 			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
 			AND EXISTS (
 				SELECT FROM keys k JOIN tenants t ON t.app_id = k.app_id
@@ -126,7 +119,7 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 	if err != nil {
 		return false, translate("rotate keys that are too old", err)
 	}
-	db.enqueue(ctx, []river.InsertManyParams{campaignJob(c.ID)})
+	db.wakeWorkers()
 	return true, nil
 }
 
@@ -159,7 +152,10 @@ func (db *DB) CampaignItems(ctx context.Context, id uuid.UUID, after int64, limi
 }
 
 // rotationOf names the rotations of a campaign.
-func rotationOf(id uuid.UUID) string { return "campaign-" + id.String() }
+func rotationOf(id uuid.UUID) string { return campaignRotation + id.String() }
+
+// campaignRotation begins the ids of the rotations of campaigns.
+const campaignRotation = "campaign-"
 
 // CountCampaigns counts the campaigns that have not ended, by kind and state.
 func (db *DB) CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[tenant.CampaignState]int, error) {
@@ -192,7 +188,7 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 		rows, _ = tx.Query(ctx, `
 			UPDATE campaigns c
 			SET state = $2, ended_at = CASE WHEN $2 = 'stopped' AND under_way = 0 THEN now() END, attempts = 0, problem = NULL,
-				next_attempt_at = now(), enqueued_at = now()
+				next_attempt_at = now()
 			WHERE id = $1 RETURNING `+campaignColumns, id, to)
 		if c, err = oneCampaign(rows); err != nil {
 			return err
@@ -203,7 +199,7 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 	if err != nil || !changed || c.Ended() {
 		return c, changed, translate("change campaign", err)
 	}
-	db.enqueue(ctx, []river.InsertManyParams{campaignJob(id)})
+	db.wakeWorkers()
 	return c, changed, nil
 }
 
@@ -211,33 +207,14 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR state = 'stopped') AND next_attempt_at <= now() AND leased_until < now()
 	AND NOT ` + inRecovery
 
-// LeaseCampaign takes a campaign that there is work on, for at most lease. It reports
-// tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error) {
+// LeaseCampaigns leases those of the campaigns that there is work on, for at most lease.
+func (db *DB) LeaseCampaigns(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Campaign, error) {
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE campaigns c SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
-		WHERE id = (SELECT id FROM campaigns WHERE id = $1 AND `+dueCampaign+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+campaignColumns, id, lease, db.replica)
-	c, err := oneCampaign(rows)
-	return c, translate("lease campaign", err)
-}
-
-// DeferCampaign lets the lease of a campaign go, to be looked at again after delay.
-func (db *DB) DeferCampaign(ctx context.Context, c tenant.Campaign, delay time.Duration) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE campaigns SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`, c.ID, c.LeasedUntil, delay)
-	return oneRow("defer campaign", tag, err)
-}
-
-// CampaignSetback records a failed try on a campaign, and lets the lease go.
-func (db *DB) CampaignSetback(ctx context.Context, c tenant.Campaign, s tenant.Setback) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE campaigns
-		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval), next_attempt_at = now() + $4::interval,
-			attempts = attempts + $5::int, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`, c.ID, c.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
-	return oneRow("record setback of campaign", tag, err)
+		UPDATE campaigns c SET leased_until = now() + $2, leased_by = $3
+		WHERE id = ANY (ARRAY(SELECT id FROM campaigns WHERE id = ANY ($1) AND `+dueCampaign+` FOR UPDATE SKIP LOCKED))
+		RETURNING `+campaignColumns, ids, lease, db.replica)
+	leased, err := pgx.CollectRows(rows, scanCampaign)
+	return leased, translate("lease campaigns", err)
 }
 
 // walkWindow is how many keys are read at once while a campaign looks for its own:
@@ -418,22 +395,17 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 	if err != nil {
 		return c, err
 	}
-	var began []keyInLane
+	defer db.wakeWorkers()
 	for i, k := range w.keys {
-		begins, goesOn, err := db.rotateNext(ctx, c, k, ids[i], actor)
+		goesOn, err := db.rotateNext(ctx, c, k, ids[i], actor)
 		if err != nil {
-			db.enqueue(ctx, keyJobs(began))
 			return c, translate("rotate key of campaign", err)
-		}
-		if begins {
-			began = append(began, keyInLane{ids[i], tenant.Background})
 		}
 		if !goesOn {
 			w.count = len(w.keys) + 1 // the rest is for later
 			break
 		}
 	}
-	db.enqueue(ctx, keyJobs(began))
 	if w.count > len(w.keys) {
 		rows, _ := db.pool.Query(ctx, `SELECT `+campaignColumns+` FROM campaigns c WHERE id = $1`, c.ID)
 		c, err := oneCampaign(rows)
@@ -445,8 +417,8 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 }
 
 // rotateNext begins one rotation of a leased campaign, or skips the key. It reports
-// whether it began, and whether the campaign goes on.
-func (db *DB) rotateNext(ctx context.Context, c tenant.Campaign, k walkedKey, id uuid.UUID, actor tenant.Actor) (begins, goesOn bool, err error) {
+// whether the campaign goes on.
+func (db *DB) rotateNext(ctx context.Context, c tenant.Campaign, k walkedKey, id uuid.UUID, actor tenant.Actor) (goesOn bool, err error) {
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		if goesOn, err = holdCampaign(ctx, tx, c); err != nil || !goesOn {
 			return err
@@ -463,17 +435,16 @@ func (db *DB) rotateNext(ctx context.Context, c tenant.Campaign, k walkedKey, id
 		}
 		item.TenantID = t.ID
 		refused := rotateForCampaign(ctx, tx, t, k, tenant.NewRotation{ID: rotationOf(c.ID), KeyName: k.Name, KeyID: id, Overlap: &c.Overlap,
-			Lane: tenant.Background}, actor)
+			Priority: tenant.Bulk}, actor)
 		if e, ok := errors.AsType[*tenant.Error](refused); ok && (e.Kind == tenant.Conflict || e.Kind == tenant.NotFound) {
 			item.State, item.Problem = tenant.ItemSkipped, &tenant.Problem{Code: e.Code, Detail: e.Detail, Since: time.Now().UTC()}
 		} else if refused != nil {
 			return refused
 		}
-		begins = item.State == tenant.ItemUnderWay
 		return endItem(ctx, tx, c, item, k.ID.String())
 	})
 	db.wakeFollowers()
-	return begins && err == nil, goesOn, err
+	return goesOn, err
 }
 
 func rotateForCampaign(ctx context.Context, tx pgx.Tx, t tenant.Tenant, k walkedKey, n tenant.NewRotation, actor tenant.Actor) error {
@@ -627,9 +598,9 @@ func (db *DB) KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Mis
 // gets the keys that it lacks, as the rows ids. It reports false, and changes nothing,
 // if the app's keys or its tenant have changed since m was read.
 func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (ok bool, err error) {
-	var added []keyInLane
+	added := 0
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
-		ok, added = false, nil
+		ok, added = false, 0
 		// Finished also if it was paused meanwhile.
 		if _, err := holdCampaign(ctx, tx, c); err != nil {
 			return err
@@ -651,21 +622,20 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 				changed = append(changed, map[string]any{"what": change.What, "from": change.From, "to": change.To})
 				continue
 			}
-			i := len(added)
 			for _, t := range c.Shape.Keys {
 				if t.Name != change.KeyName {
 					continue
 				}
 				if _, err := tx.Exec(ctx, `
-					INSERT INTO keys (id, app_id, name, scopes, lane, request_id, enqueued_at) VALUES ($1, $2, $3, $4, 2, nullif($5, ''), now())`,
-					ids[i], m.AppID, t.Name, t.Scopes, actor.RequestID); err != nil {
+					INSERT INTO keys (id, app_id, name, scopes, priority, requested_by, request_id) VALUES ($1, $2, $3, $4, 2, $6, nullif($5, ''))`,
+					ids[added], m.AppID, t.Name, t.Scopes, actor.RequestID, actor.Name); err != nil {
 					return err
 				}
-				added = append(added, keyInLane{ids[i], tenant.Background})
-				if err := audit(ctx, tx, actor, event{action: "key.creating", tenant: m.TenantID, app: m.AppID, key: ids[i],
+				if err := audit(ctx, tx, actor, event{action: "key.creating", tenant: m.TenantID, app: m.AppID, key: ids[added],
 					detail: map[string]any{"name": t.Name, "scopes": t.Scopes, "campaign": c.ID}}); err != nil {
 					return err
 				}
+				added++
 			}
 		}
 		if _, err := tx.Exec(ctx, `
@@ -683,7 +653,7 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 		return false, translate("bring app to a revision", err)
 	}
 	db.changed(m.TenantID, "")
-	db.enqueue(ctx, keyJobs(added))
+	db.wakeWorkers()
 	return ok, nil
 }
 

@@ -53,7 +53,7 @@ func TestCompareInParts(t *testing.T) {
 		"app_unmarked": count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 12`),
 		"key_gone":     count(t, conn, `apps WHERE right(id, 4)::int % 4000 = 13`),
 	}
-	r, err := db.LeaseReconciliation(t.Context(), id, time.Hour)
+	r, err := one(db.LeaseReconciliations(t.Context(), []uuid.UUID{id}, time.Hour))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -139,7 +139,7 @@ func TestReadOnlySessions(t *testing.T) {
 	app, owner, _ := migratedCluster(t)
 	run(t, owner, `ALTER ROLE app SET default_transaction_read_only = on`)
 	db := opened(t, postgres.Config{URL: app, MaxConns: 8})
-	pool := db.Direct()
+	pool := db.DirectPool()
 	held := make([]interface{ Release() }, 8)
 	for i := range held {
 		c, err := pool.Acquire(t.Context())
@@ -184,7 +184,7 @@ func TestSessionLimits(t *testing.T) {
 			if err := db.InTx(t.Context(), func(tx pgx.Tx) error { return tx.QueryRow(t.Context(), `SELECT current_setting($1)`, name).Scan(&inTx) }); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
-			if err := db.Direct().QueryRow(t.Context(), `SELECT current_setting($1)`, name).Scan(&session); err != nil {
+			if err := db.DirectPool().QueryRow(t.Context(), `SELECT current_setting($1)`, name).Scan(&session); err != nil {
 				t.Fatalf("%s: %v", what, err)
 			}
 			if inTx != want || session != want {
@@ -281,17 +281,5 @@ func TestPartitionsBesideADump(t *testing.T) {
 	}
 	if n := count(t, owner, fmt.Sprintf(`pg_trigger WHERE tgrelid = to_regclass('%s')`, newest)); n < 2 {
 		t.Errorf("%d triggers guard the partition %s", n, newest)
-	}
-}
-
-// What is committed is no failure, also if no job can be inserted for it.
-func TestJobsThatCannotBeInserted(t *testing.T) {
-	t.Parallel()
-	of := pgtest.URL(t)
-	db := opened(t, postgres.Config{URL: of})
-	run(t, pgtest.Conn(t, of), `BEGIN; LOCK TABLE river_job IN ACCESS EXCLUSIVE MODE`)
-	got, err := db.SignUp(t.Context(), newTenant("user_1"), actor)
-	if err != nil || got.Tenant.State != tenant.Provisioning {
-		t.Errorf("sign-up: %+v, %v", got.Tenant, err)
 	}
 }

@@ -93,8 +93,8 @@ func (db *DB) StartDueDecisions(ctx context.Context, id uuid.UUID) (bool, error)
 		return false, translate("look for decisions", err)
 	}
 	_, err = db.startReconciliation(ctx, tenant.Actor{Name: "worker"}, `
-		INSERT INTO reconciliations AS r (id, kind, phase, report_id, decisions, requested_by, enqueued_at)
-		VALUES ($1, 'repair', 'repair', $2, true, 'worker', now())`, id, report)
+		INSERT INTO reconciliations AS r (id, kind, phase, report_id, decisions, requested_by)
+		VALUES ($1, 'repair', 'repair', $2, true, 'worker')`, id, report)
 	if errors.Is(err, tenant.Conflict) { // another replica was first
 		return false, nil
 	}
@@ -177,7 +177,7 @@ func adoptApp(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp, to tenant.Sta
 		SET state = excluded.state, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation,
 			made_at = coalesce(a.made_at, now()), ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL,
 			purge_after = excluded.purge_after, tagged_purge_after = excluded.tagged_purge_after, tagging = false, tagging_purge_after = NULL, pending = true,
-			removal_confirmed = false, attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+			removal_confirmed = false, attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', updated_at = now()
 		WHERE a.tenant_id IS NULL AND (a.state = 'retired' OR a.state IN ('building', 'ready', 'purging') AND a.incarnation <> stored_incarnation())`,
 		a.ID, a.Profile, state, a.Owner.Tenant, a.Owner.Generation, onlyIf(to == tenant.Deleting, nullTime(a.PurgeAfter)), nullTime(a.PurgeAfter))
 	if err != nil || tag.RowsAffected() == 1 {
@@ -259,54 +259,58 @@ func adoptKeyFound(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f te
 // AdoptFoundKey makes an unknown key a key of its tenant. The keys in dead are known to be dead.
 // A tenant that is suspended, deleting or purging in the rows becomes active again.
 func (db *DB) AdoptFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey, dead []uuid.UUID) error {
-	return db.repair(ctx, r, f, "key.found", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "key.found", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
 		worker := tenant.Actor{Name: r.RequestedBy}
 		if t.ID == "" {
-			return false, nil, nil
+			return false, nil
 		}
 		if _, err := tx.Exec(ctx, `
 			UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
 			WHERE app_id = $1 AND id = ANY ($2) AND state IN ('active', 'retiring')`, f.AppID, dead); err != nil {
-			return false, nil, err
+			return false, err
 		}
 		if err := adoptKeyFound(ctx, tx, r, f, k); err != nil {
-			return false, nil, err
+			return false, err
 		}
 		if t.State == tenant.Active {
-			return true, nil, nil
+			return true, nil
 		}
 		tag, err := tx.Exec(ctx, `
 			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, removal_confirmed = false, pending = true, end_unknown_keys = false, background = false,
-				next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', problem = NULL, updated_at = now()
+				next_attempt_at = now(), leased_until = '-infinity', problem = NULL, updated_at = now()
 			WHERE id = $1 AND state IN ('held', 'retained', 'purging')`, f.AppID)
 		if err != nil || tag.RowsAffected() == 0 {
-			return false, nil, err
+			return false, err
 		}
 		if _, err := tx.Exec(ctx, `UPDATE keys SET remake = false WHERE app_id = $1 AND remake`, f.AppID); err != nil {
-			return false, nil, err
+			return false, err
 		}
 		if err := move(ctx, tx, t, tenant.Active, worker, map[string]any{"decided": true}); err != nil {
-			return false, nil, err
+			return false, err
 		}
-		return true, nil, wakeTenant(ctx, tx, t.ID)
+		return true, wakeTenant(ctx, tx, t.ID)
 	})
 }
 
 // EndFoundKey gives an unknown key to the workers that revoke keys.
 func (db *DB) EndFoundKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, k tenant.AdoptedKey) error {
-	return db.repair(ctx, r, f, "key.revoking", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
-		keys, err := endFound(ctx, tx, f.AppID, []tenant.AdoptedKey{k}, tenant.EndRevoked)
-		if err == nil && len(keys) > 0 && t.State == tenant.Suspended { // not suspended while a key may work
+	return db.repair(ctx, r, f, "key.revoking", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
+		ended, err := endFound(ctx, tx, f.AppID, []tenant.AdoptedKey{k}, tenant.EndRevoked, tenant.Actor{Name: r.RequestedBy})
+		if err == nil && len(ended) > 0 && t.State == tenant.Suspended { // not suspended while a key may work
 			err = move(ctx, tx, t, tenant.Suspending, tenant.Actor{Name: r.RequestedBy}, nil)
 		}
-		return err == nil, keys, err
+		return err == nil, err
 	})
 }
 
 // endFound records keys that were found at Clarifai as revoking: keys without a row, and keys
-// whose rows say that they are dead. A key without its secret is lost.
-func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.AdoptedKey, reason tenant.EndReason) ([]keyInLane, error) {
-	var keys []keyInLane
+// whose rows say that they are dead. A key without its secret is lost. It returns the revoking keys.
+func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.AdoptedKey, reason tenant.EndReason, actor tenant.Actor) ([]uuid.UUID, error) {
+	var ended []uuid.UUID
+	priority := tenant.Interactive
+	if reason == tenant.EndQuarantined {
+		priority = tenant.Incident
+	}
 	for _, k := range found {
 		state, problem := tenant.KeyRevoking, (*tenant.Problem)(nil)
 		if k.Ciphertext == nil {
@@ -314,29 +318,28 @@ func endFound(ctx context.Context, tx pgx.Tx, app tenant.AppID, found []tenant.A
 			state, problem = tenant.KeyLost, &p
 		}
 		rows, _ := tx.Query(ctx, `
-			INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, problem, end_reason, lane, enqueued_at)
-			VALUES ($1::uuid, $2, 'found-' || right($1::uuid::text, 12), $3, $4, $5, $6, $7, $8, $9, 0, now())
+			INSERT INTO keys AS k (id, app_id, name, scopes, state, ciphertext, fingerprint, hint, problem, end_reason, priority, requested_by)
+			VALUES ($1::uuid, $2, 'found-' || right($1::uuid::text, 12), $3, $4, $5, $6, $7, $8, $9, $10, $11)
 			ON CONFLICT (id) DO UPDATE
 			SET state = excluded.state, revoked_at = NULL, ciphertext = excluded.ciphertext, fingerprint = coalesce(excluded.fingerprint, k.fingerprint),
-				hint = excluded.hint, problem = excluded.problem, end_reason = excluded.end_reason, lane = 0, attempts = 0,
-				next_attempt_at = now(), enqueued_at = now(), updated_at = now()
+				hint = excluded.hint, problem = excluded.problem, end_reason = excluded.end_reason, priority = excluded.priority, requested_by = excluded.requested_by, attempts = 0,
+				next_attempt_at = now(), updated_at = now()
 			WHERE k.state IN ('revoked', 'lost') AND k.app_id = excluded.app_id
-			RETURNING id, lane`, k.ID, app, k.Scopes, state, k.Ciphertext, k.Fingerprint, k.Hint, problem, reason)
-		one, err := pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+			RETURNING id`, k.ID, app, k.Scopes, state, k.Ciphertext, k.Fingerprint, k.Hint, problem, reason, priority, actor.Name)
+		one, err := pgx.CollectRows(rows, pgx.RowTo[uuid.UUID])
 		if err != nil {
 			return nil, err
 		}
 		if state == tenant.KeyRevoking {
-			keys = append(keys, one...)
+			ended = append(ended, one...)
 		}
 	}
-	return keys, nil
+	return ended, nil
 }
 
 // KeysListed records that the keys of a leased app were listed because a command ended them.
 // Workers revoke the listed keys that have no row.
 func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.AdoptedKey, actor tenant.Actor) error {
-	var keys []keyInLane
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
 		if err != nil {
@@ -348,11 +351,12 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 		if err := oneRow("record listed keys", tag, err); err != nil {
 			return err
 		}
-		if keys, err = endFound(ctx, tx, a.ID, found, tenant.EndSuspended); err != nil {
+		ended, err := endFound(ctx, tx, a.ID, found, tenant.EndSuspended, actor)
+		if err != nil {
 			return err
 		}
-		for _, k := range keys {
-			if err := audit(ctx, tx, actor, event{action: "key.found", tenant: owner, app: a.ID, key: k.ID, detail: map[string]any{"to": tenant.KeyRevoking}}); err != nil {
+		for _, key := range ended {
+			if err := audit(ctx, tx, actor, event{action: "key.found", tenant: owner, app: a.ID, key: key, detail: map[string]any{"to": tenant.KeyRevoking}}); err != nil {
 				return err
 			}
 		}
@@ -362,7 +366,7 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 	if err != nil {
 		return translate("record listed keys", err)
 	}
-	db.enqueue(ctx, keyJobs(keys))
+	db.wakeWorkers()
 	return nil
 }
 
@@ -375,34 +379,33 @@ func (db *DB) KeysOfApp(ctx context.Context, app tenant.AppID) ([]tenant.SealedK
 
 // SuspendDecided suspends the tenant of a finding.
 func (db *DB) SuspendDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
-	return db.repair(ctx, r, f, "tenant.suspend_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "tenant.suspend_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
 		if t.State != tenant.Active && t.State != tenant.Resuming {
-			return false, nil, nil
+			return false, nil
 		}
-		keys, err := suspend(ctx, tx, t, tenant.Actor{Name: r.RequestedBy})
-		return true, keys, err
+		return true, suspend(ctx, tx, t, tenant.Actor{Name: r.RequestedBy})
 	})
 }
 
 // RestoreDecided cancels the removal of an app: its tenant becomes suspended, and keys without a
 // row are ended.
 func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
-	return db.repair(ctx, r, f, "tenant.restore_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "tenant.restore_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
 		if t.State != tenant.Deleting && t.State != tenant.Purging {
-			return false, nil, nil
+			return false, nil
 		}
 		if _, err := tx.Exec(ctx, `
 			UPDATE apps SET state = 'held', purge_after = NULL, purging_since = NULL, removal_confirmed = false, pending = true, end_unknown_keys = user_id IS NULL,
 				background = false,
-				next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity', problem = NULL, updated_at = now()
+				next_attempt_at = now(), leased_until = '-infinity', problem = NULL, updated_at = now()
 			WHERE id = $1 AND state IN ('retained', 'purging')`, f.AppID); err != nil {
-			return false, nil, err
+			return false, err
 		}
 		worker := tenant.Actor{Name: r.RequestedBy}
 		if err := move(ctx, tx, t, tenant.Suspending, worker, map[string]any{"decided": true}); err != nil {
-			return false, nil, err
+			return false, err
 		}
-		return true, nil, settle(ctx, tx, t.ID, worker)
+		return true, settle(ctx, tx, t.ID, worker)
 	})
 }
 
@@ -410,24 +413,24 @@ func (db *DB) RestoreDecided(ctx context.Context, r tenant.Reconciliation, f ten
 func (db *DB) RemovalDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.removal_decided", `
 		UPDATE apps SET removal_confirmed = true, purge_after = CASE WHEN state = 'retained' THEN least(purge_after, now()) ELSE purge_after END,
-			attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+			attempts = 0, problem = NULL, next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state IN ('retained', 'purging')`, f.AppID)
 }
 
 // OwnerDecided records that the ownership tag of an app was overwritten with the tenant of the row.
 func (db *DB) OwnerDecided(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
-	return db.repair(ctx, r, f, "app.owner_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "app.owner_decided", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
 		if t.ID == "" {
-			return false, nil, nil
+			return false, nil
 		}
 		if _, err := tx.Exec(ctx, `
 			UPDATE apps SET marked_at = now(), problem = NULL, tagged_purge_after = NULL, tagging = false, tagging_purge_after = NULL,
 				pending = purge_after IS NOT NULL OR end_unknown_keys, updated_at = now()
 			WHERE id = $1`, f.AppID); err != nil {
-			return false, nil, err
+			return false, err
 		}
 		_, err := tx.Exec(ctx, `UPDATE tenants SET problem = NULL, version = version + 1, updated_at = now() WHERE id = $1`, t.ID)
-		return true, nil, err
+		return true, err
 	})
 }
 
@@ -442,7 +445,7 @@ func (db *DB) Contested(ctx context.Context, a tenant.App, f tenant.Finding, pro
 		}
 		tag, err := tx.Exec(ctx, `
 			UPDATE apps SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval), next_attempt_at = now() + $4::interval,
-				attempts = attempts + 1, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				attempts = attempts + 1, leased_until = '-infinity', updated_at = now()
 			WHERE id = $1 AND leased_until = $2`, a.ID, a.LeasedUntil, problem, retry.Delay)
 		if err := oneRow("record contested app", tag, err); err != nil {
 			return err
@@ -506,7 +509,7 @@ func (db *DB) RemoveRetired(ctx context.Context, f tenant.RetiredFilter, count i
 		rows, _ := tx.Query(ctx, `
 			WITH removing AS (
 				UPDATE apps SET state = 'purging', incarnation = $5, removal_confirmed = $3 <> '', attempts = 0, problem = NULL,
-					next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+					next_attempt_at = now(), updated_at = now()
 				WHERE state = 'retired' AND CASE WHEN $3 <> '' THEN id = $3 ELSE created_at < $4 END
 				RETURNING id
 			), audited AS (

@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 )
 
 // AuditColumnNames are the columns that seals cover.
@@ -37,6 +38,9 @@ func (db *DB) Poll(ctx context.Context, from int64, gaps []int64) error {
 	_, err := db.pool.Exec(ctx, newEventsSQL, from, gaps, mostEvents)
 	return err
 }
+
+// DirectPool is the pool of sessions.
+func (db *DB) DirectPool() *pgxpool.Pool { return db.direct }
 
 // InTx runs f in a transaction.
 func (db *DB) InTx(ctx context.Context, f func(tx pgx.Tx) error) error { return db.inTx(ctx, f) }

@@ -108,13 +108,12 @@ func (db *DB) SignUpMany(ctx context.Context, n tenant.NewBatch, actor tenant.Ac
 // as if it had signed up now.
 func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.Tenant, error) {
 	var t tenant.Tenant
-	var began []tenant.AppID
 	batch := &pgx.Batch{}
 	batch.Queue(`
 		UPDATE tenants SET background = false, state_since = now(), updated_at = now()
 		WHERE id = $1 AND state = 'provisioning' AND background AND labels @> $2`, n.ID, scopeSQL(actor))
 	batch.Queue(claimAndWakeSQL, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-	collect(batch, &began, startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
+	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
 	batch.Queue(`SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
 			fields, done := tenantFields(&t)
@@ -126,7 +125,7 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 	if err != nil {
 		return t, translate("sign up", err)
 	}
-	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	db.wakeWorkers()
 	return t, nil
 }
 
@@ -156,7 +155,7 @@ const claimInBackgroundSQL = `
 	), given AS (
 		UPDATE apps a
 		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, pending = true, background = true, next_attempt_at = now(),
-			enqueued_at = '-infinity', updated_at = now()
+			updated_at = now()
 		FROM paired w WHERE a.id = w.app_id AND a.state = 'ready'
 		RETURNING a.id, a.tenant_id, a.tenant_generation
 	), activated AS (

@@ -245,7 +245,7 @@ func (db *DB) RetireApps(ctx context.Context) (int, error) {
 				LIMIT 1000 FOR UPDATE SKIP LOCKED
 			), retired AS (
 				UPDATE apps a
-				SET state = 'retired', removal_confirmed = false, attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				SET state = 'retired', removal_confirmed = false, attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
 				FROM old WHERE a.id = old.id RETURNING a.id
 			), audited AS (
 				INSERT INTO audit_events (actor, action, detail)

@@ -145,15 +145,15 @@ const mayCreate = `(SELECT a.state = 'held' AND a.tagged_purge_after IS NULL AND
 			OR NOT ` + inRecovery + ` OR k.incarnation = (SELECT id FROM current_incarnation) AND NOT ` + watching + `)
 		FROM apps a WHERE a.id = k.app_id)`
 
-const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.lane, k.ciphertext, k.in_doubt_since IS NOT NULL,
-	(SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id) IS TRUE, k.replaces,
+const leasedKeyColumns = `k.id, k.app_id, coalesce((SELECT a.user_id FROM apps a WHERE a.id = k.app_id), ''), k.name, k.state, k.scopes, k.priority, k.ciphertext, k.in_doubt_since IS NOT NULL,
+	(SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id) IS TRUE, k.replaces, coalesce(starts_with(k.rotation_id, '` + campaignRotation + `'), false),
 	coalesce(now() - k.in_doubt_since, '0'), k.fingerprint, now() - coalesce(k.activated_at, k.created_at),
 	coalesce(now() - k.end_unconfirmed_since, '0'), k.attempts, k.problem, k.leased_until`
 
 func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 	var k tenant.LeasedKey
 	var replaces *uuid.UUID
-	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Lane, &k.Ciphertext, &k.InDoubt, &k.Current, &replaces, &k.InDoubtFor,
+	err := row.Scan(&k.ID, &k.AppID, &k.AppUserID, &k.Name, &k.State, &k.Scopes, &k.Priority, &k.Ciphertext, &k.InDoubt, &k.Current, &replaces, &k.ByCampaign, &k.InDoubtFor,
 		&k.Fingerprint, &k.Age, &k.UnconfirmedFor, &k.Attempts, &k.Problem, &k.LeasedUntil)
 	if replaces != nil {
 		k.Replaces = *replaces
@@ -161,18 +161,15 @@ func scanLeasedKey(row pgx.CollectableRow) (tenant.LeasedKey, error) {
 	return k, err
 }
 
-// LeaseKey takes a key that there is work on, for at most lease. It reports
-// tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error) {
+// LeaseKeys leases those of the keys that there is work on, for at most lease.
+func (db *DB) LeaseKeys(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedKey, error) {
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE keys k SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
-		WHERE id = (SELECT id FROM keys k WHERE k.id = $1 AND `+dueKey+` FOR UPDATE SKIP LOCKED)
-		RETURNING `+leasedKeyColumns, id, lease, db.replica)
-	k, err := pgx.CollectExactlyOneRow(rows, scanLeasedKey)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return k, errNotFound("key")
-	}
-	return k, translate("lease key", err)
+		UPDATE keys k SET leased_until = now() + $2, leased_by = $3
+		WHERE id = ANY (ARRAY(SELECT due.id FROM unnest($1::uuid[]) AS asked (id),
+			LATERAL (SELECT id FROM keys k WHERE k.id = asked.id AND `+dueKey+` FOR UPDATE SKIP LOCKED) due))
+		RETURNING `+leasedKeyColumns, ids, lease, db.replica)
+	keys, err := pgx.CollectRows(rows, scanLeasedKey)
+	return keys, translate("lease keys", err)
 }
 
 // BeginLeasedKey records the intent to make a leased key: from here on, until the
@@ -204,7 +201,7 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 			)
 			UPDATE keys k
 			SET state = 'revoking', end_reason = 'unclear', rotation_id = NULL, leased_until = '-infinity', next_attempt_at = now(),
-				enqueued_at = '-infinity', attempts = 0, updated_at = now()
+				attempts = 0, updated_at = now()
 			FROM was WHERE k.id = was.id
 			RETURNING was.rotation_id, coalesce(k.request_id, '')`, k.ID, k.LeasedUntil).Scan(&rotation, &actor.RequestID)
 		if errors.Is(err, pgx.ErrNoRows) {
@@ -214,8 +211,8 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 			return err
 		}
 		rows, _ := tx.Query(ctx, `
-			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, attempts, leased_until, created_at, incarnation)
-			SELECT $2, app_id, name, scopes, expires_at, lane, $5, replaces, overlap, request_id, $4, $3, created_at, incarnation FROM keys WHERE id = $1
+			INSERT INTO keys AS k (id, app_id, name, scopes, expires_at, priority, requested_by, rotation_id, replaces, overlap, request_id, attempts, leased_until, leased_by, created_at, incarnation)
+			SELECT $2, app_id, name, scopes, expires_at, priority, requested_by, $5, replaces, overlap, request_id, $4, $3, leased_by, created_at, incarnation FROM keys WHERE id = $1
 			RETURNING `+leasedKeyColumns, k.ID, id, k.LeasedUntil, k.Attempts, rotation)
 		if next, err = pgx.CollectExactlyOneRow(rows, scanLeasedKey); err != nil {
 			return err
@@ -232,7 +229,6 @@ func (db *DB) ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.
 // with the last of its keys. A key that is not wanted any more keeps its secret only
 // to be revoked.
 func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error {
-	var retired []keyInLane
 	var owner tenant.ID
 	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if owner, err = lockOwner(ctx, tx, k.AppID); err != nil {
@@ -254,15 +250,14 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 		if state == tenant.KeyRevoking {
 			_, err := tx.Exec(ctx, `
 				UPDATE keys
-				SET ciphertext = $2, fingerprint = $3, hint = $4, in_doubt_since = NULL, leased_until = '-infinity', enqueued_at = now(),
+				SET ciphertext = $2, fingerprint = $3, hint = $4, in_doubt_since = NULL, leased_until = '-infinity',
 					next_attempt_at = now(), updated_at = now()
 				WHERE id = $1`, k.ID, key.Ciphertext, key.Fingerprint, key.Hint)
-			retired = append(retired, keyInLane{k.ID, tenant.Urgent})
 			return err
 		}
 		if replaces != nil {
 			// Before the new key is active: there is one of a name at a time.
-			if retired, err = retireKey(ctx, tx, *replaces, k.ID, owner, actor); err != nil {
+			if err = retireKey(ctx, tx, *replaces, k.ID, owner, actor); err != nil {
 				return err
 			}
 		}
@@ -286,13 +281,12 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 		return translate("finish key", err)
 	}
 	db.changed(owner, "")
-	db.enqueue(ctx, keyJobs(retired))
+	db.wakeWorkers()
 	return nil
 }
 
 // retireKey lets a key that next replaces work on for next's overlap.
-func retireKey(ctx context.Context, tx pgx.Tx, id, next uuid.UUID, owner tenant.ID, actor tenant.Actor) ([]keyInLane, error) {
-	var k keyInLane
+func retireKey(ctx context.Context, tx pgx.Tx, id, next uuid.UUID, owner tenant.ID, actor tenant.Actor) error {
 	var state tenant.KeyState
 	var app tenant.AppID
 	var name string
@@ -300,24 +294,18 @@ func retireKey(ctx context.Context, tx pgx.Tx, id, next uuid.UUID, owner tenant.
 	err := tx.QueryRow(ctx, `
 		UPDATE keys k
 		SET state = CASE WHEN n.overlap > '0' THEN 'retiring' ELSE 'revoking' END,
-			retires_at = now() + n.overlap, end_reason = 'rotated', lane = n.lane, request_id = n.request_id,
-			attempts = 0, next_attempt_at = now(), enqueued_at = CASE WHEN n.overlap > '0' THEN '-infinity'::timestamptz ELSE now() END, updated_at = now()
+			retires_at = now() + n.overlap, end_reason = 'rotated', priority = n.priority, requested_by = n.requested_by, request_id = n.request_id,
+			attempts = 0, next_attempt_at = now(), updated_at = now()
 		FROM keys n WHERE k.id = $1 AND k.state = 'active' AND n.id = $2
-		RETURNING k.id, k.lane, k.state, k.app_id, k.name, k.retires_at`, id, next).Scan(&k.ID, &k.Lane, &state, &app, &name, &retires)
+		RETURNING k.state, k.app_id, k.name, k.retires_at`, id, next).Scan(&state, &app, &name, &retires)
 	if errors.Is(err, pgx.ErrNoRows) { // it was revoked meanwhile
-		return nil, nil
+		return nil
 	}
 	if err != nil {
-		return nil, err
+		return err
 	}
-	if err := audit(ctx, tx, actor, event{action: "key." + string(state), tenant: owner, app: app, key: id,
-		detail: map[string]any{"name": name, "reason": tenant.EndRotated, "replaced_by": next, "retires_at": retires}}); err != nil {
-		return nil, err
-	}
-	if state == tenant.KeyRetiring {
-		return nil, nil
-	}
-	return []keyInLane{k}, nil
+	return audit(ctx, tx, actor, event{action: "key." + string(state), tenant: owner, app: app, key: id,
+		detail: map[string]any{"name": name, "reason": tenant.EndRotated, "replaced_by": next, "retires_at": retires}})
 }
 
 // KeyEnded records that a leased key works no longer upstream, or, if lost,
@@ -385,35 +373,13 @@ func (db *DB) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tena
 	return translate("cancel rotation", err)
 }
 
-// KeySetback records a failed try on a leased key, and lets the lease go.
-func (db *DB) KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys
-		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
-			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
-			in_doubt_since = CASE WHEN $6 THEN NULL ELSE in_doubt_since END,
-			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
-		WHERE id = $1 AND leased_until = $2 AND state IN ('creating', 'revoking')`,
-		k.ID, k.LeasedUntil, s.Problem, s.Delay, count(s.Counts), s.Settled)
-	return oneRow("record setback of key", tag, err)
-}
-
 // KeyEndUnconfirmed records that a leased key should have ended and may work: it keeps its secret, and is
 // due again after delay.
 func (db *DB) KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
 	tag, err := db.pool.Exec(ctx, `
 		UPDATE keys
 		SET end_unconfirmed_since = coalesce(end_unconfirmed_since, now()), next_attempt_at = now() + $3, attempts = attempts + 1, problem = NULL,
-			leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+			leased_until = '-infinity', updated_at = now()
 		WHERE id = $1 AND leased_until = $2 AND state = 'revoking'`, k.ID, k.LeasedUntil, delay)
 	return oneRow("record unconfirmed end of key", tag, err)
-}
-
-// DeferKey lets the lease of a key go, to be looked at again after delay.
-func (db *DB) DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE keys SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`,
-		k.ID, k.LeasedUntil, delay)
-	return oneRow("defer key", tag, err)
 }

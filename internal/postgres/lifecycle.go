@@ -44,12 +44,10 @@ func lockOwner(ctx context.Context, tx pgx.Tx, app tenant.AppID) (tenant.ID, err
 	return id, err
 }
 
-// change runs act on a tenant that it holds locked, enqueues the keys that there is
-// work on then, and returns the tenant as it stands afterwards. It reports tenant.ErrOutside for a
-// tenant that actor may not change.
-func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenant.Actor, act func(pgx.Tx, tenant.Tenant) ([]keyInLane, error)) (tenant.Tenant, error) {
+// change runs act on a tenant that it holds locked, and returns the tenant as it stands afterwards. It
+// reports tenant.ErrOutside for a tenant that actor may not change.
+func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenant.Actor, act func(pgx.Tx, tenant.Tenant) error) (tenant.Tenant, error) {
 	var t tenant.Tenant
-	var keys []keyInLane
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return t, err
 	}
@@ -62,7 +60,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenan
 		if !actor.Within.Covers(t.Labels) {
 			return tenant.ErrOutside
 		}
-		if keys, err = act(tx, t); err != nil {
+		if err = act(tx, t); err != nil {
 			return err
 		}
 		rows, _ = tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, id)
@@ -73,12 +71,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenan
 		return t, translate(what, err)
 	}
 	db.changed(id, "")
-	var apps []tenant.AppID
-	if t.AppID != "" && t.State != tenant.Active && !t.Settled() {
-		apps = append(apps, t.AppID) // its ownership tag may have to be written first, or unknown keys ended
-	}
-	db.enqueue(ctx, keyJobs(keys))
-	db.enqueueApps(ctx, tenant.QueueInteractive, apps)
+	db.wakeWorkers()
 	return t, nil
 }
 
@@ -158,11 +151,12 @@ func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
 }
 
 // endKeys ends keys that work or are being made: those of k that where selects, whose
-// parameters are $6 and up. With remake they are made anew when the tenant resumes.
-func endKeys(ctx context.Context, tx pgx.Tx, actor tenant.Actor, reason tenant.EndReason, lane *tenant.Lane, remake bool, where string, args ...any) ([]keyInLane, error) {
+// parameters are $6 and up. With remake they are made anew when the tenant resumes. It returns how many
+// keys it ended.
+func endKeys(ctx context.Context, tx pgx.Tx, actor tenant.Actor, reason tenant.EndReason, priority tenant.Priority, remake bool, where string, args ...any) (int64, error) {
 	// What was never begun to be made needs no call; who is about to begin finds the
 	// row changed.
-	rows, _ := tx.Query(ctx, `
+	tag, err := tx.Exec(ctx, `
 		WITH live AS (
 			SELECT k.id, k.state AS was, k.state = 'creating' AND k.in_doubt_since IS NULL AS unmade, a.tenant_id
 			FROM keys k JOIN apps a ON a.id = k.app_id
@@ -173,24 +167,18 @@ func endKeys(ctx context.Context, tx pgx.Tx, actor tenant.Actor, reason tenant.E
 			SET state = CASE WHEN unmade THEN 'revoked' ELSE 'revoking' END, revoked_at = CASE WHEN unmade THEN now() END,
 				remake = $5 AND (was = 'active' OR was = 'creating'
 					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND o.state = 'active')),
-				end_reason = $3, lane = coalesce($4::smallint, lane), request_id = nullif($2, ''), problem = NULL, attempts = 0,
+				end_reason = $3, priority = `+share(`$4`, `$1`)+`, requested_by = $1, request_id = nullif($2, ''), problem = NULL, attempts = 0,
 				incarnation = stored_incarnation(),
-				next_attempt_at = now(), enqueued_at = now(), updated_at = now()
+				next_attempt_at = now(), updated_at = now()
 			FROM live WHERE k.id = live.id
-			RETURNING k.id, k.lane, k.name, k.app_id, k.state, was, tenant_id
+			RETURNING k.id, k.name, k.app_id, k.state, was, tenant_id
 		), audited AS (
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $1, nullif($2, ''), 'key.' || state, tenant_id, app_id, id,
 				jsonb_build_object('name', name, 'reason', $3::text, 'from', was, 'to', state) FROM ended
 		)
-		SELECT id, lane FROM ended`, append([]any{actor.Name, actor.RequestID, reason, lane, remake}, args...)...)
-	return pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
-}
-
-// urgently is the lane of keys that shall not work a moment longer.
-func urgently() *tenant.Lane {
-	l := tenant.Urgent
-	return &l
+		SELECT FROM ended`, append([]any{actor.Name, actor.RequestID, reason, priority, remake}, args...)...)
+	return tag.RowsAffected(), err
 }
 
 // endUnknownKeys requests the end of keys that Clarifai lists for an app, with our ownership
@@ -199,7 +187,7 @@ func urgently() *tenant.Lane {
 // repeats the request would never see it done.
 func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, error) {
 	tag, err := tx.Exec(ctx, `
-		UPDATE apps SET end_unknown_keys = true, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+		UPDATE apps SET end_unknown_keys = true, pending = true, background = false, next_attempt_at = now(), updated_at = now()
 		WHERE id = $1 AND state IN ('held', 'retained') AND user_id IS NULL AND incarnation <> stored_incarnation()
 			AND keys_listed_in IS DISTINCT FROM stored_incarnation() AND NOT end_unknown_keys`, app)
 	return tag.RowsAffected() > 0, err
@@ -210,43 +198,42 @@ func endUnknownKeys(ctx context.Context, tx pgx.Tx, app tenant.AppID) (bool, err
 // earlier incarnation, the keys of a suspended tenant, or in recovery mode of a deleting tenant,
 // are ended again: the rows may be out of date.
 func (db *DB) Suspend(ctx context.Context, id tenant.ID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "suspend tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "suspend tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		return suspend(ctx, tx, t, actor)
 	})
 }
 
-func suspend(ctx context.Context, tx pgx.Tx, t tenant.Tenant, actor tenant.Actor) ([]keyInLane, error) {
+func suspend(ctx context.Context, tx pgx.Tx, t tenant.Tenant, actor tenant.Actor) error {
 	done, err := tenant.Suspend.Check(t.State)
 	if err != nil && t.State == tenant.Deleting {
 		var recovering bool
 		if err := tx.QueryRow(ctx, `SELECT `+inRecovery).Scan(&recovering); err != nil {
-			return nil, err
+			return err
 		}
 		done = recovering
 	}
 	if err != nil && !done {
-		return nil, err
+		return err
 	}
 	again, err := endUnknownKeys(ctx, tx, t.AppID)
 	if err != nil || done && !again {
-		return nil, err
+		return err
 	}
-	var keys []keyInLane
 	if !done {
-		if keys, err = endKeys(ctx, tx, actor, tenant.EndSuspended, urgently(), true, `k.app_id = $6`, t.AppID); err != nil {
-			return nil, err
+		if _, err = endKeys(ctx, tx, actor, tenant.EndSuspended, tenant.Interactive, true, `k.app_id = $6`, t.AppID); err != nil {
+			return err
 		}
 	}
 	switch t.State {
 	case tenant.Deleting:
-		return keys, audit(ctx, tx, actor, event{action: "tenant.suspend_requested", tenant: t.ID, app: t.AppID})
+		return audit(ctx, tx, actor, event{action: "tenant.suspend_requested", tenant: t.ID, app: t.AppID})
 	case tenant.Suspending:
-		return keys, nil
+		return nil
 	}
 	if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
-		return nil, err
+		return err
 	}
-	return keys, settle(ctx, tx, t.ID, actor)
+	return settle(ctx, tx, t.ID, actor)
 }
 
 // contested returns tenant.Conflict for a tenant whose app may be another tenant's.
@@ -260,23 +247,23 @@ func contested(t tenant.Tenant) error {
 // Resume begins to make the keys anew that a tenant had when it was suspended, as the
 // rows ids. It reports tenant.Conflict for a tenant whose state does not allow it.
 func (db *DB) Resume(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "resume tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "resume tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		done, err := tenant.Resume.Check(t.State)
 		if err != nil || done {
-			return nil, err
+			return err
 		}
 		return resume(ctx, tx, t, ids, actor)
 	})
 }
 
-func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, actor tenant.Actor) ([]keyInLane, error) {
+func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, actor tenant.Actor) error {
 	if err := notOurs(t); err != nil {
-		return nil, err
+		return err
 	}
 	if err := contested(t); err != nil {
-		return nil, err
+		return err
 	}
-	rows, _ := tx.Query(ctx, `
+	if _, err := tx.Exec(ctx, `
 		WITH wanted AS (
 			SELECT DISTINCT ON (name) name, scopes, expires_at FROM keys
 			WHERE app_id = $1 AND remake AND (expires_at IS NULL OR expires_at > now())
@@ -284,34 +271,29 @@ func resume(ctx context.Context, tx pgx.Tx, t tenant.Tenant, ids []uuid.UUID, ac
 		), numbered AS (
 			SELECT *, row_number() OVER (ORDER BY name) AS n FROM wanted
 		), made AS (
-			INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, request_id, enqueued_at)
-			SELECT i.id, $1, name, scopes, expires_at, 1, nullif($3, ''), now()
+			INSERT INTO keys (id, app_id, name, scopes, expires_at, priority, requested_by, request_id)
+			SELECT i.id, $1, name, scopes, expires_at, `+share(`1`, `$4`)+`, $4, nullif($3, '')
 			FROM numbered JOIN unnest($2::uuid[]) WITH ORDINALITY AS i (id, n) USING (n)
-			RETURNING id, lane
-		), seen AS (
-			UPDATE keys SET remake = false WHERE app_id = $1 AND remake
 		)
-		SELECT id, lane FROM made`, t.AppID, ids, actor.RequestID)
-	keys, err := pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
-	if err != nil {
-		return nil, err
+		UPDATE keys SET remake = false WHERE app_id = $1 AND remake`, t.AppID, ids, actor.RequestID, actor.Name); err != nil {
+		return err
 	}
 	if _, err := tx.Exec(ctx, `
-		UPDATE apps SET pending = true, next_attempt_at = now(), enqueued_at = '-infinity'
+		UPDATE apps SET pending = true, next_attempt_at = now()
 		WHERE id = $1 AND state = 'held' AND (marked_at IS NULL OR extra_keys_at IS NULL)`, t.AppID); err != nil {
-		return nil, err
+		return err
 	}
 	if err := move(ctx, tx, t, tenant.Resuming, actor, nil); err != nil {
-		return nil, err
+		return err
 	}
-	return keys, settle(ctx, tx, t.ID, actor)
+	return settle(ctx, tx, t.ID, actor)
 }
 
 // Delete begins to revoke every key of a tenant and retains its app for the time that
 // retention returns for its profile, or purges it now. A tenant that waits for an app is deleted at once. It
 // reports tenant.Conflict for a tenant that is protected.
 func (db *DB) Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention func(profile string) time.Duration, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "delete tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "delete tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		change, retained := tenant.Delete, retention(t.Profile)
 		if purgeNow {
 			change, retained = tenant.Purge, 0
@@ -320,41 +302,40 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention
 		switch {
 		case err == nil && done && t.State == tenant.Deleting:
 			_, err := endUnknownKeys(ctx, tx, t.AppID)
-			return nil, err
+			return err
 		case err != nil || done:
-			return nil, err
+			return err
 		case t.DeletionProtection:
-			return nil, tenant.Errorf(tenant.Conflict, "deletion_protected",
+			return tenant.Errorf(tenant.Conflict, "deletion_protected",
 				"the tenant is protected from deletion; set its deletion_protection to false first")
 		case t.State == tenant.Provisioning:
-			return nil, move(ctx, tx, t, tenant.Deleted, actor, nil)
+			return move(ctx, tx, t, tenant.Deleted, actor, nil)
 		case t.State == tenant.Deleting: // only the date changes
 			tag, err := tx.Exec(ctx, `
-				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+				UPDATE apps SET purge_after = now(), pending = true, background = false, next_attempt_at = now(), updated_at = now()
 				WHERE id = $1 AND state = 'retained' AND purge_after > now()`, t.AppID)
 			if err != nil || tag.RowsAffected() == 0 { // a repeated request must not move the time, or the tag would never have the current one
-				return nil, err
+				return err
 			}
-			return nil, audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID})
+			return audit(ctx, tx, actor, event{action: "tenant.purge_requested", tenant: id, app: t.AppID})
 		}
-		keys, err := endKeys(ctx, tx, actor, tenant.EndDeleted, urgently(), true, `k.app_id = $6`, t.AppID)
-		if err != nil {
-			return nil, err
+		if _, err := endKeys(ctx, tx, actor, tenant.EndDeleted, tenant.Interactive, true, `k.app_id = $6`, t.AppID); err != nil {
+			return err
 		}
 		var purgeAfter time.Time
 		if err := tx.QueryRow(ctx, `
-			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity',
+			UPDATE apps SET state = 'retained', purge_after = now() + $2::interval, pending = true, background = false, next_attempt_at = now(),
 				problem = NULL, attempts = 0, updated_at = now()
 			WHERE id = $1 AND state = 'held' RETURNING purge_after`, t.AppID, retained).Scan(&purgeAfter); err != nil {
-			return nil, err
+			return err
 		}
 		if _, err := endUnknownKeys(ctx, tx, t.AppID); err != nil {
-			return nil, err
+			return err
 		}
 		if err := move(ctx, tx, t, tenant.Deleting, actor, map[string]any{"purge_after": purgeAfter}); err != nil {
-			return nil, err
+			return err
 		}
-		return keys, settle(ctx, tx, id, actor)
+		return settle(ctx, tx, id, actor)
 	})
 }
 
@@ -362,23 +343,23 @@ func (db *DB) Delete(ctx context.Context, id tenant.ID, purgeNow bool, retention
 // made anew as the rows ids. Of an app that is shared with the operator it is suspended.
 // It reports tenant.Conflict once the app is being removed.
 func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "restore tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "restore tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		done, err := tenant.Restore.Check(t.State)
 		if err != nil || done {
-			return nil, err
+			return err
 		}
 		if _, err := tx.Exec(ctx, `
-			UPDATE apps SET state = 'held', purge_after = NULL, removal_confirmed = false, pending = true, background = false, next_attempt_at = now(), enqueued_at = '-infinity', attempts = 0,
+			UPDATE apps SET state = 'held', purge_after = NULL, removal_confirmed = false, pending = true, background = false, next_attempt_at = now(), attempts = 0,
 				problem = NULL, updated_at = now()
 			WHERE id = $1 AND state = 'retained'`,
 			t.AppID); err != nil {
-			return nil, err
+			return err
 		}
 		if t.AppUserID != "" { // no key can be made of it: it waits for one of its owner's
 			if err := move(ctx, tx, t, tenant.Suspending, actor, nil); err != nil {
-				return nil, err
+				return err
 			}
-			return nil, settle(ctx, tx, id, actor)
+			return settle(ctx, tx, id, actor)
 		}
 		return resume(ctx, tx, t, ids, actor)
 	})
@@ -387,13 +368,13 @@ func (db *DB) Restore(ctx context.Context, id tenant.ID, ids []uuid.UUID, actor 
 // UpdateTenant changes attributes of a tenant. It reports tenant.Precondition, and
 // changes nothing, unless current takes the tenant as it stands.
 func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, current func(tenant.Tenant) bool, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "change tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "change tenant", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		if !current(t) {
-			return nil, tenant.Errorf(tenant.Precondition, "tenant_changed", "the tenant was changed since you read it: read it again")
+			return tenant.Errorf(tenant.Precondition, "tenant_changed", "the tenant was changed since you read it: read it again")
 		}
 		a, err := p.Apply(t)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		tag, err := tx.Exec(ctx, `
 			UPDATE tenants
@@ -401,9 +382,9 @@ func (db *DB) UpdateTenant(ctx context.Context, id tenant.ID, p tenant.Patch, cu
 			WHERE id = $1 AND (display_name, labels, deletion_protection) IS DISTINCT FROM ($2, $3::jsonb, coalesce($4, deletion_protection))`,
 			id, a.DisplayName, a.Labels, p.DeletionProtection)
 		if err != nil || tag.RowsAffected() == 0 {
-			return nil, err
+			return err
 		}
-		return nil, audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID, detail: map[string]any{"fields": p.Fields()}})
+		return audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID, detail: map[string]any{"fields": p.Fields()}})
 	})
 }
 
@@ -459,40 +440,40 @@ func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor t
 
 // EndDueKeys ends the keys whose overlap is over and those that have expired.
 func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
-	var keys []keyInLane
+	var ended int64
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
+		ended = 0
 		for _, due := range []struct {
 			reason tenant.EndReason
-			lane   *tenant.Lane
 			where  string
 		}{
-			{tenant.EndExpired, urgently(), `k.id IN (SELECT id FROM keys
+			{tenant.EndExpired, `k.id IN (SELECT id FROM keys
 				WHERE state IN ('creating', 'active', 'retiring') AND expires_at <= now() ORDER BY expires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
-			{tenant.EndRotated, nil, `k.id IN (SELECT id FROM keys
+			{tenant.EndRotated, `k.id IN (SELECT id FROM keys
 				WHERE state = 'retiring' AND retires_at <= now() ORDER BY retires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
 		} {
-			ended, err := endKeys(ctx, tx, actor, due.reason, due.lane, false, due.where)
+			n, err := endKeys(ctx, tx, actor, due.reason, tenant.Bulk, false, due.where)
 			if err != nil {
 				return err
 			}
-			keys = append(keys, ended...)
+			ended += n
 		}
 		return nil
 	})
 	if err != nil {
 		return translate("end keys that are due", err)
 	}
-	if len(keys) > 0 {
+	if ended > 0 {
 		db.wakeFollowers()
+		db.wakeWorkers()
 	}
-	db.enqueue(ctx, keyJobs(keys))
 	return nil
 }
 
 // AddExtraKeys writes down the further keys that the profile of a leased app's tenant
 // has. A tenant that is not active gets them when it resumes.
 func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewKeyRow, actor tenant.Actor) error {
-	var added []keyInLane
+	added := false
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		var owner tenant.ID
 		err := tx.QueryRow(ctx, `SELECT id FROM tenants WHERE app_id = $1 AND state = 'active' FOR UPDATE`, a.ID).Scan(&owner)
@@ -510,15 +491,16 @@ func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewK
 		}
 		for _, k := range keys {
 			tag, err := tx.Exec(ctx, `
-				INSERT INTO keys (id, app_id, name, scopes, lane, enqueued_at)
-				SELECT $1, $2, $3, $4, 1, now() WHERE NOT EXISTS (SELECT FROM keys WHERE app_id = $2 AND name = $3)`, k.ID, a.ID, k.Name, k.Scopes)
+				INSERT INTO keys (id, app_id, name, scopes, priority, requested_by)
+				SELECT $1, $2, $3, $4, `+share(`1`, `$5`)+`, $5 WHERE NOT EXISTS (SELECT FROM keys WHERE app_id = $2 AND name = $3)`,
+				k.ID, a.ID, k.Name, k.Scopes, actor.Name)
 			if err != nil {
 				return err
 			}
 			if tag.RowsAffected() == 0 {
 				continue
 			}
-			added = append(added, keyInLane{k.ID, tenant.Normal})
+			added = true
 			if err := audit(ctx, tx, actor, event{action: "key.creating", tenant: owner, app: a.ID, key: k.ID,
 				detail: map[string]any{"name": k.Name, "scopes": k.Scopes}}); err != nil {
 				return err
@@ -529,9 +511,9 @@ func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewK
 	if err != nil {
 		return translate("add keys of the profile", err)
 	}
-	if len(added) > 0 {
+	if added {
 		db.changed(a.Tenant, "")
+		db.wakeWorkers()
 	}
-	db.enqueue(ctx, keyJobs(added))
 	return nil
 }

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"regexp"
 	"slices"
 	"strconv"
@@ -16,24 +15,20 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/stdlib"
-	"github.com/riverqueue/river/riverdriver/riverpgxv5"
-	"github.com/riverqueue/river/rivermigrate"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 	"github.com/tenantry/tenantry/migrations"
 )
 
-// migrationLock keeps several replicas that migrate at once apart, for the
-// service's tables and River's together.
+// migrationLock keeps several replicas that migrate at once apart.
 const migrationLock = 0x74656e616e747279 // "tenantry"
 
 // A SchemaStatus says how the database's schema stands to this binary.
 type SchemaStatus struct {
-	Version    int   // the schema's version; 0 means none
-	Known      int   // the version this binary was built for
-	Dirty      bool  // a migration was cut off
-	OldestCode int   // the lowest Known that still runs on the schema
-	Jobs       []int // versions of the job tables that are missing
+	Version    int  // the schema's version; 0 means none
+	Known      int  // the version this binary was built for
+	Dirty      bool // a migration was cut off
+	OldestCode int  // the lowest Known that still runs on the schema
 }
 
 // Err returns nil if this binary can serve on the schema, or else an error that
@@ -47,8 +42,6 @@ func (s SchemaStatus) Err() error {
 		return errors.New("the database has no schema: run `tenantry migrate up`")
 	case s.Version < s.Known:
 		return fmt.Errorf("the schema is at version %d and this binary needs %d: run `tenantry migrate up`", s.Version, s.Known)
-	case len(s.Jobs) > 0:
-		return errors.New("the job tables are behind: run `tenantry migrate up`")
 	case s.OldestCode > s.Known:
 		return fmt.Errorf("the schema is at version %d, which needs a binary built for version %d or newer, and this one knows %d: "+
 			"run a newer tenantry, or `tenantry migrate down` with the newer one", s.Version, s.OldestCode, s.Known)
@@ -166,19 +159,6 @@ func (db *DB) Schema(ctx context.Context) (SchemaStatus, error) {
 	if err := db.pool.QueryRow(ctx, `SELECT tenantry_oldest_code()`).Scan(&s.OldestCode); err != nil {
 		return s, translate("read oldest code of the schema", err)
 	}
-	jobs, err := db.jobMigrator()
-	if err != nil {
-		return s, err
-	}
-	have, err := jobs.ExistingVersions(ctx)
-	if err != nil {
-		return s, translate("read job schema version", err)
-	}
-	for _, want := range jobs.AllVersions() {
-		if !slices.ContainsFunc(have, func(m rivermigrate.Migration) bool { return m.Version == want.Version }) {
-			s.Jobs = append(s.Jobs, want.Version)
-		}
-	}
 	return s, nil
 }
 
@@ -186,14 +166,6 @@ func (db *DB) Schema(ctx context.Context) (SchemaStatus, error) {
 func isUndefined(err error) bool {
 	pg, ok := errors.AsType[*pgconn.PgError](err)
 	return ok && (pg.Code == "42P01" || pg.Code == "42883")
-}
-
-func (db *DB) jobMigrator() (*rivermigrate.Migrator[pgx.Tx], error) {
-	m, err := rivermigrate.New(riverpgxv5.New(db.direct), &rivermigrate.Config{Logger: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		return nil, fmt.Errorf("open job migrations: %w", err)
-	}
-	return m, nil
 }
 
 // MigrateUp is MigrateUpAndReport without reports.
@@ -226,20 +198,12 @@ func MigrateUpAndReport(ctx context.Context, direct tenant.Secret, report func(l
 		if err := db.finishAuditIndexes(ctx, report); err != nil {
 			return err
 		}
-		jobs, err := db.jobMigrator()
-		if err != nil {
-			return err
-		}
-		if _, err := jobs.Migrate(ctx, rivermigrate.DirectionUp, nil); err != nil {
-			return fmt.Errorf("migrate job tables: %w", err)
-		}
 		report(fmt.Sprintf("the schema is at version %d", s.Known))
 		return nil
 	})
 }
 
-// MigrateDown takes back the newest steps migrations, and the job tables with
-// the first of them. It loses what those tables hold.
+// MigrateDown takes back the newest steps migrations. It loses what their tables hold.
 func MigrateDown(ctx context.Context, direct tenant.Secret, steps int) error {
 	return underMigrationLock(ctx, direct, func(db *DB, m *migrate.Migrate) error {
 		version, dirty, err := m.Version()
@@ -256,13 +220,6 @@ func MigrateDown(ctx context.Context, direct tenant.Secret, steps int) error {
 			return fmt.Errorf("the schema is at version %d, and this binary knows %d: run `tenantry migrate down` with the newer one", version, known)
 		}
 		if steps >= int(version) {
-			jobs, err := db.jobMigrator()
-			if err != nil {
-				return err
-			}
-			if _, err := jobs.Migrate(ctx, rivermigrate.DirectionDown, &rivermigrate.MigrateOpts{TargetVersion: -1}); err != nil {
-				return fmt.Errorf("take back job tables: %w", err)
-			}
 			return m.Down()
 		}
 		return m.Steps(-steps)

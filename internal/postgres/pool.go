@@ -207,7 +207,7 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 			ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED
 		), gone AS (
 			UPDATE apps
-			SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), enqueued_at = '-infinity', updated_at = now()
+			SET state = 'purging', attempts = 0, problem = NULL, next_attempt_at = now(), updated_at = now()
 			WHERE id IN (SELECT id FROM picked) AND state = 'ready'
 			RETURNING id)
 		INSERT INTO audit_events (actor, action, app_id, detail)
@@ -225,8 +225,7 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 // Nothing tells the builds for the pool and those others apart. The pool has what ends
 // first: ClaimInBackground leaves it what it shall have.
 func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
-	var began []tenant.AppID
-	first := 0 // of those, that are for the pool
+	began := false
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		// As in StartBuilds.
 		var alone bool
@@ -234,7 +233,7 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 			Scan(&alone); err != nil || !alone {
 			return err
 		}
-		rows, _ := tx.Query(ctx, `
+		tag, err := tx.Exec(ctx, `
 			WITH importing AS (
 				SELECT count(*) AS n FROM (
 					SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $2 LIMIT $5) t
@@ -251,20 +250,19 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
 				WHERE state = 'building' AND profile = $2 AND incarnation = `+currentIncarnation+`
 			)
-			INSERT INTO apps (id, profile, profile_revision, incarnation, for_pool, enqueued_at)
-			SELECT unnest($1::text[]), $2, $3, `+currentIncarnation+`, true, now() WHERE `+currentIncarnation+` IS NOT NULL AND coalesce(`+upstreamHalted+`) IS NULL
-			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)
-			RETURNING id, (SELECT greatest(0, wanted - importing.n - building.n) FROM lacking, importing, building)`,
+			INSERT INTO apps (id, profile, profile_revision, incarnation, for_pool)
+			SELECT unnest($1::text[]), $2, $3, `+currentIncarnation+`, true WHERE `+currentIncarnation+` IS NOT NULL AND coalesce(`+upstreamHalted+`) IS NULL
+			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)`,
 			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools(), min(forImport, len(ids)))
-		var id tenant.AppID
-		_, err := pgx.ForEachRow(rows, []any{&id, &first}, func() error { began = append(began, id); return nil })
+		began = tag.RowsAffected() > 0
 		return err
 	})
 	if err != nil {
 		return translate("fill pool", err)
 	}
-	first = min(first, len(began))
-	db.enqueue(ctx, append(appJobs(tenant.QueueBackground, priorityPool, began[:first]), appJobs(tenant.QueueBackground, priorityOther, began[first:])...))
+	if began {
+		db.wakeWorkers()
+	}
 	return nil
 }
 
@@ -298,7 +296,7 @@ func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) 
 		tag, err := tx.Exec(ctx, `
 			WITH gone AS (
 				UPDATE apps
-				SET state = 'retired', attempts = 0, problem = NULL, leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+				SET state = 'retired', attempts = 0, problem = NULL, leased_until = '-infinity', updated_at = now()
 				WHERE id = $1 AND leased_until = $2 AND state = 'ready'
 				RETURNING id)
 			INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
@@ -312,7 +310,6 @@ func (db *DB) MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) 
 // Clarifai, and that next replaces it. If the key was revoked or the tenant is not active any
 // more, the key stays as it is.
 func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, next uuid.UUID, actor tenant.Actor) error {
-	var made []keyInLane
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		owner, err := lockOwner(ctx, tx, a.ID)
 		if err != nil {
@@ -324,7 +321,7 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 		if err := oneRow("record key as gone", tag, err); err != nil {
 			return err
 		}
-		rows, _ := tx.Query(ctx, `
+		_, err = tx.Exec(ctx, `
 			WITH gone AS (
 				UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
 				WHERE id = $1 AND state = 'active' AND EXISTS (SELECT FROM tenants t WHERE t.id = $5 AND t.state = 'active')
@@ -333,18 +330,16 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 				INSERT INTO audit_events (actor, upstream_request_id, action, tenant_id, app_id, key_id, detail)
 				SELECT $3, nullif($4, ''), 'key.gone', nullif($5, ''), app_id, $1, jsonb_build_object('name', name, 'replaced_by', $2::uuid) FROM gone
 			)
-			INSERT INTO keys (id, app_id, name, scopes, expires_at, enqueued_at)
-			SELECT $2, app_id, name, scopes, expires_at, now() FROM gone
-			WHERE NOT EXISTS (SELECT FROM keys other WHERE other.app_id = gone.app_id AND other.name = gone.name AND other.state = 'creating')
-			RETURNING id, lane`, gone, next, actor.Name, actor.UpstreamRequestID, owner)
-		made, err = pgx.CollectRows(rows, pgx.RowToStructByPos[keyInLane])
+			INSERT INTO keys (id, app_id, name, scopes, expires_at, requested_by)
+			SELECT $2, app_id, name, scopes, expires_at, $3 FROM gone
+			WHERE NOT EXISTS (SELECT FROM keys other WHERE other.app_id = gone.app_id AND other.name = gone.name AND other.state = 'creating')`, gone, next, actor.Name, actor.UpstreamRequestID, owner)
 		return err
 	})
 	if err != nil {
 		return translate("record key as gone", err)
 	}
 	db.changed(a.Tenant, "")
-	db.enqueue(ctx, keyJobs(made))
+	db.wakeWorkers()
 	return nil
 }
 

@@ -12,7 +12,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,8 +19,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/riverqueue/river"
-	"github.com/riverqueue/river/riverdriver/riverpgxv5"
 	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
@@ -33,7 +30,6 @@ type DB struct {
 	direct *pgxpool.Pool
 	// sessions opens connections to the database itself, outside the pools.
 	sessions *connector
-	jobs     *river.Client[pgx.Tx]
 	hub      *hub
 	log      *zap.Logger
 
@@ -41,6 +37,7 @@ type DB struct {
 	cache   *cache
 	lookups *lookups
 	unsent  chan struct{} // holds one while other replicas are to be woken
+	workDue chan struct{} // holds one while workers of this replica are to be woken
 
 	replica       uuid.UUID                 // of this process
 	follows       atomic.Bool               // a follower reads the change log
@@ -52,7 +49,7 @@ type DB struct {
 type Config struct {
 	// URL may lead through a pooler in transaction mode.
 	URL tenant.Secret
-	// DirectURL must give sessions: listening, jobs and migrations need them.
+	// DirectURL must give sessions: listening and migrations need them.
 	// Unset means URL.
 	DirectURL tenant.Secret
 	// RereadURL and RereadDirectURL read them again for each new connection. Unset means that they
@@ -96,16 +93,8 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 			return nil, fmt.Errorf("direct connection: %w", err)
 		}
 	}
-	// A client without workers only inserts.
-	jobs, err := river.NewClient(riverpgxv5.New(pool), &river.Config{
-		FetchCooldown: tenant.InteractiveCooldown, // also bounds how often an insert wakes the workers
-		Logger:        slog.New(slog.DiscardHandler),
-	})
-	if err != nil {
-		return nil, fmt.Errorf("open job client: %w", err)
-	}
-	db := &DB{log: log, pool: pool, direct: direct, sessions: sessions, jobs: jobs, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
-		unsent: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
+	db := &DB{log: log, pool: pool, direct: direct, sessions: sessions, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
+		unsent: make(chan struct{}, 1), workDue: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
 	db.lookups = &lookups{db: db}
 	return db, nil
 }
@@ -118,9 +107,6 @@ func (db *DB) Close() {
 	db.pool.Close()
 	db.lookups.group.Wait()
 }
-
-// Direct is the pool of sessions, for the job workers.
-func (db *DB) Direct() *pgxpool.Pool { return db.direct }
 
 // Ping reports whether the database answers.
 func (db *DB) Ping(ctx context.Context) error {

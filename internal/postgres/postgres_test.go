@@ -177,8 +177,21 @@ func testSignUpsAtOnce(t *testing.T, poolMax int) {
 	}
 }
 
-// A sign-up that finds an app neither enqueues nor begins a build.
-func TestSignUpFromThePoolEnqueuesNothing(t *testing.T) {
+// one returns the only row of those leased, or errNone.
+func one[T any](leased []T, err error) (row T, _ error) {
+	switch {
+	case err != nil:
+		return row, err
+	case len(leased) == 0:
+		return row, errNone
+	}
+	return leased[0], nil
+}
+
+var errNone = errors.New("no row was leased")
+
+// A sign-up that finds an app begins no build and wakes no worker.
+func TestSignUpFromThePoolWakesNobody(t *testing.T) {
 	t.Parallel()
 	url := pgtest.URL(t)
 	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
@@ -187,14 +200,14 @@ func TestSignUpFromThePoolEnqueuesNothing(t *testing.T) {
 	if err != nil || !got.Created || got.Tenant.State != tenant.Active || got.Tenant.AppID != "ready-0001" {
 		t.Fatalf("SignUp = %+v, %v; want the ready app", got, err)
 	}
-	if jobs, builds := count(t, conn, `river_job`), count(t, conn, `apps WHERE state = 'building'`); jobs != 0 || builds != 0 {
-		t.Errorf("there are %d jobs and %d builds; want none", jobs, builds)
+	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 0 || len(db.WorkDue()) != 0 {
+		t.Errorf("there are %d builds, and %d wake-ups; want none", builds, len(db.WorkDue()))
 	}
 	if got, err = db.SignUp(t.Context(), newTenant("user_2"), actor); err != nil || got.Tenant.State != tenant.Provisioning {
 		t.Fatalf("SignUp = %+v, %v; want it to wait", got, err)
 	}
-	if jobs, builds := count(t, conn, `river_job`), count(t, conn, `apps WHERE state = 'building'`); jobs != 1 || builds != 1 {
-		t.Errorf("there are %d jobs and %d builds; want one of each", jobs, builds)
+	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 1 || len(db.WorkDue()) != 1 {
+		t.Errorf("there are %d builds, and %d wake-ups; want one of each", builds, len(db.WorkDue()))
 	}
 }
 
@@ -243,22 +256,22 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 	if err := conn.QueryRow(t.Context(), `SELECT id FROM apps`).Scan(&id); err != nil {
 		t.Fatal(err)
 	}
-	late, err := db.LeaseApp(t.Context(), id, time.Minute)
+	late, err := one(db.LeaseApps(t.Context(), []tenant.AppID{id}, time.Minute))
 	if err != nil || late.InDoubt || late.Made {
-		t.Fatalf("LeaseApp = %+v, %v; want a fresh app", late, err)
+		t.Fatalf("LeaseApps = %+v, %v; want a fresh app", late, err)
 	}
 	if err := db.BeginApp(t.Context(), late); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := db.LeaseApp(t.Context(), id, time.Minute); !errors.Is(err, tenant.NotFound) {
-		t.Fatalf("a second lease fails with %v; want NotFound", err)
+	if _, err := one(db.LeaseApps(t.Context(), []tenant.AppID{id}, time.Minute)); !errors.Is(err, errNone) {
+		t.Fatalf("a second lease: %v; want none", err)
 	}
 	if _, err := conn.Exec(t.Context(), `UPDATE apps SET leased_until = now() - interval '1 second'`); err != nil {
 		t.Fatal(err)
 	}
-	owner, err := db.LeaseApp(t.Context(), id, time.Minute)
+	owner, err := one(db.LeaseApps(t.Context(), []tenant.AppID{id}, time.Minute))
 	if err != nil || !owner.InDoubt {
-		t.Fatalf("LeaseApp after a lease that ran out = %+v, %v; want the app in doubt", owner, err)
+		t.Fatalf("LeaseApps after a lease that ran out = %+v, %v; want the app in doubt", owner, err)
 	}
 	key := tenant.NewKeyRow{ID: uuid.Must(uuid.NewV7()), Name: "default", Scopes: []string{"All"}}
 	if err := db.AppMade(t.Context(), owner); err != nil {
@@ -275,8 +288,8 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 		"AppMade":     db.AppMade(t.Context(), late),
 		"BeginKey":    lateKey,
 		"FinishBuild": db.FinishBuild(t.Context(), late, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor),
-		"AppSetback":  db.AppSetback(t.Context(), late, tenant.Setback{}),
-		"DeferApp":    db.DeferApp(t.Context(), late, 0),
+		"SetBack":     db.SetBack(t.Context(), late.Lease(), tenant.Setback{}),
+		"Release":     db.Release(t.Context(), late.Lease(), 0),
 		"AbandonApp":  db.AbandonApp(t.Context(), late, true, "late", actor),
 		"AppDeleted":  db.AppDeleted(t.Context(), late, actor),
 		"GiveUpKey":   db.GiveUpKey(t.Context(), late),

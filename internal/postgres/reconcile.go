@@ -10,7 +10,6 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
-	"github.com/riverqueue/river"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -50,7 +49,7 @@ const tokenLife = 24 * time.Hour
 // runs.
 func (db *DB) StartReport(ctx context.Context, id uuid.UUID, actor tenant.Actor) (tenant.Reconciliation, error) {
 	return db.startReconciliation(ctx, actor, `
-		INSERT INTO reconciliations AS r (id, kind, phase, requested_by, enqueued_at) VALUES ($1, 'report', 'apps', $2, now())`,
+		INSERT INTO reconciliations AS r (id, kind, phase, requested_by) VALUES ($1, 'report', 'apps', $2)`,
 		id, actor.Name)
 }
 
@@ -70,8 +69,8 @@ func (db *DB) StartRepair(ctx context.Context, id uuid.UUID, token string, actor
 			"no repairs in recovery mode; `tenantry recover show` lists the findings that wait for a decision")
 	}
 	r, err := db.startReconciliation(ctx, actor, `
-		INSERT INTO reconciliations AS r (id, kind, phase, report_id, requested_by, enqueued_at)
-		SELECT $1, 'repair', 'repair', p.id, $2, now() FROM reconciliations p
+		INSERT INTO reconciliations AS r (id, kind, phase, report_id, requested_by)
+		SELECT $1, 'repair', 'repair', p.id, $2 FROM reconciliations p
 		WHERE p.token = $3 AND p.finished_at > now() - $4::interval
 			AND NOT EXISTS (SELECT FROM reconciliations later WHERE later.created_at > p.created_at)`,
 		id, actor.Name, token, tokenLife)
@@ -117,8 +116,7 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 	if err != nil {
 		return r, translate("start reconciliation", err)
 	}
-	db.enqueue(ctx, []river.InsertManyParams{{Args: tenant.ReconciliationJob{ReconciliationID: r.ID},
-		InsertOpts: &river.InsertOpts{Queue: tenant.QueueBackground, Priority: priorityReport}}})
+	db.wakeWorkers()
 	return r, nil
 }
 
@@ -233,15 +231,17 @@ func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, add fu
 	return translate("count findings", err)
 }
 
-// LeaseReconciliation takes a reconciliation that is due, for at most lease. It
-// reports tenant.NotFound if there is nothing to do or another worker does it.
-func (db *DB) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error) {
-	return db.oneReconciliation(ctx, "lease reconciliation", `
-		UPDATE reconciliations r SET leased_until = now() + $2, leased_by = $3, enqueued_at = '-infinity'
-		WHERE id = (SELECT id FROM reconciliations
-			WHERE id = $1 AND state = 'running' AND leased_until < now() AND next_attempt_at <= now()
-			FOR UPDATE SKIP LOCKED)
-		RETURNING `+reconciliationColumns, id, lease, db.replica)
+// dueReconciliation selects the reconciliations that there is work on.
+const dueReconciliation = `state = 'running' AND leased_until < now() AND next_attempt_at <= now()`
+
+// LeaseReconciliations leases those of the reconciliations that there is work on, for at most lease.
+func (db *DB) LeaseReconciliations(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Reconciliation, error) {
+	rows, _ := db.pool.Query(ctx, `
+		UPDATE reconciliations r SET leased_until = now() + $2, leased_by = $3
+		WHERE id = ANY (ARRAY(SELECT id FROM reconciliations WHERE id = ANY ($1) AND `+dueReconciliation+` FOR UPDATE SKIP LOCKED))
+		RETURNING `+reconciliationColumns, ids, lease, db.replica)
+	leased, err := pgx.CollectRows(rows, scanReconciliation)
+	return leased, translate("lease reconciliations", err)
 }
 
 // underLease runs act in a transaction that holds the leased reconciliation.
@@ -281,7 +281,7 @@ func (db *DB) SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenan
 		batch.Queue(`
 			WITH retired AS (
 				UPDATE apps a SET state = 'retired', made_at = coalesce(made_at, now()), attempts = 0, problem = NULL, in_doubt_since = NULL,
-					leased_until = '-infinity', enqueued_at = '-infinity', updated_at = now()
+					leased_until = '-infinity', updated_at = now()
 				FROM reconciliation_apps s
 				WHERE s.reconciliation_id = $1 AND s.app_id = ANY ($2) AND s.marker_app = s.app_id AND s.tenant_id IS NOT NULL
 					AND a.id = s.app_id AND a.state IN ('ready', 'building')
@@ -577,26 +577,6 @@ func (db *DB) TurnTo(ctx context.Context, r tenant.Reconciliation, phase tenant.
 		_, err := tx.Exec(ctx, `UPDATE reconciliations SET phase = $2 WHERE id = $1`, r.ID, phase)
 		return err
 	})
-}
-
-// ReconciliationSetback records a failed step and lets the lease go.
-func (db *DB) ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, s tenant.Setback) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE reconciliations
-		SET problem = $3::jsonb || jsonb_build_object('next_attempt_at', now() + $4::interval),
-			next_attempt_at = now() + $4::interval, attempts = attempts + $5::int,
-			leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2 AND state = 'running'`,
-		r.ID, r.LeasedUntil, s.Problem, s.Delay, count(s.Counts))
-	return oneRow("record setback of reconciliation", tag, err)
-}
-
-// DeferReconciliation lets the lease go, to be taken up again after delay.
-func (db *DB) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error {
-	tag, err := db.pool.Exec(ctx, `
-		UPDATE reconciliations SET next_attempt_at = now() + $3, leased_until = '-infinity', enqueued_at = '-infinity'
-		WHERE id = $1 AND leased_until = $2`, r.ID, r.LeasedUntil, delay)
-	return oneRow("defer reconciliation", tag, err)
 }
 
 // SmallerPages sets a smaller page size for the rest of a list, since the current page of a leased

@@ -28,10 +28,8 @@ func endFinding(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tenan
 }
 
 // repair runs act on the app of a finding, whose tenant it holds locked, as everywhere before
-// the app and its keys. An act that changes nothing skips the finding. The keys that it
-// returns are enqueued.
-func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, action string, act func(tx pgx.Tx, t tenant.Tenant) (changed bool, keys []keyInLane, err error)) error {
-	var keys []keyInLane
+// the app and its keys. An act that changes nothing skips the finding.
+func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, action string, act func(tx pgx.Tx, t tenant.Tenant) (changed bool, err error)) error {
 	var owner tenant.ID
 	err := db.underLease(ctx, action, r, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `SELECT `+tenantColumns+` FROM tenants t WHERE t.app_id = $1 FOR UPDATE OF t`, f.AppID)
@@ -42,14 +40,13 @@ func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Find
 		if owner = t.ID; owner != "" {
 			f.TenantID = owner
 		}
-		changed, more, err := act(tx, t)
+		changed, err := act(tx, t)
 		if err != nil {
 			return err
 		}
 		if !changed {
 			return endFinding(ctx, tx, r, f, tenant.FindingSkipped, "the row has moved on since the report")
 		}
-		keys = more
 		if err := auditRepair(ctx, tx, r, f, action); err != nil {
 			return err
 		}
@@ -59,15 +56,15 @@ func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Find
 	if err != nil {
 		return err
 	}
-	db.enqueue(ctx, keyJobs(keys))
+	db.wakeWorkers()
 	return nil
 }
 
 // act carries out a finding with one statement.
 func (db *DB) act(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, action, sql string, args ...any) error {
-	return db.repair(ctx, r, f, action, func(tx pgx.Tx, _ tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, action, func(tx pgx.Tx, _ tenant.Tenant) (bool, error) {
 		tag, err := tx.Exec(ctx, sql, args...)
-		return tag.RowsAffected() > 0, nil, err
+		return tag.RowsAffected() > 0, err
 	})
 }
 
@@ -85,7 +82,7 @@ func auditRepair(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, f tena
 // apps. They look at it once more.
 func (db *DB) RemoveApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.removing", `
-		UPDATE apps SET state = 'purging', incarnation = stored_incarnation(), next_attempt_at = now(), attempts = 0, enqueued_at = '-infinity', updated_at = now()
+		UPDATE apps SET state = 'purging', incarnation = stored_incarnation(), next_attempt_at = now(), attempts = 0, updated_at = now()
 		WHERE id = $1 AND state = 'deleted'`, f.AppID)
 }
 
@@ -95,7 +92,7 @@ func (db *DB) RevokeKey(ctx context.Context, r tenant.Reconciliation, f tenant.F
 	return db.act(ctx, r, f, "key.revoking", `
 		UPDATE keys
 		SET state = 'revoking', revoked_at = NULL, ciphertext = $2, fingerprint = $3, hint = $4, problem = NULL,
-			next_attempt_at = now(), attempts = 0, enqueued_at = '-infinity', updated_at = now()
+			next_attempt_at = now(), attempts = 0, updated_at = now()
 		WHERE id = $1 AND state IN ('revoked', 'lost')`, f.KeyID, key.Ciphertext, key.Fingerprint, key.Hint)
 }
 
@@ -118,41 +115,35 @@ func (db *DB) ForgetApp(ctx context.Context, r tenant.Reconciliation, f tenant.F
 // DiscardApp retires an app of the pool whose key is gone.
 func (db *DB) DiscardApp(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.retired", `
-		UPDATE apps SET state = 'retired', attempts = 0, enqueued_at = '-infinity', updated_at = now()
+		UPDATE apps SET state = 'retired', attempts = 0, updated_at = now()
 		WHERE id = $1 AND state = 'ready'`, f.AppID)
 }
 
 // RemakeKey records that a key of an active tenant is dead at Clarifai, and requests another. A
 // pending key from before a loss is requested again.
 func (db *DB) RemakeKey(ctx context.Context, r tenant.Reconciliation, f tenant.Finding, key tenant.NewKeyRow) error {
-	return db.repair(ctx, r, f, "key.gone", func(tx pgx.Tx, t tenant.Tenant) (bool, []keyInLane, error) {
+	return db.repair(ctx, r, f, "key.gone", func(tx pgx.Tx, t tenant.Tenant) (bool, error) {
 		if f.Kind == tenant.FoundKeyPending {
 			tag, err := tx.Exec(ctx, `
-				UPDATE keys SET incarnation = `+currentIncarnation+`, next_attempt_at = now(), enqueued_at = now(), updated_at = now()
+				UPDATE keys SET incarnation = `+currentIncarnation+`, next_attempt_at = now(), updated_at = now()
 				WHERE id = $1 AND state = 'creating' AND `+currentIncarnation+` IS NOT NULL`, f.KeyID)
-			return tag.RowsAffected() == 1, []keyInLane{{f.KeyID, tenant.Normal}}, err
+			return tag.RowsAffected() == 1, err
 		}
 		if t.State != tenant.Active {
-			return false, nil, nil
+			return false, nil
 		}
-		var gone bool
-		var made *uuid.UUID
-		err := tx.QueryRow(ctx, `
+		tag, err := tx.Exec(ctx, `
 			WITH gone AS (
 				UPDATE keys SET state = 'revoked', revoked_at = now(), ciphertext = NULL, updated_at = now()
 				WHERE id = $1 AND state IN ('active', 'retiring')
 				RETURNING app_id, name, scopes, expires_at, state
 			), made AS (
-				INSERT INTO keys (id, app_id, name, scopes, expires_at, enqueued_at) SELECT $2, app_id, name, scopes, expires_at, now() FROM gone
+				INSERT INTO keys (id, app_id, name, scopes, expires_at) SELECT $2, app_id, name, scopes, expires_at FROM gone
 				WHERE NOT EXISTS (SELECT FROM keys other WHERE other.app_id = gone.app_id AND other.name = gone.name
 					AND other.id <> $1 AND other.state IN ('active', 'creating'))
-				RETURNING id
 			)
-			SELECT EXISTS (SELECT FROM gone), (SELECT id FROM made)`, f.KeyID, key.ID).Scan(&gone, &made)
-		if err != nil || made == nil {
-			return gone, nil, err
-		}
-		return true, []keyInLane{{*made, tenant.Urgent}}, nil
+			SELECT FROM gone`, f.KeyID, key.ID)
+		return tag.RowsAffected() == 1, err
 	})
 }
 
@@ -175,7 +166,7 @@ func (db *DB) KeyRescoped(ctx context.Context, r tenant.Reconciliation, f tenant
 // MarkAgain gives a held app to the workers that write markers.
 func (db *DB) MarkAgain(ctx context.Context, r tenant.Reconciliation, f tenant.Finding) error {
 	return db.act(ctx, r, f, "app.marking", `
-		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'
+		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()
 		WHERE id = $1 AND state = 'held'`, f.AppID)
 }
 
@@ -191,14 +182,14 @@ func (db *DB) RemovalsInLastHour(ctx context.Context) (n int, until time.Duratio
 // SetFirstAttributes takes a sign-up's attributes for those of a tenant that was
 // adopted without any.
 func (db *DB) SetFirstAttributes(ctx context.Context, id tenant.ID, a tenant.Attributes, actor tenant.Actor) (tenant.Tenant, error) {
-	return db.change(ctx, "set first attributes", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	return db.change(ctx, "set first attributes", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		tag, err := tx.Exec(ctx, `
 			UPDATE tenants SET display_name = $2, labels = $3, attributes_hash = $4, version = version + 1, updated_at = now()
 			WHERE id = $1 AND attributes_hash = $5`, id, a.DisplayName, a.Labels, a.Hash(), unknownAttributes)
 		if err != nil || tag.RowsAffected() == 0 {
-			return nil, err
+			return err
 		}
-		return nil, audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID,
+		return audit(ctx, tx, actor, event{action: "tenant.changed", tenant: id, app: t.AppID,
 			detail: map[string]any{"fields": []string{"display_name", "labels"}, "first": true}})
 	})
 }

@@ -79,10 +79,11 @@ func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 
 // freeLeases ends the leases of replicas that have died.
 func (db *DB) freeLeases(ctx context.Context, died []uuid.UUID) error {
+	defer db.wakeWorkers()
 	return db.inTx(ctx, func(tx pgx.Tx) error {
 		for _, work := range leasedWork {
 			if _, err := tx.Exec(ctx, `
-				UPDATE `+work.table+` SET leased_until = '-infinity', enqueued_at = '-infinity'
+				UPDATE `+work.table+` SET leased_until = '-infinity'
 				WHERE id = ANY (ARRAY(
 					SELECT id FROM `+work.table+` WHERE `+work.is+` AND leased_until > now() AND leased_by = ANY ($1) FOR UPDATE SKIP LOCKED))`, died); err != nil {
 				return err
@@ -101,6 +102,7 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 	if err := db.pool.QueryRow(ctx, ahead).Scan(&step); err != nil || step < maxClockStep {
 		return 0, translate("compare clocks", err)
 	}
+	defer db.wakeWorkers()
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('correct clock'))`); err != nil {
 			return err
@@ -111,9 +113,9 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 		}
 		for _, work := range leasedWork {
 			if _, err := tx.Exec(ctx, `
-				UPDATE `+work.table+` SET next_attempt_at = next_attempt_at - $1::interval, leased_until = leased_until - $1::interval, enqueued_at = '-infinity'
+				UPDATE `+work.table+` SET next_attempt_at = next_attempt_at - $1::interval, leased_until = leased_until - $1::interval
 				WHERE id = ANY (ARRAY(
-					SELECT id FROM `+work.table+` WHERE `+work.is+` AND (next_attempt_at > now() OR leased_until > now() OR enqueued_at > now()) FOR UPDATE SKIP LOCKED))`, step); err != nil {
+					SELECT id FROM `+work.table+` WHERE `+work.is+` AND (next_attempt_at > now() OR leased_until > now()) FOR UPDATE SKIP LOCKED))`, step); err != nil {
 				return err
 			}
 		}
@@ -123,7 +125,6 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 			`UPDATE refused_pats SET next_check_at = next_check_at - $1::interval`,
 			`UPDATE pat_checks SET checking_until = checking_until - $1::interval, works_at = works_at - $1::interval`,
 			`UPDATE pools SET planned_at = planned_at - $1::interval`,
-			`UPDATE river_job SET scheduled_at = scheduled_at - $1::interval WHERE state = 'available' AND scheduled_at > now()`,
 			`UPDATE current_incarnation SET control_due_at = control_due_at - $1::interval, watch_until = watch_until - $1::interval, ` + written + ` WHERE ` + sameDatabase,
 			`UPDATE replicas SET last_seen_at = last_seen_at - $1::interval`,
 		} {

@@ -49,46 +49,47 @@ func (db *DB) Key(ctx context.Context, id tenant.ID, name string) (tenant.Key, e
 // key that is there. It reports the error of newRow, and tenant.Conflict for a tenant that is not active, for a key
 // of other scopes or expiry, and beyond tenant.MaxKeys names.
 func (db *DB) AddKey(ctx context.Context, id tenant.ID, spec tenant.KeySpec, newRow func(tenant.Tenant) (tenant.NewKeyRow, error), actor tenant.Actor) (key tenant.Key, created bool, err error) {
-	_, err = db.change(ctx, "add key", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	_, err = db.change(ctx, "add key", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		row, err := newRow(t)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if _, err := tenant.ChangeKey.Check(t.State); err != nil {
-			return nil, err
+			return err
 		}
 		key, err = oneKey(ctx, tx, `k.app_id = $1 AND k.name = $2 AND k.state IN ('creating', 'active') ORDER BY k.state LIMIT 1`, t.AppID, spec.Name)
 		if err == nil {
-			return nil, sameKey(key, spec)
+			return sameKey(key, spec)
 		}
 		if !errors.Is(err, tenant.NotFound) {
-			return nil, err
+			return err
 		}
 		if err := notOurs(t); err != nil {
-			return nil, err
+			return err
 		}
 		var names int
 		if err := tx.QueryRow(ctx, `
 			SELECT count(DISTINCT name) FROM keys WHERE app_id = $1 AND state IN ('creating', 'active', 'retiring')`, t.AppID).Scan(&names); err != nil {
-			return nil, err
+			return err
 		}
 		if names >= tenant.MaxKeys {
-			return nil, tenant.Errorf(tenant.Conflict, "too_many_keys", "the tenant has keys of %d names, and can have no more: revoke one first", names)
+			return tenant.Errorf(tenant.Conflict, "too_many_keys", "the tenant has keys of %d names, and can have no more: revoke one first", names)
 		}
 		var expires *time.Time
 		if !spec.ExpiresAt.IsZero() {
 			expires = &spec.ExpiresAt
 		}
 		if _, err := tx.Exec(ctx, `
-			INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, request_id, enqueued_at) VALUES ($1, $2, $3, $4, $5, 0, nullif($6, ''), now())`,
-			row.ID, t.AppID, row.Name, row.Scopes, expires, actor.RequestID); err != nil {
-			return nil, err
+			INSERT INTO keys (id, app_id, name, scopes, expires_at, priority, requested_by, request_id)
+			VALUES ($1, $2, $3, $4, $5, `+share(`1`, `$7`)+`, $7, nullif($6, ''))`,
+			row.ID, t.AppID, row.Name, row.Scopes, expires, actor.RequestID, actor.Name); err != nil {
+			return err
 		}
 		created = true
 		if key, err = oneKey(ctx, tx, `k.id = $1`, row.ID); err != nil {
-			return nil, err
+			return err
 		}
-		return []keyInLane{{row.ID, tenant.Urgent}}, audit(ctx, tx, actor, event{action: "key.creating", tenant: id, app: t.AppID, key: row.ID,
+		return audit(ctx, tx, actor, event{action: "key.creating", tenant: id, app: t.AppID, key: row.ID,
 			detail: map[string]any{"name": row.Name, "scopes": row.Scopes, "expires_at": expires}})
 	})
 	return key, created, err
@@ -114,21 +115,20 @@ func sameKey(k tenant.Key, spec tenant.KeySpec) error {
 // worked, or else the last there was, and reports tenant.NotFound for an unknown
 // tenant or name.
 func (db *DB) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, actor tenant.Actor) (key tenant.Key, err error) {
-	_, err = db.change(ctx, "revoke key", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	_, err = db.change(ctx, "revoke key", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		key, err = oneKey(ctx, tx, `k.app_id = $1 AND k.name = $2
 			ORDER BY k.state = 'active' DESC, k.state IN ('creating', 'retiring') DESC, k.created_at DESC, k.id DESC LIMIT 1`, t.AppID, name)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		keys, err := endKeys(ctx, tx, actor, tenant.EndRevoked, urgently(), false, `k.app_id = $6 AND k.name = $7`, t.AppID, name)
-		if err != nil {
-			return nil, err
+		if _, err := endKeys(ctx, tx, actor, tenant.EndRevoked, tenant.Interactive, false, `k.app_id = $6 AND k.name = $7`, t.AppID, name); err != nil {
+			return err
 		}
 		if err := settle(ctx, tx, id, actor); err != nil {
-			return nil, err
+			return err
 		}
 		key, err = oneKey(ctx, tx, `k.id = $1`, key.ID)
-		return keys, err
+		return err
 	})
 	return key, err
 }
@@ -138,32 +138,32 @@ func (db *DB) RevokeKeyNamed(ctx context.Context, id tenant.ID, name string, act
 // tenant that is not active, while another rotation of the name is under way, and for
 // a rotation of the same id with another overlap.
 func (db *DB) StartRotation(ctx context.Context, id tenant.ID, n tenant.NewRotation, actor tenant.Actor) (r tenant.Rotation, err error) {
-	_, err = db.change(ctx, "start rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	_, err = db.change(ctx, "start rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		r, err = rotationIn(ctx, tx, t, n.KeyName, n.ID)
 		if err == nil {
 			if n.Overlap != nil && *n.Overlap != r.Overlap {
-				return nil, tenant.Errorf(tenant.Conflict, "rotation_differs", "the rotation was begun with an overlap of %s", r.Overlap)
+				return tenant.Errorf(tenant.Conflict, "rotation_differs", "the rotation was begun with an overlap of %s", r.Overlap)
 			}
-			return nil, nil
+			return nil
 		}
 		if !errors.Is(err, tenant.NotFound) {
-			return nil, err
+			return err
 		}
 		if _, err := tenant.ChangeKey.Check(t.State); err != nil {
-			return nil, err
+			return err
 		}
 		if err := noOtherRotation(ctx, tx, t.AppID, n.KeyName); err != nil {
-			return nil, err
+			return err
 		}
 		old, err := oneKey(ctx, tx, `k.app_id = $1 AND k.name = $2 AND k.state = 'active'`, t.AppID, n.KeyName)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		if err := insertRotation(ctx, tx, t, old, n, actor); err != nil {
-			return nil, err
+			return err
 		}
 		r, err = rotationIn(ctx, tx, t, n.KeyName, n.ID)
-		return []keyInLane{{n.KeyID, n.Lane}}, err
+		return err
 	})
 	return r, err
 }
@@ -177,9 +177,9 @@ func insertRotation(ctx context.Context, tx pgx.Tx, t tenant.Tenant, old tenant.
 		overlap = *n.Overlap
 	}
 	if _, err := tx.Exec(ctx, `
-		INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, rotation_id, replaces, overlap, request_id, enqueued_at)
-		SELECT $1, app_id, name, scopes, expires_at, $3, $4, id, $5::interval, nullif($6, ''), now() FROM keys WHERE id = $2`,
-		n.KeyID, old.ID, n.Lane, n.ID, overlap, actor.RequestID); err != nil {
+		INSERT INTO keys (id, app_id, name, scopes, expires_at, priority, requested_by, rotation_id, replaces, overlap, request_id)
+		SELECT $1, app_id, name, scopes, expires_at, `+share(`$3`, `$7`)+`, $7, $4, id, $5::interval, nullif($6, '') FROM keys WHERE id = $2`,
+		n.KeyID, old.ID, n.Priority, n.ID, overlap, actor.RequestID, actor.Name); err != nil {
 		return err
 	}
 	return audit(ctx, tx, actor, event{action: "key.rotating", tenant: t.ID, app: t.AppID, key: n.KeyID,
@@ -248,28 +248,27 @@ func (db *DB) Rotation(ctx context.Context, id tenant.ID, name, rotation string)
 // ConfirmRotation ends the overlap of a rotation now. It reports tenant.NotFound for
 // an unknown one, and tenant.Conflict while the new key does not work yet.
 func (db *DB) ConfirmRotation(ctx context.Context, id tenant.ID, name, rotation string, actor tenant.Actor) (r tenant.Rotation, err error) {
-	_, err = db.change(ctx, "confirm rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) ([]keyInLane, error) {
+	_, err = db.change(ctx, "confirm rotation", id, actor, func(tx pgx.Tx, t tenant.Tenant) error {
 		if r, err = rotationIn(ctx, tx, t, name, rotation); err != nil {
-			return nil, err
+			return err
 		}
 		switch r.State {
 		case tenant.RotationCreating:
-			return nil, tenant.Errorf(tenant.Conflict, "rotation_creating", "the new key does not work yet, and the old one is still needed")
+			return tenant.Errorf(tenant.Conflict, "rotation_creating", "the new key does not work yet, and the old one is still needed")
 		case tenant.RotationCancelled:
-			return nil, tenant.Errorf(tenant.Conflict, "rotation_cancelled", "the rotation was cancelled: its new key never worked")
+			return tenant.Errorf(tenant.Conflict, "rotation_cancelled", "the rotation was cancelled: its new key never worked")
 		case tenant.RotationDone:
-			return nil, nil
+			return nil
 		}
 		if err := audit(ctx, tx, actor, event{action: "key.rotation_confirmed", tenant: id, app: t.AppID, key: r.New.ID,
 			detail: map[string]any{"name": name, "rotation_id": rotation}}); err != nil {
-			return nil, err
+			return err
 		}
-		keys, err := endKeys(ctx, tx, actor, tenant.EndRotated, urgently(), false, `k.id = $6`, r.Old.ID)
-		if err != nil {
-			return nil, err
+		if _, err := endKeys(ctx, tx, actor, tenant.EndRotated, tenant.Interactive, false, `k.id = $6`, r.Old.ID); err != nil {
+			return err
 		}
 		r, err = rotationIn(ctx, tx, t, name, rotation)
-		return keys, err
+		return err
 	})
 	return r, err
 }
@@ -284,13 +283,12 @@ func (db *DB) RevealKey(ctx context.Context, id tenant.ID, key uuid.UUID, actor 
 // tenant.NotFound if Tenantry never held such a key.
 func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID, actor tenant.Actor) (tenant.Quarantine, error) {
 	var q tenant.Quarantine
-	var keys []keyInLane
 	if err := db.ensureIncarnation(ctx); err != nil {
 		return q, err
 	}
 	var app tenant.AppID
 	quarantine := func(tx pgx.Tx) error {
-		q, keys = tenant.Quarantine{}, nil
+		q = tenant.Quarantine{}
 		k, err := oneKey(ctx, tx, `k.fingerprint = $1`, fingerprint)
 		if err != nil {
 			return err
@@ -319,14 +317,13 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			detail: map[string]any{"name": k.Name, "state": k.State}}); err != nil {
 			return err
 		}
-		if keys, err = endKeys(ctx, tx, actor, tenant.EndQuarantined, urgently(), false, `k.id = $6`, k.ID); err != nil {
+		if _, err = endKeys(ctx, tx, actor, tenant.EndQuarantined, tenant.Incident, false, `k.id = $6`, k.ID); err != nil {
 			return err
 		}
-		if k.State == tenant.KeyRevoking { // it is on its way: now
-			if _, err := tx.Exec(ctx, `UPDATE keys SET lane = 0, end_reason = 'quarantined', next_attempt_at = now(), enqueued_at = now() WHERE id = $1`, k.ID); err != nil {
+		if k.State == tenant.KeyRevoking { // a worker may have it, and wait at a lower priority
+			if _, err := tx.Exec(ctx, `UPDATE keys SET priority = 0, end_reason = 'quarantined', next_attempt_at = now(), leased_until = '-infinity' WHERE id = $1`, k.ID); err != nil {
 				return err
 			}
-			keys = append(keys, keyInLane{k.ID, tenant.Urgent})
 		}
 		if q.Key, err = oneKey(ctx, tx, `k.id = $1`, k.ID); err != nil {
 			return err
@@ -337,7 +334,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			_, err := tx.Exec(ctx, `
 				WITH discarded AS (
 					UPDATE apps SET state = CASE WHEN incarnation = `+currentIncarnation+` THEN 'purging' ELSE 'retired' END,
-						next_attempt_at = now(), attempts = 0, enqueued_at = '-infinity', updated_at = now()
+						next_attempt_at = now(), attempts = 0, updated_at = now()
 					WHERE id = $1 AND state = 'ready' RETURNING id
 				)
 				INSERT INTO audit_events (actor, request_id, action, app_id, detail)
@@ -351,10 +348,9 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 			return err
 		}
 		if q.Successor.State == tenant.KeyCreating {
-			if _, err := tx.Exec(ctx, `UPDATE keys SET lane = 0, next_attempt_at = now(), enqueued_at = now() WHERE id = $1`, q.Successor.ID); err != nil {
+			if _, err := tx.Exec(ctx, `UPDATE keys SET priority = 0, next_attempt_at = now() WHERE id = $1`, q.Successor.ID); err != nil {
 				return err
 			}
-			keys = append(keys, keyInLane{q.Successor.ID, tenant.Urgent})
 		}
 		return wakeTenant(ctx, tx, owner)
 	}
@@ -372,7 +368,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		return q, translate("quarantine key", err)
 	}
 	db.changed(q.TenantID, "")
-	db.enqueue(ctx, keyJobs(keys))
+	db.wakeWorkers()
 	return q, nil
 }
 
@@ -419,17 +415,17 @@ func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.
 // becomes a revoking key of that app. If the key has got a row by now that does not say that it is
 // dead, EndQuarantine changes nothing and returns an error: the next attempt ends that row.
 func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tenant.AdoptedKey, app tenant.AppID, problem *tenant.Problem) error {
-	var keys []keyInLane
 	var owner tenant.ID
 	err := db.inTx(ctx, func(tx pgx.Tx) (err error) {
 		if app != "" {
 			if owner, err = lockOwner(ctx, tx, app); err != nil {
 				return err
 			}
-			if keys, err = endFound(ctx, tx, app, []tenant.AdoptedKey{found}, tenant.EndQuarantined); err != nil {
+			ended, err := endFound(ctx, tx, app, []tenant.AdoptedKey{found}, tenant.EndQuarantined, k.RequestedBy)
+			if err != nil {
 				return err
 			}
-			if len(keys) == 0 { // or the quarantine would be done, and the key might work
+			if len(ended) == 0 { // or the quarantine would be done, and the key might work
 				return fmt.Errorf("the key %s has a row that is not dead", found.ID)
 			}
 			if err := audit(ctx, tx, k.RequestedBy, event{action: "key.quarantined", tenant: owner, app: app, key: found.ID,
@@ -453,7 +449,7 @@ func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tena
 	if err != nil {
 		return translate("end quarantine", err)
 	}
-	db.enqueue(ctx, keyJobs(keys))
+	db.wakeWorkers()
 	return nil
 }
 
@@ -482,10 +478,10 @@ func successor(ctx context.Context, tx pgx.Tx, k tenant.Key, owner tenant.ID, ne
 		return tenant.Key{}, nil
 	}
 	tag, err := tx.Exec(ctx, `
-		INSERT INTO keys (id, app_id, name, scopes, expires_at, lane, request_id)
-		SELECT $2, k.app_id, k.name, k.scopes, k.expires_at, 0, nullif($4, '')
+		INSERT INTO keys (id, app_id, name, scopes, expires_at, priority, requested_by, request_id)
+		SELECT $2, k.app_id, k.name, k.scopes, k.expires_at, 0, $5, nullif($4, '')
 		FROM keys k JOIN tenants t ON t.app_id = k.app_id
-		WHERE k.id = $1 AND t.id = $3 AND t.state IN ('active', 'resuming') AND t.app_user_id IS NULL`, k.ID, next, owner, actor.RequestID)
+		WHERE k.id = $1 AND t.id = $3 AND t.state IN ('active', 'resuming') AND t.app_user_id IS NULL`, k.ID, next, owner, actor.RequestID, actor.Name)
 	if err != nil || tag.RowsAffected() == 0 {
 		return tenant.Key{}, err
 	}

@@ -85,7 +85,7 @@ func (db *DB) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.
 // pending, whatever for. It returns how many it gave.
 func (db *DB) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
 	tag, err := db.pool.Exec(ctx, `
-		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'
+		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()
 		WHERE id = ANY (ARRAY(
 			SELECT id FROM apps
 			WHERE state = 'held' AND marked_at IS NOT NULL AND (marker_key_id = ANY ($1::bigint[]) OR marker_key_id IS NULL)

@@ -164,7 +164,7 @@ func TestMarkerKey(t *testing.T) {
 			UPDATE apps SET marked_at = `+marked); err != nil {
 			t.Fatal(err)
 		}
-		a, err := db.LeaseApp(t.Context(), "a1", time.Minute)
+		a, err := one(db.LeaseApps(t.Context(), []tenant.AppID{"a1"}, time.Minute))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -254,7 +254,7 @@ const claimSQL = `
 	), given AS (
 		UPDATE apps a
 		SET state = 'held', tenant_id = w.id, tenant_generation = w.generation, pending = true, next_attempt_at = now(),
-			enqueued_at = '-infinity', updated_at = now()
+			updated_at = now()
 		FROM waiter w, picked p WHERE a.id = p.id
 		RETURNING a.id, a.tenant_id, a.tenant_generation
 	), activated AS (
@@ -286,19 +286,18 @@ const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', i
 // counted: with many of them the planner may read the table for it. $1 is the profile,
 // $3 its revision, $4 how many may run at once.
 const startBuildsSQL = `
-	INSERT INTO apps (id, profile, profile_revision, incarnation, enqueued_at)
-	SELECT unnest($2::text[]), $1, $3, ` + currentIncarnation + `, now() WHERE ` + currentIncarnation + ` IS NOT NULL
+	INSERT INTO apps (id, profile, profile_revision, incarnation)
+	SELECT unnest($2::text[]), $1, $3, ` + currentIncarnation + ` WHERE ` + currentIncarnation + ` IS NOT NULL
 	LIMIT (SELECT CASE WHEN waiting = 0 THEN 0 ELSE greatest(0, waiting
 		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = ` + currentIncarnation + ` AND ` + readySince + ` LIMIT $4) ready)
 		- (SELECT count(*) FROM (SELECT FROM apps
 			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND incarnation = ` + currentIncarnation + ` LIMIT $4) coming)) END
 		FROM (SELECT count(*) AS waiting FROM (
-			SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)
-	RETURNING id`
+			SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)`
 
 // signUpFromPoolSQL makes tenants of one profile that are new, gives each a ready app
 // and reveals its key, and passes over those for whom there is no app: all of them
-// while a tenant waits, who comes first. It neither notifies nor enqueues. The apps are
+// while a tenant waits, who comes first. It does not notify. The apps are
 // those that waited longest, of the revision that the pool is kept of. $1 is the
 // profile; of each tenant, $2 to $7 are the id, the display name, the labels, the hash
 // of the attributes, the actor and the request id.
@@ -328,7 +327,7 @@ const signUpFromPoolSQL = `
 	), given AS (
 		UPDATE apps a
 		SET state = 'held', tenant_id = m.id, tenant_generation = m.generation, pending = true, next_attempt_at = now(),
-			enqueued_at = '-infinity', updated_at = now()
+			updated_at = now()
 		FROM made m WHERE a.id = m.app_id
 	), revealed AS (
 		SELECT m.id AS tenant_id, k.* FROM made m JOIN keys k ON k.app_id = m.app_id
@@ -402,7 +401,7 @@ func (db *DB) signUpFromPool(ctx context.Context, ups []signUp) ([]*tenant.Signe
 
 // SignUp makes a tenant, gives it a ready app if there is one and reveals its key: one
 // round trip and one statement, which sign-ups that come at the same time share, and
-// which neither notifies nor enqueues. If there is none it begins a build. A tenant
+// which does not notify. If there is none it begins a build. A tenant
 // that is there already is returned as it stands; with n.Again one that is deleted, or
 // being deleted, begins its next generation.
 func (db *DB) SignUp(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (tenant.SignedUp, error) {
@@ -444,7 +443,6 @@ func (db *DB) signUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.
 // trySignUpAlone is one attempt of signUpAlone. It reports false if the incarnation of the database was
 // not current, or stopped: then the attempt can be repeated.
 func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tenant.Actor) (s tenant.SignedUp, current bool, err error) {
-	var began []tenant.AppID
 	batch := &pgx.Batch{}
 	args := []any{n.ID, n.Profile.Name, n.Attributes.DisplayName, n.Attributes.Labels, n.Attributes.Hash(), actor.Name, actor.RequestID}
 	made := `
@@ -469,11 +467,7 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		FROM made`, args...,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
 	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds).
-		Query(func(rows pgx.Rows) (err error) {
-			began, err = pgx.CollectRows(rows, pgx.RowTo[tenant.AppID])
-			return err
-		})
+	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
 	var background bool
 	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background, `+currentIncarnation+` IS NOT NULL FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
@@ -494,8 +488,9 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		s.Tenant, err = db.hurry(ctx, n, actor)
 		return s, true, err
 	}
-	// A job that is not inserted costs a moment: the sweep finds the row.
-	db.enqueueApps(ctx, tenant.QueueInteractive, began)
+	if s.Tenant.State == tenant.Provisioning {
+		db.wakeWorkers()
+	}
 	return s, true, nil
 }
 
@@ -515,12 +510,12 @@ func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tena
 		}
 		batch := &pgx.Batch{}
 		batch.Queue(`
-			UPDATE apps SET next_attempt_at = now(), enqueued_at = '-infinity'
+			UPDATE apps SET next_attempt_at = now()
 			WHERE id IN (SELECT id FROM apps
 				WHERE next_attempt_at > now() AND (tenant_id = $1 OR state = 'building' AND profile = $2 AND $3)
 				FOR UPDATE SKIP LOCKED)`, id, t.Profile, t.State == tenant.Provisioning)
 		batch.Queue(`
-			UPDATE keys SET next_attempt_at = now(), enqueued_at = '-infinity'
+			UPDATE keys SET next_attempt_at = now()
 			WHERE id IN (SELECT k.id FROM keys k JOIN apps a ON a.id = k.app_id
 				WHERE a.tenant_id = $1 AND k.state IN ('creating', 'revoking') AND k.next_attempt_at > now()
 				FOR UPDATE OF k SKIP LOCKED)`, id)
@@ -531,6 +526,7 @@ func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tena
 			VALUES ($1, nullif($2, ''), 'tenant.retried', $3, nullif($4, ''))`, actor.Name, actor.RequestID, id, t.AppID)
 		return tx.SendBatch(ctx, batch).Close()
 	})
+	db.wakeWorkers()
 	return t, translate("retry", err)
 }
 

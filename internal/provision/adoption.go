@@ -8,7 +8,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -127,60 +126,19 @@ func adoptionAgrees(n tenant.NewAdoption, up tenant.SignUp, t tenant.Tenant, fir
 	return agrees(up, t, first)
 }
 
-// workAdoption looks at an app that is to be taken over, and carries it out if nothing
+// workAdoption looks at an app that is to be taken over, and carries the adoption out if nothing
 // speaks against it.
-func (s *Service) workAdoption(ctx context.Context, id uuid.UUID) outcome {
-	field := zap.Stringer("adoption", id)
-	ctx = tenant.WithUpstreamTrace(ctx)
-	a, err := s.Store.LeaseAdoption(ctx, id, s.Lease)
-	if errors.Is(err, tenant.NotFound) {
-		return outcomeNothing
+func (s *Service) workAdoption(ctx context.Context, a tenant.LeasedAdoption) error {
+	err := s.carryOut(ctx, a)
+	refusal, ok := errors.AsType[*tenant.Error](err)
+	if !ok || refusal.Kind != tenant.Conflict {
+		return err
 	}
-	if err != nil {
-		return s.failed("lease adoption", err, field)
-	}
-	err = s.carryOut(ctx, a)
-	if err == nil {
-		return outcomeDone
-	}
-	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-	defer cancel()
-	up := asUpstream(err)
-	d, isDeferred := errors.AsType[*deferred](err)
-	refusal, isRefusal := errors.AsType[*tenant.Error](err)
-	switch {
-	case isDeferred:
-		err = s.Store.DeferAdoption(ctx, a, d.bounded())
-	case isRefusal && refusal.Kind == tenant.Conflict:
-		return s.refuseAdoption(ctx, a, refusal)
-	case up == nil:
-		return s.fault("adopt", err, interrupted, a.Attempts, a.Problem, func(set tenant.Setback) error { return s.Store.AdoptionSetback(ctx, a, set) }, field)
-	case interrupted:
-		err = s.Store.DeferAdoption(ctx, a, 0)
-	default:
-		set := s.setback(up, a.Attempts, a.Problem)
-		s.Log.Warn("adoption set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
-		if err := s.Store.AdoptionSetback(ctx, a, set); err != nil {
-			return s.failed("record setback", err, field)
-		}
-		return outcomeSetback
-	}
-	if err != nil {
-		return s.failed("defer adoption", err, field)
-	}
-	return outcomeDeferred
-}
-
-func (s *Service) refuseAdoption(ctx context.Context, a tenant.LeasedAdoption, why *tenant.Error) outcome {
-	problem := &tenant.Problem{Code: why.Code, Detail: why.Detail, Since: time.Now().UTC()}
-	if up := asUpstream(why.Err); up != nil {
+	problem := &tenant.Problem{Code: refusal.Code, Detail: refusal.Detail, Since: time.Now().UTC()}
+	if up := asUpstream(refusal.Err); up != nil {
 		problem.UpstreamCode, problem.UpstreamRequestID = up.Code, up.RequestID
 	}
-	if err := s.Store.EndAdoption(ctx, a, tenant.AdoptionRefused, problem, requesterOf(ctx, a)); err != nil {
-		return s.failed("refuse adoption", err, zap.Stringer("adoption", a.ID))
-	}
-	return outcomeGivenUp
+	return cmp.Or(s.Store.EndAdoption(ctx, a, tenant.AdoptionRefused, problem, requesterOf(ctx, a)), errGivenUp)
 }
 
 // requesterOf is who asked for an adoption, with the upstream call that ended it.
@@ -267,7 +225,7 @@ func (s *Service) tagAdopted(ctx context.Context, a tenant.LeasedAdoption, was *
 			return err
 		}
 	}
-	return s.call(ctx, normal, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.AppID, marker, "") })
+	return s.call(ctx, interactive, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.AppID, marker, "") })
 }
 
 // checkAdoptable checks that the app exists and belongs to no other tenant, and returns its ownership
@@ -289,7 +247,7 @@ func (s *Service) checkAdoptable(ctx context.Context, a tenant.LeasedAdoption) (
 
 func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) (tenant.UpstreamApp, error) {
 	var app tenant.UpstreamApp
-	err := s.call(ctx, normal, func(ctx context.Context) (err error) {
+	err := s.call(ctx, interactive, func(ctx context.Context) (err error) {
 		app, err = s.Upstream.AppOf(ctx, a.AppUserID, a.AppID)
 		return err
 	})
@@ -323,7 +281,7 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 	if err != nil {
 		return key, nil, err
 	}
-	opened, err := s.opens(ctx, normal, secret)
+	opened, err := s.opens(ctx, interactive, secret)
 	up := asUpstream(err)
 	owner := a.AppUserID
 	if owner == "" {
@@ -344,7 +302,7 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 	if a.AppUserID == "" {
 		// A key that somebody else's account made of the operator's app can be neither
 		// listed nor deleted with the operator's PAT.
-		err = s.call(ctx, normal, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
+		err = s.call(ctx, interactive, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
 		if tenant.ClassOf(err) == tenant.UpstreamNotFound {
 			return key, nil, refuse(err, "adopt_key_not_ours",
 				"the key works, and is not among the operator's: Tenantry could never revoke it; leave it out, and one is made")
@@ -356,7 +314,7 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 	if key, err = s.sealed(a.ID, secret); err != nil || !ours {
 		return key, opened.Scopes, err
 	}
-	found, err := s.foundKeys(ctx, normal, a.AppID)
+	found, err := s.foundKeys(ctx, interactive, a.AppID)
 	for _, k := range found {
 		if bytes.Equal(k.Fingerprint, key.Fingerprint) {
 			key = k.SealedKey
@@ -367,8 +325,8 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 
 // opens asks Clarifai which app a key opens. The error is tenant.UpstreamNotFound for a
 // key that is dead.
-func (s *Service) opens(ctx context.Context, l lane, key tenant.Secret) (opened tenant.OpenedApp, err error) {
-	err = s.call(ctx, l, func(ctx context.Context) (err error) {
+func (s *Service) opens(ctx context.Context, p tenant.Priority, key tenant.Secret) (opened tenant.OpenedApp, err error) {
+	err = s.call(ctx, p, func(ctx context.Context) (err error) {
 		opened, err = s.Upstream.Opens(ctx, key)
 		return err
 	})
@@ -389,15 +347,3 @@ func (s *Service) leaveUnmarked(ctx context.Context, a tenant.App) error {
 type standing struct{ problem tenant.Problem }
 
 func (e *standing) Error() string { return e.problem.Detail }
-
-// stand writes down a problem of a key that stays until somebody else acts.
-func (s *Service) stand(ctx context.Context, k tenant.LeasedKey, problem tenant.Problem) outcome {
-	if k.Problem != nil && k.Problem.Code == problem.Code {
-		problem.Since = k.Problem.Since
-	}
-	set := tenant.Setback{Problem: problem, Delay: backoff(4*s.BackoffBase, 4*s.BackoffCap, k.Attempts), Counts: true}
-	if err := s.Store.KeySetback(ctx, k, set); err != nil {
-		return s.failed("record setback", err, zap.Stringer("key", k.ID))
-	}
-	return outcomeSetback
-}

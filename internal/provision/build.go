@@ -19,92 +19,22 @@ const CallsPerBuild = 2
 // given up: what was just made may take a moment to show.
 const maxContradictions = 5
 
-// recordTimeout bounds writing down how a try ended, also while shutting down.
-const recordTimeout = 3 * time.Second
-
-// An outcome is how a look at a row ended, for the metrics.
-type outcome string
-
-const (
-	outcomeDone     outcome = "done"
-	outcomeNothing  outcome = "nothing" // not due, or another worker's
-	outcomeDeferred outcome = "deferred"
-	outcomeSetback  outcome = "setback"
-	outcomeGivenUp  outcome = "given_up"
-	outcomeFailed   outcome = "failed" // a fault of ours or of the database
-)
-
-// workApp looks at an app and does what its row says is next.
-func (s *Service) workApp(ctx context.Context, id tenant.AppID) outcome {
-	ctx = tenant.WithUpstreamTrace(ctx)
-	a, err := s.Store.LeaseApp(ctx, id, s.Lease)
-	if errors.Is(err, tenant.NotFound) {
-		return outcomeNothing
-	}
-	if err != nil {
-		return s.failed("lease app", err, zap.String("app", string(id)))
-	}
+// workApp does what the row of a leased app says is next.
+func (s *Service) workApp(ctx context.Context, a *tenant.App) error {
 	switch a.State {
 	case tenant.AppPurging:
-		err = s.purge(ctx, a)
+		return s.purge(ctx, *a)
 	case tenant.AppRetained:
 		if a.EndUnknownKeys || !a.RemovalConfirmed && a.UserID == "" && (a.Tagging || !a.TaggedPurgeAfter.Equal(a.PurgeAfter)) {
-			err = s.tend(ctx, &a)
-		} else {
-			err = s.purge(ctx, a)
+			return s.tend(ctx, a)
 		}
+		return s.purge(ctx, *a)
 	case tenant.AppHeld:
-		err = s.tend(ctx, &a)
+		return s.tend(ctx, a)
 	case tenant.AppReady:
-		err = s.prove(ctx, a)
-	default:
-		err = s.build(ctx, &a)
+		return s.prove(ctx, *a)
 	}
-	return s.endApp(ctx, a, err)
-}
-
-var errGivenUp = errors.New("given up")
-
-// endApp writes down how a try on a leased app ended.
-func (s *Service) endApp(ctx context.Context, a tenant.App, err error) outcome {
-	if err == nil {
-		return outcomeDone
-	}
-	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-	defer cancel()
-	field := zap.String("app", string(a.ID))
-	if errors.Is(err, errGivenUp) {
-		return outcomeGivenUp
-	}
-	if errors.Is(err, tenant.ErrLeaseLost) {
-		// If only the row's state has moved on, what it is now must not wait for the lease
-		// to run out.
-		err = &deferred{}
-	}
-	if d, ok := errors.AsType[*deferred](err); ok {
-		if err := s.Store.DeferApp(ctx, a, d.bounded()); err != nil {
-			return s.failed("defer app", err, field)
-		}
-		return outcomeDeferred
-	}
-	up := asUpstream(err)
-	if up == nil {
-		return s.fault("work on app", err, interrupted, a.Attempts, a.Problem, func(set tenant.Setback) error { return s.Store.AppSetback(ctx, a, set) }, field)
-	}
-	if interrupted { // we are shutting down: Clarifai did nothing wrong
-		if err := s.Store.DeferApp(ctx, a, 0); err != nil {
-			return s.failed("defer app", err, field)
-		}
-		return outcomeDeferred
-	}
-	set := s.setback(up, a.Attempts, a.Problem)
-	set.Settled = !up.Unclear && (up.Call == callCreateApp || up.Call == callCreateKey)
-	s.Log.Warn("app set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
-	if err := s.Store.AppSetback(ctx, a, set); err != nil {
-		return s.failed("record setback", err, field)
-	}
-	return outcomeSetback
+	return s.build(ctx, a)
 }
 
 // Clarifai's names of the calls that make something.
@@ -112,33 +42,6 @@ const (
 	callCreateApp = "PostApps"
 	callCreateKey = "PostKeys"
 )
-
-func (s *Service) failed(act string, err error, fields ...zap.Field) outcome {
-	if errors.Is(err, tenant.ErrLeaseLost) {
-		s.Log.Info(act+": another worker has taken over", fields...)
-		return outcomeNothing
-	}
-	s.Log.Error(act, append(fields, zap.Error(err))...)
-	return outcomeFailed
-}
-
-// fault ends a try that failed by a fault of ours or of the database. Whoever waits
-// is told of it, if it can still be written down; if not, the lease runs out and
-// the sweep comes back.
-func (s *Service) fault(act string, err error, interrupted bool, attempts int, before *tenant.Problem, record func(tenant.Setback) error, field zap.Field) outcome {
-	out := s.failed(act, err, field)
-	if out == outcomeNothing || interrupted {
-		return out
-	}
-	problem := tenant.Problem{Code: "internal", Detail: "Tenantry or its database failed; the log of its replicas says how", Since: time.Now().UTC()}
-	if before != nil && before.Code == problem.Code {
-		problem.Since = before.Since
-	}
-	if err := record(tenant.Setback{Problem: problem, Delay: backoff(s.BackoffBase, s.BackoffCap, attempts), Counts: true}); err != nil {
-		s.Log.Warn("record fault", field, zap.Error(err))
-	}
-	return out
-}
 
 // build takes an app from where it stands to ready. It may be repeated from any
 // point: an earlier try may have made the app or the key and died before it could
@@ -201,7 +104,7 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 	if s.apps.takes(*a) {
 		_, err = s.apps.make(ctx, func() (tenant.NewApp, error) { return app, begin() })
 	} else {
-		err = s.createApp(ctx, laneOf(*a), app, begin)
+		err = s.createApp(ctx, priorityOf(*a), app, begin)
 	}
 	if tenant.ClassOf(err) != tenant.UpstreamDuplicate {
 		return err
@@ -215,8 +118,8 @@ func (s *Service) makeApp(ctx context.Context, a *tenant.App, profile tenant.Pro
 }
 
 // createApp makes an app, once begin has written down the intent.
-func (s *Service) createApp(ctx context.Context, l lane, app tenant.NewApp, begin func() error) error {
-	t, err := s.turn(ctx, l)
+func (s *Service) createApp(ctx context.Context, p tenant.Priority, app tenant.NewApp, begin func() error) error {
+	t, err := s.turn(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -229,7 +132,7 @@ func (s *Service) createApp(ctx context.Context, l lane, app tenant.NewApp, begi
 // isMade looks whether the app of a build is there, and gives the build up if it is
 // somebody else's.
 func (s *Service) isMade(ctx context.Context, a *tenant.App) error {
-	app, err := s.lookAt(ctx, laneOf(*a), a.ID)
+	app, err := s.lookAt(ctx, priorityOf(*a), a.ID)
 	switch {
 	case err != nil:
 		return err
@@ -250,24 +153,27 @@ func (s *Service) retire(ctx context.Context, a tenant.App, why string) error {
 	return errGivenUp
 }
 
-// laneOf says how urgent a build is: while nobody waits, or waits for another, it can
-// wait itself.
-func laneOf(a tenant.App) lane {
-	if a.Wanted && !a.ForPool {
-		return normal
+// priorityOf is the priority of a build's calls: lower once the tenant that it was begun for has
+// another app.
+func priorityOf(a tenant.App) tenant.Priority {
+	switch {
+	case a.ForPool:
+		return background
+	case a.Wanted:
+		return interactive
 	}
-	return background
+	return bulk
 }
 
 // look asks Clarifai whether an app exists, and reports whether its marker is
 // ours.
-func (s *Service) look(ctx context.Context, l lane, id tenant.AppID) (ours bool, err error) {
-	app, err := s.lookAt(ctx, l, id)
+func (s *Service) look(ctx context.Context, p tenant.Priority, id tenant.AppID) (ours bool, err error) {
+	app, err := s.lookAt(ctx, p, id)
 	return app.Marker.Owns(s.Deployment.ID, id), err
 }
 
-func (s *Service) lookAt(ctx context.Context, l lane, id tenant.AppID) (app tenant.UpstreamApp, err error) {
-	err = s.call(ctx, l, func(ctx context.Context) (err error) {
+func (s *Service) lookAt(ctx context.Context, p tenant.Priority, id tenant.AppID) (app tenant.UpstreamApp, err error) {
+	err = s.call(ctx, p, func(ctx context.Context) (err error) {
 		app, err = s.Upstream.App(ctx, id)
 		return err
 	})
@@ -279,7 +185,7 @@ func (s *Service) lookAt(ctx context.Context, l lane, id tenant.AppID) (app tena
 func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Profile) (tenant.Secret, error) {
 	shares := s.keys.takes(*a)
 	if a.Creating.InDoubt {
-		key, found, err := s.findKey(ctx, laneOf(*a), a.ID, a.Creating.ID)
+		key, found, err := s.findKey(ctx, priorityOf(*a), a.ID, a.Creating.ID)
 		switch {
 		case tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts >= maxContradictions:
 			return tenant.Secret{}, s.abandon(ctx, *a, true, "the app is gone upstream")
@@ -313,7 +219,7 @@ func (s *Service) makeKey(ctx context.Context, a *tenant.App, profile tenant.Pro
 	if shares {
 		return s.keys.make(ctx, begin)
 	}
-	t, err := s.turn(ctx, laneOf(*a))
+	t, err := s.turn(ctx, priorityOf(*a))
 	if err != nil {
 		return tenant.Secret{}, err
 	}
@@ -343,9 +249,9 @@ func (s *Service) createKey(ctx context.Context, t turn, key tenant.NewKey) (sec
 }
 
 // findKey looks for the key of a row among the app's keys upstream.
-func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
+func (s *Service) findKey(ctx context.Context, p tenant.Priority, app tenant.AppID, id uuid.UUID) (key tenant.UpstreamKey, found bool, err error) {
 	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: id}
-	err = s.eachKey(ctx, l, app, func(k tenant.UpstreamKey) error {
+	err = s.eachKey(ctx, p, app, func(k tenant.UpstreamKey) error {
 		if m, ok := tenant.ParseKeyMarker(k.Description); ok && m == want {
 			key, found = k, true
 			return errStop
@@ -359,11 +265,11 @@ func (s *Service) findKey(ctx context.Context, l lane, app tenant.AppID, id uuid
 var errStop = errors.New("stop")
 
 // eachKey calls f for each key of an app upstream, until f returns an error.
-func (s *Service) eachKey(ctx context.Context, l lane, app tenant.AppID, f func(tenant.UpstreamKey) error) error {
+func (s *Service) eachKey(ctx context.Context, p tenant.Priority, app tenant.AppID, f func(tenant.UpstreamKey) error) error {
 	// Clarifai gives no total: the last page is the one that comes back empty.
 	for page := 1; ; page++ {
 		var keys []tenant.UpstreamKey
-		err := s.call(ctx, l, func(ctx context.Context) (err error) {
+		err := s.call(ctx, p, func(ctx context.Context) (err error) {
 			keys, err = s.Upstream.AppKeys(ctx, app, page)
 			return err
 		})
@@ -501,7 +407,7 @@ func (s *Service) removalCap(ctx context.Context, a tenant.App, wait time.Durati
 	if a.Problem != nil && a.Problem.Code == set.Problem.Code {
 		set.Problem.Since = a.Problem.Since
 	}
-	if err := s.Store.AppSetback(ctx, a, set); err != nil {
+	if err := s.Store.SetBack(ctx, a.Lease(), set); err != nil {
 		return err
 	}
 	return errGivenUp

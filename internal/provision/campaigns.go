@@ -158,51 +158,19 @@ func actorOfCampaign(ctx context.Context, c tenant.Campaign) tenant.Actor {
 	return tenant.Actor{Name: c.CreatedBy, UpstreamRequestID: tenant.LastUpstreamRequest(ctx)}
 }
 
-// workCampaign takes a campaign as far as the job's time allows. Each step is written
-// down, so that any replica can take the next.
-func (s *Service) workCampaign(ctx context.Context, id uuid.UUID) outcome {
-	field := zap.Stringer("campaign", id)
-	c, err := s.Store.LeaseCampaign(ctx, id, s.Lease)
-	if errors.Is(err, tenant.NotFound) {
-		return outcomeNothing
-	}
-	if err != nil {
-		return s.failed("lease campaign", err, field)
-	}
-	for err == nil && !c.Ended() {
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < 2*s.CallTimeout {
-			err = &deferred{}
-			break
+// workCampaign takes a leased campaign as far as the time allows. Each step is recorded, so that any
+// replica can take the next.
+func (s *Service) workCampaign(ctx context.Context, c *tenant.Campaign) error {
+	for !c.Ended() {
+		if s.patience(ctx) < s.CallTimeout {
+			return &deferred{}
 		}
-		c, err = s.campaignStep(ctx, c)
-	}
-	if err == nil {
-		return outcomeDone
-	}
-	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-	defer cancel()
-	up := asUpstream(err)
-	d, isDeferred := errors.AsType[*deferred](err)
-	switch {
-	case isDeferred:
-		err = s.Store.DeferCampaign(ctx, c, d.bounded())
-	case up == nil:
-		return s.fault("work on campaign", err, interrupted, c.Attempts, c.Problem, func(set tenant.Setback) error { return s.Store.CampaignSetback(ctx, c, set) }, field)
-	case interrupted:
-		err = s.Store.DeferCampaign(ctx, c, 0)
-	default:
-		set := s.setback(up, c.Attempts, c.Problem)
-		s.Log.Warn("campaign set back", field, zap.Duration("again_in", set.Delay), zap.Error(up))
-		if err := s.Store.CampaignSetback(ctx, c, set); err != nil {
-			return s.failed("record setback", err, field)
+		var err error
+		if *c, err = s.campaignStep(ctx, *c); err != nil {
+			return err
 		}
-		return outcomeSetback
 	}
-	if err != nil {
-		return s.failed("defer campaign", err, field)
-	}
-	return outcomeDeferred
+	return nil
 }
 
 // campaignStep takes one step, and returns the campaign as it stands then. It returns
@@ -317,7 +285,7 @@ func (s *Service) conform(ctx context.Context, c tenant.Campaign, m *tenant.Misf
 		if err != nil {
 			return fmt.Errorf("%w: %s of %s", errUnopened, k.Name, m.AppID)
 		}
-		if err := s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.SetKeyScopes(ctx, secret, scopes) }); err != nil {
+		if err := s.call(ctx, bulk, func(ctx context.Context) error { return s.Upstream.SetKeyScopes(ctx, secret, scopes) }); err != nil {
 			return err
 		}
 		if err := s.Store.KeyRescopedTo(ctx, c, *m, k, scopes, actorOfCampaign(ctx, c)); err != nil {
@@ -329,7 +297,7 @@ func (s *Service) conform(ctx context.Context, c tenant.Campaign, m *tenant.Misf
 	if change == (tenant.AppChange{}) {
 		return nil
 	}
-	return s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.ChangeApp(ctx, m.AppID, change) })
+	return s.call(ctx, bulk, func(ctx context.Context) error { return s.Upstream.ChangeApp(ctx, m.AppID, change) })
 }
 
 // appChange is what has to change of an app itself.

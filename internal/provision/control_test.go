@@ -328,7 +328,7 @@ func TestControlRecordOfAnotherDeployment(t *testing.T) {
 	}
 }
 
-// A first build whose job ran before the control record existed is enqueued as soon as it exists.
+// A first build that was not begun before the control record existed is due as soon as it exists.
 func TestFirstBuildsGoOn(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
@@ -347,7 +347,7 @@ func TestFirstBuildsGoOn(t *testing.T) {
 	if err := r.DB.ControlWritten(t.Context(), turn, nil); err != nil {
 		t.Fatal(err)
 	}
-	if n, err := r.DB.Enqueue(t.Context(), tenant.BuildWork); err != nil || n != 1 {
-		t.Errorf("%d jobs were enqueued, %v; want the build", n, err)
+	if due, err := r.DB.DueWork(t.Context(), [tenant.Priorities]int{1, 1, 1, 1}); err != nil || len(due) != 1 || due[0].Kind != tenant.AppWork {
+		t.Errorf("due is %v, %v; want the build", due, err)
 	}
 }

@@ -50,9 +50,9 @@ var crashScenarios = map[string]crashScenario{
 	"sign-up": {
 		points: []string{
 			"SignUp Watch", "SignUp SignUp",
-			"workApp LeaseApp", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
+			"lease LeaseApps", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked 2", "reserve ReserveSlot",
-			"steps MakeAuditPartitions", "steps NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "steps Claim", "steps StartBuilds", "steps EndDueKeys", "steps SettleTenants", "steps Enqueue", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
+			"steps MakeAuditPartitions", "steps NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "steps Claim", "steps StartBuilds", "steps EndDueKeys", "steps SettleTenants", "start DueWork", "search WorkDue", "steps ForgetAdoptions", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
 			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -116,8 +116,8 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"campaign of rotations": {
-		points: []string{"StartRotation StartCampaign", "CountRotation CountKeys", "workCampaign LeaseCampaign", "campaignStep SettleCampaign",
-			"campaignStep CountCampaign", "campaignStep RotateSome", "workCampaign DeferCampaign", "makeHeldKey FinishLeasedKey", "confirmEnd KeyEnded"},
+		points: []string{"StartRotation StartCampaign", "CountRotation CountKeys", "lease LeaseCampaigns", "campaignStep SettleCampaign",
+			"campaignStep CountCampaign", "campaignStep RotateSome", "release Release", "makeHeldKey FinishLeasedKey", "confirmEnd KeyEnded"},
 		prepare: first,
 		act: func(s *scene) {
 			_, _ = s.r.CountRotation(s.t.Context(), tenant.KeyFilter{All: true}, noOverlap)
@@ -144,7 +144,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"campaign of rotations that Postgres refuses": {
-		points: []string{"workCampaign CampaignSetback"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			first(s)
 			exec(s.t, s.w, `ALTER TABLE campaign_items ADD CONSTRAINT none CHECK (false) NOT VALID`)
@@ -175,12 +175,12 @@ var crashScenarios = map[string]crashScenario{
 		options: changedProfile, act: applyProfile,
 	},
 	"profile that waits for the account": {
-		points:  []string{"workCampaign CampaignSetback 2"},
+		points:  []string{"end SetBack"},
 		prepare: faulty(map[string]any{"call": "PatchKeys", "count": 1, "status": 11006}),
 		options: changedProfile, act: applyProfile, settle: conformed,
 	},
 	"profile that is applied when the replica shuts down": {
-		points:  []string{"workCampaign DeferCampaign 2"},
+		points:  []string{"release Release"},
 		prepare: faulty(map[string]any{"call": "PatchKeys", "hang": true}),
 		options: changedProfile,
 		act: func(s *scene) {
@@ -200,7 +200,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"suspend": {
-		points:  []string{"changed Watch", "Suspend Suspend", "workKey LeaseKey", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
+		points:  []string{"changed Watch", "Suspend Suspend", "lease LeaseKeys", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_1", wait, caller) },
 		settle:  suspendedThenResumed,
@@ -352,7 +352,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"adopt with a key": {
-		points: []string{"Adopt Watch", "adoptNow BeginAdoption", "adoptNow Adoption", "adoptNow Tenant", "workAdoption LeaseAdoption",
+		points: []string{"Adopt Watch", "adoptNow BeginAdoption", "adoptNow Adoption", "adoptNow Tenant", "lease LeaseAdoptions",
 			"lookAtAdoptable AppOf", "opens Opens", "checkGivenKey KeyExists", "carryOut ReserveAdoption", "tagAdopted Tenant", "tagAdopted MarkApp",
 			"carryOut HoldAdopted", "tag MarkApp"},
 		prepare: adoptable(true), act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
@@ -369,7 +369,7 @@ var crashScenarios = map[string]crashScenario{
 		settle:  func(s *scene) { mustAdopt(s.t, s.r, "user_2", lostApp(s)) },
 	},
 	"adopt an app that is not there": {
-		points:  []string{"refuseAdoption EndAdoption"},
+		points:  []string{"workAdoption EndAdoption"},
 		prepare: first,
 		act:     func(s *scene) { _, _ = adopt(s.t, s.r, "user_2", tenant.AdoptRequest{AppID: "none"}) },
 		settle: func(s *scene) {
@@ -403,7 +403,7 @@ var crashScenarios = map[string]crashScenario{
 		settle:  adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adoption that fails": {
-		points: []string{"workAdoption AdoptionSetback 2"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			adoptable(true)(s)
 			s.w.Faults(map[string]any{"call": "GetApp", "count": 1, "status": 98004})
@@ -411,7 +411,7 @@ var crashScenarios = map[string]crashScenario{
 		act: adoptSecond, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adoption that Postgres refuses": {
-		points: []string{"workAdoption AdoptionSetback"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			adoptable(true)(s)
 			exec(s.t, s.w, `ALTER TABLE apps ADD CONSTRAINT none_by_hand CHECK (id <> 'hand-made') NOT VALID`)
@@ -421,7 +421,7 @@ var crashScenarios = map[string]crashScenario{
 		settle:  adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adoption while the PAT is refused": {
-		points:  []string{"workAdoption DeferAdoption"},
+		points:  []string{"release Release"},
 		prepare: adoptable(true),
 		act: func(s *scene) {
 			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
@@ -430,7 +430,7 @@ var crashScenarios = map[string]crashScenario{
 		recover: knowPAT, settle: adoptedSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"adoption when the replica shuts down": {
-		points: []string{"workAdoption DeferAdoption 2"},
+		points: []string{"release Release"},
 		prepare: func(s *scene) {
 			adoptable(true)(s)
 			s.w.Faults(map[string]any{"call": "GetApp", "hang": true})
@@ -456,7 +456,7 @@ var crashScenarios = map[string]crashScenario{
 		newcomers: []tenant.ID{"user_2"}, unmarked: true,
 	},
 	"suspend the tenant of a shared app": {
-		points:  []string{"deleteKey DeleteKey", "stand KeySetback"},
+		points:  []string{"deleteKey DeleteKey", "end SetBack"},
 		prepare: adoptedShared,
 		act:     func(s *scene) { _, _ = s.r.Suspend(s.t.Context(), "user_2", wait, caller) },
 		settle: func(s *scene) {
@@ -499,12 +499,12 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"build that is refused": {
-		points:  []string{"endApp AppSetback 2"},
+		points:  []string{"end SetBack"},
 		prepare: faulty(map[string]any{"call": "PostApps", "count": 1, "status": 11006}),
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build that Postgres refuses": {
-		points: []string{"endApp AppSetback"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			first(s)
 			exec(s.t, s.w, `ALTER TABLE keys ADD CONSTRAINT none_active CHECK (state <> 'active') NOT VALID`)
@@ -528,7 +528,7 @@ var crashScenarios = map[string]crashScenario{
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build given up": {
-		points: []string{"abandon AbandonApp", "abandon StartBuilds", "purge DeleteApp", "endApp DeferApp", "purge AppDeleted"},
+		points: []string{"abandon AbandonApp", "abandon StartBuilds", "purge DeleteApp", "release Release", "purge AppDeleted"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true})(s)
@@ -536,7 +536,7 @@ var crashScenarios = map[string]crashScenario{
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build when the replica shuts down": {
-		points:  []string{"endApp DeferApp 2"},
+		points:  []string{"release Release"},
 		prepare: faulty(map[string]any{"call": "PostApps", "hang": true}),
 		act: func(s *scene) {
 			before := s.w.State().Calls["PostApps"]
@@ -649,18 +649,18 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"revocation": {
-		points:  []string{"workKey LeaseKey", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
+		points:  []string{"lease LeaseKeys", "deleteKey DeleteKey", "confirmEnd KeyEnded"},
 		prepare: revoking(true, true),
 	},
 	"revocation that fails": {
-		points: []string{"workKey KeySetback 2"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			revoking(true, true)(s)
 			s.w.Faults(map[string]any{"call": "DeleteKey", "count": 1, "status": 98004})
 		},
 	},
 	"revocation that Postgres refuses": {
-		points: []string{"workKey KeySetback"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			revoking(true, true)(s)
 			exec(s.t, s.w, `ALTER TABLE keys ADD CONSTRAINT none_revoked CHECK (state <> 'revoked') NOT VALID`)
@@ -668,7 +668,7 @@ var crashScenarios = map[string]crashScenario{
 		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE keys DROP CONSTRAINT none_revoked`) },
 	},
 	"revocation when the replica shuts down": {
-		points: []string{"workKey DeferKey 2"},
+		points: []string{"release Release"},
 		prepare: func(s *scene) {
 			revoking(true, true)(s)
 			s.w.Faults(map[string]any{"call": "DeleteKey", "hang": true})
@@ -696,7 +696,7 @@ var crashScenarios = map[string]crashScenario{
 		prepare: revoking(false, false),
 	},
 	"revocation in a pause": {
-		points: []string{"workKey DeferKey"},
+		points: []string{"release Release"},
 		prepare: func(s *scene) {
 			revoking(true, true)(s)
 			exec(s.t, s.w, `UPDATE upstream_budget SET pauses = 1, paused_until = now() + interval '1 hour'`)
@@ -745,7 +745,7 @@ var crashScenarios = map[string]crashScenario{
 		newcomers: []tenant.ID{"user_2"},
 	},
 	"PAT that is refused to a report": {
-		points:  []string{"workReconciliation DeferReconciliation"},
+		points:  []string{"release Release"},
 		prepare: first,
 		act: func(s *scene) {
 			s.w.Settings(map[string]any{"remove_pats": []string{provisiontest.PAT}})
@@ -982,7 +982,7 @@ var crashScenarios = map[string]crashScenario{
 		},
 	},
 	"purge beyond the removal cap": {
-		points: []string{"purge PurgeWait", "removalCap AppSetback"},
+		points: []string{"purge PurgeWait", "removalCap SetBack"},
 		prepare: func(s *scene) {
 			first(s)
 			signUp(s.t, s.r, "user_2")
@@ -1045,7 +1045,7 @@ var crashScenarios = map[string]crashScenario{
 			first(s)
 			tagAnother(s)
 			s.r.Stop()
-			exec(s.t, s.w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+			exec(s.t, s.w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()`)
 		},
 		settle: func(s *scene) {
 			provisiontest.Eventually(s.t, "the key is not shown", func() bool {
@@ -1059,14 +1059,14 @@ var crashScenarios = map[string]crashScenario{
 
 	"report": {
 		points: []string{
-			"StartReport StartReport", "workReconciliation LeaseReconciliation", "listApps Apps", "listApps SawApps", "listKeys Keys",
+			"StartReport StartReport", "lease LeaseReconciliations", "listApps Apps", "listApps SawApps", "listKeys Keys",
 			"listKeys SawKeys", "reconcile Compare", "reconcile Reconciliation", "confirmNext NextFinding", "confirmNext TurnTo",
 			"endReconciliation EndReconciliation", "endReconciliation CountFindings",
 		},
 		prepare: first, act: startReport,
 	},
 	"report that fails": {
-		points: []string{"smallerPages SmallerPages", "workReconciliation ReconciliationSetback 2"},
+		points: []string{"smallerPages SmallerPages", "end SetBack"},
 		prepare: func(s *scene) {
 			first(s)
 			s.w.Faults(map[string]any{"call": "ListApps", "count": 1, "status": 98009})
@@ -1074,7 +1074,7 @@ var crashScenarios = map[string]crashScenario{
 		act: startReport,
 	},
 	"report that Postgres refuses": {
-		points: []string{"workReconciliation ReconciliationSetback"},
+		points: []string{"end SetBack"},
 		prepare: func(s *scene) {
 			first(s)
 			exec(s.t, s.w, `ALTER TABLE reconciliation_apps ADD CONSTRAINT none CHECK (false) NOT VALID`)
@@ -1083,7 +1083,7 @@ var crashScenarios = map[string]crashScenario{
 		recover: func(s *scene) { exec(s.t, s.w, `ALTER TABLE reconciliation_apps DROP CONSTRAINT none`) },
 	},
 	"report when the replica shuts down": {
-		points: []string{"workReconciliation DeferReconciliation 2"},
+		points: []string{"release Release"},
 		prepare: func(s *scene) {
 			first(s)
 			s.w.Faults(map[string]any{"call": "ListApps", "hang": true})
@@ -1350,7 +1350,7 @@ var crashScenarios = map[string]crashScenario{
 		differs: true,
 	},
 	"repair: more removals than allowed": {
-		points: []string{"repairNext ReconciliationSetback"},
+		points: []string{"repairNext SetBack"},
 		prepare: reported(func(s *scene) {
 			makeRevokedKey(s)
 			exec(s.t, s.w, `INSERT INTO apps (id, profile, profile_revision, state, updated_at)

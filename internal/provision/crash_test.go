@@ -228,7 +228,7 @@ var crashReads = map[string]bool{
 	"Rotation": true, "Sealed": true, "CountSealed": true, "NextFinding": true, "Finding": true, "CountFindings": true, "CountOpenFindings": true,
 	"LastReport": true, "Reconciliation": true, "RemovalsInLastHour": true, "Pools": true, "CountCampaign": true, "CountCampaigns": true,
 	"CountByRevision": true, "CountTenants": true, "CountKeys": true, "NextMisfit": true, "Misfits": true, "QuarantineState": true,
-	"HasAdoption": true, "SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true,
+	"HasAdoption": true, "SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true, "WorkDue": true, "DueWork": true,
 }
 
 // Wherever a replica dies, another finishes what it began: who was told of an app
@@ -357,11 +357,11 @@ func intended(t *testing.T, w *provisiontest.World) {
 func timePasses(t *testing.T, w *provisiontest.World) {
 	t.Helper()
 	exec(t, w, `
-		WITH a AS (UPDATE apps SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now() WHERE state <> 'deleted'),
-			k AS (UPDATE keys SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			d AS (UPDATE adoptions SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			r AS (UPDATE reconciliations SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
-			c AS (UPDATE campaigns SET leased_until = '-infinity', enqueued_at = '-infinity', next_attempt_at = now()),
+		WITH a AS (UPDATE apps SET leased_until = '-infinity', next_attempt_at = now() WHERE state <> 'deleted'),
+			k AS (UPDATE keys SET leased_until = '-infinity', next_attempt_at = now()),
+			d AS (UPDATE adoptions SET leased_until = '-infinity', next_attempt_at = now()),
+			r AS (UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now()),
+			c AS (UPDATE campaigns SET leased_until = '-infinity', next_attempt_at = now()),
 			q AS (UPDATE quarantines SET leased_until = '-infinity', next_attempt_at = now()),
 			p AS (UPDATE refused_pats SET next_check_at = now())
 		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch', next_slot_at = 'epoch'`)

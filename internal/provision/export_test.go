@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"go.uber.org/zap"
 
 	"github.com/tenantry/tenantry/internal/tenant"
 )
@@ -16,14 +17,29 @@ func HasProblem(c tenant.UpstreamClass) bool { return problems[c].detail != "" }
 // Backoff is backoff, for its test.
 var Backoff = backoff
 
-// The jobs and one turn of the sweep, for tests that say when each runs.
-func (s *Service) WorkApp(ctx context.Context, id tenant.AppID) { s.workApp(ctx, id) }
-func (s *Service) WorkKey(ctx context.Context, id uuid.UUID)    { s.workKey(ctx, id) }
-func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
-	s.workReconciliation(ctx, id)
+// Work on one row if it is due, and one turn of the sweep, for tests that say when each runs.
+func (s *Service) WorkApp(ctx context.Context, id tenant.AppID) {
+	s.workRow(ctx, tenant.AppWork, string(id))
 }
-func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) { s.workCampaign(ctx, id) }
-func (s *Service) RotateAged(ctx context.Context) error           { return s.rotateAged(ctx) }
+func (s *Service) WorkKey(ctx context.Context, id uuid.UUID) {
+	s.workRow(ctx, tenant.KeyWork, id.String())
+}
+func (s *Service) WorkReconciliation(ctx context.Context, id uuid.UUID) {
+	s.workRow(ctx, tenant.ReconciliationWork, id.String())
+}
+func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) {
+	s.workRow(ctx, tenant.CampaignWork, id.String())
+}
+func (s *Service) workRow(ctx context.Context, kind tenant.WorkKind, id string) {
+	rows, err := s.lease(ctx, []tenant.DueWork{{Kind: kind, ID: id}})
+	if err != nil {
+		s.Log.Error("lease row", zap.Error(err))
+	}
+	for _, row := range rows {
+		s.work(ctx, row)
+	}
+}
+func (s *Service) RotateAged(ctx context.Context) error { return s.rotateAged(ctx) }
 func (s *Service) ControlOnce(ctx context.Context) error {
 	err := s.control(ctx)
 	_, failed := s.askUnknownKey(ctx)
@@ -33,7 +49,7 @@ func (s *Service) ControlOnce(ctx context.Context) error {
 // SendLate makes a call for the control record whose permit is so old that it must be replaced.
 func (s *Service) SendLate(ctx context.Context, f func(context.Context) error) error {
 	_, fingerprint, _ := s.PAT.current()
-	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, Control: true})
+	t, err := s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: fingerprint, Control: true})
 	if err != nil {
 		return err
 	}

@@ -67,7 +67,7 @@ func (s *Service) sharing() int {
 // takes reports whether a build may have something made together with others: if it is in
 // no hurry, and nothing of it is in doubt or has failed.
 func (g *gatherer[I, R]) takes(a tenant.App) bool {
-	if g.s.ItemsPerCall < 2 || laneOf(a) != background || a.Attempts > 0 || a.InDoubt || a.Creating.InDoubt {
+	if g.s.ItemsPerCall < 2 || priorityOf(a) != background || a.Attempts > 0 || a.InDoubt || a.Creating.InDoubt {
 		return false
 	}
 	g.mu.Lock()

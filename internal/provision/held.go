@@ -18,7 +18,7 @@ import (
 // its keys and change it.
 func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 	if a.EndUnknownKeys {
-		found, err := s.foundKeys(ctx, urgent, a.ID)
+		found, err := s.foundKeys(ctx, interactive, a.ID)
 		if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 			return err
 		}
@@ -58,11 +58,11 @@ func (s *Service) tend(ctx context.Context, a *tenant.App) error {
 // tag writes the ownership tag of an app that has a tenant. A tag that names another tenant
 // is the only evidence that the rows are wrong, and is never overwritten.
 func (s *Service) tag(ctx context.Context, a *tenant.App, description string) error {
-	l := background
+	p := background
 	if a.State == tenant.AppHeld && (a.Tagging || !a.TaggedPurgeAfter.IsZero()) {
-		l = normal // a caller may wait for keys, which are created once the tag names no removal
+		p = interactive // a caller may wait for keys, which are created once the tag names no removal
 	}
-	app, err := s.lookAt(ctx, l, a.ID)
+	app, err := s.lookAt(ctx, p, a.ID)
 	if a.State == tenant.AppRetained && tenant.ClassOf(err) == tenant.UpstreamNotFound { // the removal checks again that the app is gone
 		a.TaggedPurgeAfter = a.PurgeAfter
 		return s.Store.AppMarked(ctx, *a)
@@ -102,7 +102,7 @@ func (s *Service) tag(ctx context.Context, a *tenant.App, description string) er
 			return err
 		}
 	}
-	if err := s.call(ctx, l, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
+	if err := s.call(ctx, p, func(ctx context.Context) error { return s.Upstream.MarkApp(ctx, a.ID, marker, description) }); err != nil {
 		return err
 	}
 	a.TaggedPurgeAfter = a.PurgeAfter

@@ -225,8 +225,10 @@ func (h *history) alone(name, sql string) {
 		err := h.admin.QueryRow(h.t.Context(), `SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity WHERE datname = $1`, name).Scan(&n)
 		return err == nil && n == 0
 	})
-	// Connections that are being refused count as users of the database, too.
+	// Connections that are being refused count as users of the database, too, and one that was let in
+	// before the statement above may show only now.
 	provisiontest.Eventually(h.t, sql, func() bool {
+		_, _ = h.admin.Exec(h.t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1`, name)
 		_, err := h.admin.Exec(h.t.Context(), sql)
 		if pgErr, ok := errors.AsType[*pgconn.PgError](err); err != nil && (!ok || pgErr.Code != "55006") {
 			h.t.Fatalf("%s: %v", sql, err)
@@ -611,8 +613,8 @@ func (h *history) turn(name string) {
 // timePasses ends leases, waits and the watch.
 func (h *history) timePasses(name string) {
 	h.exec(name, `
-		UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s' WHERE state <> 'deleted';
-		UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s'
+		UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s' WHERE state <> 'deleted';
+		UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
 			WHERE state IN ('creating', 'revoking');
 		UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now() WHERE state = 'running';
 		UPDATE campaigns SET leased_until = '-infinity', next_attempt_at = now() WHERE ended_at IS NULL;

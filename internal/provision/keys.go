@@ -3,7 +3,6 @@ package provision
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"time"
 
@@ -13,56 +12,13 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// workKey looks at a key and makes it work, or work no longer, as its row says.
-func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
-	field := zap.Stringer("key", id)
-	ctx = tenant.WithUpstreamTrace(ctx)
-	k, err := s.Store.LeaseKey(ctx, id, s.Lease)
-	if errors.Is(err, tenant.NotFound) {
-		return outcomeNothing
-	}
-	if err != nil {
-		return s.failed("lease key", err, field)
-	}
+// workKey makes a leased key work, or work no longer, as its row says. Afterwards k is the row that was
+// worked on last.
+func (s *Service) workKey(ctx context.Context, k *tenant.LeasedKey) error {
 	if k.State == tenant.KeyCreating {
-		err = s.makeHeldKey(ctx, &k)
-	} else {
-		err = s.revoke(ctx, k)
+		return s.makeHeldKey(ctx, k)
 	}
-	if err == nil {
-		return outcomeDone
-	}
-	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-	defer cancel()
-	if errors.Is(err, tenant.ErrLeaseLost) { // as in endApp
-		err = &deferred{}
-	}
-	up := asUpstream(err)
-	d, isDeferred := errors.AsType[*deferred](err)
-	stands, isStanding := errors.AsType[*standing](err)
-	switch {
-	case isDeferred:
-		err = s.Store.DeferKey(ctx, k, d.bounded())
-	case isStanding:
-		return s.stand(ctx, k, stands.problem)
-	case up == nil:
-		return s.fault("work on key", err, interrupted, k.Attempts, k.Problem, func(set tenant.Setback) error { return s.Store.KeySetback(ctx, k, set) }, field)
-	case interrupted:
-		err = s.Store.DeferKey(ctx, k, 0)
-	default:
-		set := s.setback(up, k.Attempts, k.Problem)
-		set.Settled = !up.Unclear && up.Call == callCreateKey
-		s.Log.Warn("key set back", field, zap.String("problem", set.Problem.Code), zap.Duration("again_in", set.Delay), zap.Error(up))
-		if err := s.Store.KeySetback(ctx, k, set); err != nil {
-			return s.failed("record setback", err, field)
-		}
-		return outcomeSetback
-	}
-	if err != nil {
-		return s.failed("defer key", err, field)
-	}
-	return outcomeDeferred
+	return s.revoke(ctx, *k)
 }
 
 // makeHeldKey makes a key for an app that a tenant holds. Afterwards k is the row
@@ -70,7 +26,7 @@ func (s *Service) workKey(ctx context.Context, id uuid.UUID) outcome {
 func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 	var secret tenant.Secret
 	if k.InDoubt {
-		key, found, err := s.findKey(ctx, k.Lane, k.AppID, k.ID)
+		key, found, err := s.findKey(ctx, k.Priority, k.AppID, k.ID)
 		if err != nil {
 			return err
 		}
@@ -86,8 +42,8 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 			*k = next
 		}
 	}
-	if k.Replaces != uuid.Nil && k.Lane == background && !k.Current {
-		// No caller asked for this key, and lost transactions may have suspended the tenant.
+	if k.Replaces != uuid.Nil && k.ByCampaign && !k.Current {
+		// lost transactions may have suspended the tenant.
 		dead, err := s.keyDead(ctx, k.AppID, k.Replaces)
 		if err != nil {
 			return err
@@ -97,7 +53,7 @@ func (s *Service) makeHeldKey(ctx context.Context, k *tenant.LeasedKey) error {
 		}
 	}
 	if !secret.IsSet() {
-		t, err := s.turn(ctx, k.Lane)
+		t, err := s.turn(ctx, k.Priority)
 		if err != nil {
 			return err
 		}
@@ -143,7 +99,7 @@ func (s *Service) revoke(ctx context.Context, k tenant.LeasedKey) error {
 		return s.Store.KeyEnded(ctx, k, nil, workerOf(ctx))
 	}
 	// The answer of the call that made it was lost, if it made it at all.
-	key, found, err := s.findKey(ctx, max(normal, k.Lane), k.AppID, k.ID)
+	key, found, err := s.findKey(ctx, max(interactive, k.Priority), k.AppID, k.ID)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound: // the app is gone, and its keys with it
 		return s.notListed(ctx, k)
@@ -167,7 +123,7 @@ func (s *Service) revokeUnreadable(ctx context.Context, k tenant.LeasedKey, why 
 	want := tenant.KeyMarker{Deployment: s.Deployment.ID, KeyID: k.ID}
 	var secret tenant.Secret
 	hidden := false
-	err := s.eachKey(ctx, k.Lane, k.AppID, func(listed tenant.UpstreamKey) error {
+	err := s.eachKey(ctx, k.Priority, k.AppID, func(listed tenant.UpstreamKey) error {
 		if !listed.Secret.IsSet() {
 			hidden = true
 			return nil
@@ -209,7 +165,7 @@ func (s *Service) confirmEnd(ctx context.Context, k tenant.LeasedKey, wait time.
 // enough: it may not know a new key yet, it may hide a key that the PAT has lost access to, and it may
 // not have carried the deletion out.
 func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tenant.Secret) error {
-	deleted := s.call(ctx, k.Lane, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
+	deleted := s.call(ctx, k.Priority, func(ctx context.Context) error { return s.Upstream.DeleteKey(ctx, secret) })
 	switch tenant.ClassOf(deleted) {
 	case tenant.UpstreamNotFound, tenant.UpstreamForbidden, tenant.UpstreamRefused: // it may be dead for another reason
 	default:
@@ -217,7 +173,7 @@ func (s *Service) deleteKey(ctx context.Context, k tenant.LeasedKey, secret tena
 			return deleted
 		}
 	}
-	_, err := s.opens(ctx, k.Lane, secret)
+	_, err := s.opens(ctx, k.Priority, secret)
 	if up := asUpstream(err); up != nil && up.Class == tenant.UpstreamNotFound {
 		if up.Code == codeDoesNotExist { // this concerns the app, which is gone or may be hidden
 			return s.confirmEnd(ctx, k, s.Settle-k.UnconfirmedFor)

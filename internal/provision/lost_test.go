@@ -188,7 +188,7 @@ func looked(t *testing.T, w *provisiontest.World) {
 // dueNow makes what waits for its time, because something may land late, due.
 func dueNow(t *testing.T, w *provisiontest.World) {
 	t.Helper()
-	exec(t, w, `UPDATE keys SET next_attempt_at = now(), enqueued_at = '-infinity' WHERE state = 'revoking' AND leased_until < now()`)
+	exec(t, w, `UPDATE keys SET next_attempt_at = now() WHERE state = 'revoking' AND leased_until < now()`)
 }
 
 // A detour stands between an engine and Clarifai. It holds the first request of a

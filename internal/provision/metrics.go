@@ -11,7 +11,7 @@ import (
 
 // Metrics are what the engine measures of itself.
 type Metrics struct {
-	jobs          *prometheus.CounterVec
+	work          *prometheus.CounterVec
 	sweepFailures *prometheus.CounterVec
 	buildSeconds  prometheus.Histogram
 	tenants       *prometheus.GaugeVec
@@ -39,8 +39,8 @@ type Metrics struct {
 // NewMetrics makes the metrics and registers them.
 func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m := &Metrics{
-		jobs: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "tenantry_jobs_total", Help: "Looks of workers at a row, by kind and outcome.",
+		work: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "tenantry_work_total", Help: "Attempts of workers at a row, by the kind of row and outcome.",
 		}, []string{"kind", "outcome"}),
 		buildSeconds: prometheus.NewHistogram(prometheus.HistogramOpts{
 			Name: "tenantry_build_duration_seconds", Help: "The last, successful try of a build, its upstream calls included.",
@@ -104,11 +104,13 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	m.poolMisses = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "tenantry_pool_misses_total", Help: "Sign-ups that found no app ready."}, []string{"profile"})
 	reg.MustRegister(m.poolReady, m.poolTarget, m.poolMin, m.poolBuilding, m.poolHits, m.poolMisses)
-	reg.MustRegister(m.jobs, m.buildSeconds, m.tenants, m.paused, m.patRefused, m.findings, m.reportedAt)
+	reg.MustRegister(m.work, m.buildSeconds, m.tenants, m.paused, m.patRefused, m.findings, m.reportedAt)
 	return m
 }
 
-func (m *Metrics) job(kind string, o outcome) { m.jobs.WithLabelValues(kind, string(o)).Inc() }
+func (m *Metrics) worked(kind tenant.WorkKind, o outcome) {
+	m.work.WithLabelValues(string(kind), string(o)).Inc()
+}
 
 // gathered notes for how many a call was made that builds may share.
 func (m *Metrics) gathered(call string, items int) {

@@ -113,7 +113,7 @@ func (s *Service) verifyPAT(ctx context.Context) error {
 		s.PAT.found(fingerprint, PATRefused)
 		return &deferred{wait: wait}
 	}
-	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: true})
+	t, err := s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: true})
 	if err != nil {
 		return err
 	}
@@ -214,7 +214,7 @@ var aboutAccount = map[string]bool{"GetUser": true, "ListApps": true, "ListKeys"
 // single app or key suggests that the PAT is rejected: no other call is made until the check is done.
 func (s *Service) checkTurn(ctx context.Context, used turn, fingerprint []byte, refusal *tenant.UpstreamError) (turn, error) {
 	if !aboutAccount[refusal.Call] {
-		return s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: used.control})
+		return s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: fingerprint, ChecksPAT: true, Control: used.control})
 	}
 	slot, err := s.Store.Interrupt(ctx, used.Epoch, s.Rate, 2*s.CallTimeout, problemOf(refusal, nil))
 	if err != nil {
@@ -302,7 +302,7 @@ func (s *Service) WatchPAT(ctx context.Context, read func() (tenant.Secret, erro
 func (s *Service) takeOver(ctx context.Context, secret tenant.Secret, candidate []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, s.JobTimeout)
 	defer cancel()
-	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
+	t, err := s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: candidate, ChecksPAT: true})
 	if err != nil {
 		return err
 	}

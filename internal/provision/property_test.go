@@ -308,9 +308,9 @@ func (m *model) sweep(rt *rapid.T) {
 
 // timePasses ends leases, pauses and waits, and the time in which a call may land.
 func (m *model) timePasses() {
-	m.exec(`UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s'
+	m.exec(`UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
 		WHERE state <> 'deleted'`)
-	m.exec(`UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), enqueued_at = '-infinity', in_doubt_since = in_doubt_since - interval '2 s'
+	m.exec(`UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
 		WHERE state IN ('creating', 'revoking')`)
 	m.exec(`UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now() WHERE state = 'running'`)
 	m.exec(`UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch'`)
@@ -472,5 +472,4 @@ func (m *model) rest() {
 	}
 	m.lab.apps += len(apps)
 	m.lab.keys += len(keys)
-	m.exec(`TRUNCATE river_job`)
 }

@@ -53,14 +53,12 @@ type Store interface {
 	ConfirmRotation(ctx context.Context, id tenant.ID, name, rotation string, actor tenant.Actor) (tenant.Rotation, error)
 	Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID, actor tenant.Actor) (tenant.Quarantine, error)
 
-	LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error)
+	LeaseApps(ctx context.Context, ids []tenant.AppID, lease time.Duration) ([]tenant.App, error)
 	BeginApp(ctx context.Context, a tenant.App) error
 	AppMade(ctx context.Context, a tenant.App) error
 	BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
 	GiveUpKey(ctx context.Context, a tenant.App) error
 	FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error
-	AppSetback(ctx context.Context, a tenant.App, s tenant.Setback) error
-	DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error
 	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
 	RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error
 	UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error)
@@ -70,25 +68,21 @@ type Store interface {
 	BeginTag(ctx context.Context, a tenant.App) error
 	AppMarked(ctx context.Context, a tenant.App) error
 
-	LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error)
+	LeaseKeys(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedKey, error)
 	BeginLeasedKey(ctx context.Context, k tenant.LeasedKey) error
 	ReplaceLeasedKey(ctx context.Context, k tenant.LeasedKey, id uuid.UUID) (tenant.LeasedKey, error)
 	FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenant.SealedKey, actor tenant.Actor) error
 	KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error
 	KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 	KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tenant.Actor) error
-	KeySetback(ctx context.Context, k tenant.LeasedKey, s tenant.Setback) error
-	DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error
 
 	BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error)
 	Adoption(ctx context.Context, id uuid.UUID) (tenant.Adoption, error)
 	HasAdoption(ctx context.Context, id tenant.ID, dryRun bool) (bool, error)
-	LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error)
+	LeaseAdoptions(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedAdoption, error)
 	ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error)
 	HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tenant.SealedKey, scopes []string, actor tenant.Actor) error
 	EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error
-	AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, s tenant.Setback) error
-	DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error
 
 	Beat(ctx context.Context, pat []byte) (tenant.Beat, error)
 	RetireApps(ctx context.Context) (int, error)
@@ -126,9 +120,7 @@ type Store interface {
 	StartRepair(ctx context.Context, id uuid.UUID, token string, actor tenant.Actor) (tenant.Reconciliation, error)
 	StartDueReport(ctx context.Context, id uuid.UUID, every time.Duration, actor tenant.Actor) (bool, error)
 	Reconciliation(ctx context.Context, id uuid.UUID) (tenant.Reconciliation, error)
-	LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error)
-	ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, s tenant.Setback) error
-	DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error
+	LeaseReconciliations(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Reconciliation, error)
 	EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error)
 	SmallerPages(ctx context.Context, r tenant.Reconciliation) (bool, error)
 	SawApps(ctx context.Context, r tenant.Reconciliation, apps []tenant.ListedApp, last bool) error
@@ -179,7 +171,11 @@ type Store interface {
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
 	PurgeWait(ctx context.Context, perHour int) (time.Duration, error)
 	BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error)
-	Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error)
+	DueWork(ctx context.Context, slots [tenant.Priorities]int) ([]tenant.DueWork, error)
+	WorkDue() <-chan struct{}
+	Release(ctx context.Context, l tenant.Lease, delay time.Duration) error
+	SetBack(ctx context.Context, l tenant.Lease, s tenant.Setback) error
+	ForgetAdoptions(ctx context.Context) error
 	MakeAuditPartitions(ctx context.Context) error
 	CountTenants(ctx context.Context) (map[tenant.State]int, error)
 	SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error)
@@ -196,7 +192,7 @@ type Store interface {
 	StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error)
 	CountKeys(ctx context.Context, f tenant.KeyFilter) (int, error)
 	ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.CampaignChange, actor tenant.Actor) (c tenant.Campaign, changed bool, err error)
-	LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error)
+	LeaseCampaigns(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Campaign, error)
 	SettleCampaign(ctx context.Context, c tenant.Campaign, actor tenant.Actor) (tenant.Settling, error)
 	CountCampaign(ctx context.Context, c tenant.Campaign) (tenant.Campaign, error)
 	RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID, actor tenant.Actor) (tenant.Campaign, error)
@@ -205,8 +201,6 @@ type Store interface {
 	KeyRescopedTo(ctx context.Context, c tenant.Campaign, m tenant.Misfit, k tenant.MisfitKey, scopes []string, actor tenant.Actor) error
 	Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit, ids []uuid.UUID, actor tenant.Actor) (bool, error)
 	LeaveMisfit(ctx context.Context, c tenant.Campaign, m tenant.Misfit, state tenant.CampaignItemState, problem tenant.Problem) error
-	DeferCampaign(ctx context.Context, c tenant.Campaign, delay time.Duration) error
-	CampaignSetback(ctx context.Context, c tenant.Campaign, s tenant.Setback) error
 	CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[tenant.CampaignState]int, error)
 }
 
@@ -364,7 +358,7 @@ type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
 	byRevision profileCount
-	lanes      [background + 1]chan struct{} // each held by the one call of its lane that waits for a slot; urgent has none
+	calls      sync.Map // by callTurn, a chan struct{} that the one call holds that waits for a slot
 	reread     rereading
 	controlDue chan struct{} // holds one while the control record or an unknown key is due
 	apps       gatherer[tenant.NewApp, struct{}]
@@ -384,9 +378,6 @@ func New(c Config) (*Service, error) {
 		return nil, err
 	}
 	s := &Service{Config: c, profiles: map[string]tenant.Profile{}, draining: make(chan struct{}), controlDue: make(chan struct{}, 1)}
-	for l := normal; l <= background; l++ {
-		s.lanes[l] = make(chan struct{}, 1)
-	}
 	for _, p := range c.Profiles {
 		s.profiles[p.Name] = p
 	}

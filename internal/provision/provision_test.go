@@ -376,11 +376,8 @@ func TestWorkOfADeadReplicaIsTakenUp(t *testing.T) {
 	if err := conn.QueryRow(t.Context(), `SELECT id FROM apps`).Scan(&app); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := idle.DB.LeaseApp(t.Context(), app, 200*time.Millisecond); err != nil {
+	if _, err := idle.DB.LeaseApps(t.Context(), []tenant.AppID{app}, 200*time.Millisecond); err != nil {
 		t.Fatalf("lease as the worker that dies: %v", err)
-	}
-	if _, err := conn.Exec(t.Context(), `DELETE FROM river_job; UPDATE apps SET enqueued_at = now() - interval '1 minute'`); err != nil {
-		t.Fatal(err)
 	}
 	r := w.Start(provisiontest.Options{})
 	got := signUp(t, r, "user_1")

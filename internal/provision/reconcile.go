@@ -34,51 +34,19 @@ func (s *Service) StartRepair(ctx context.Context, token string, actor tenant.Ac
 	return s.Store.StartRepair(ctx, id, token, actor)
 }
 
-// workReconciliation takes a reconciliation as far as the job's time allows.
-// Each step is written down, so that any replica can take the next.
-func (s *Service) workReconciliation(ctx context.Context, id uuid.UUID) outcome {
-	field := zap.Stringer("reconciliation", id)
-	r, err := s.Store.LeaseReconciliation(ctx, id, s.Lease)
-	if errors.Is(err, tenant.NotFound) {
-		return outcomeNothing
-	}
-	if err != nil {
-		return s.failed("lease reconciliation", err, field)
-	}
-	for err == nil && !r.Done {
-		if deadline, ok := ctx.Deadline(); ok && time.Until(deadline) < 2*s.CallTimeout {
-			err = &deferred{}
-			break
+// workReconciliation takes a leased reconciliation as far as the time allows. Each step is recorded, so
+// that any replica can take the next.
+func (s *Service) workReconciliation(ctx context.Context, r *tenant.Reconciliation) error {
+	for !r.Done {
+		if s.patience(ctx) < s.CallTimeout {
+			return &deferred{}
 		}
-		r, err = s.reconcile(ctx, r)
-	}
-	if err == nil {
-		return outcomeDone
-	}
-	interrupted := ctx.Err() != nil
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), recordTimeout)
-	defer cancel()
-	up := asUpstream(err)
-	d, isDeferred := errors.AsType[*deferred](err)
-	switch {
-	case isDeferred:
-		err = s.Store.DeferReconciliation(ctx, r, d.bounded())
-	case up == nil:
-		return s.fault("reconcile", err, interrupted, r.Attempts, r.Problem, func(set tenant.Setback) error { return s.Store.ReconciliationSetback(ctx, r, set) }, field)
-	case interrupted:
-		err = s.Store.DeferReconciliation(ctx, r, 0)
-	default:
-		set := s.setback(up, r.Attempts, r.Problem)
-		s.Log.Warn("reconciliation set back", field, zap.Duration("again_in", set.Delay), zap.Error(up))
-		if err := s.Store.ReconciliationSetback(ctx, r, set); err != nil {
-			return s.failed("record setback", err, field)
+		var err error
+		if *r, err = s.reconcile(ctx, *r); err != nil {
+			return err
 		}
-		return outcomeSetback
 	}
-	if err != nil {
-		return s.failed("defer reconciliation", err, field)
-	}
-	return outcomeDeferred
+	return nil
 }
 
 // reconcile takes one step, and returns the reconciliation as it stands then.
@@ -319,8 +287,8 @@ func (s *Service) repairNext(ctx context.Context, r tenant.Reconciliation) error
 			return err
 		}
 		if n >= s.RemovalCap {
-			return s.Store.ReconciliationSetback(ctx, r, tenant.Setback{Delay: until, Problem: tenant.Problem{Code: "removal_cap",
-				Detail: fmt.Sprintf("%d removals in an hour are allowed, and were made", s.RemovalCap), Since: time.Now().UTC()}})
+			return cmp.Or(s.Store.SetBack(ctx, r.Lease(), tenant.Setback{Delay: until, Problem: tenant.Problem{Code: "removal_cap",
+				Detail: fmt.Sprintf("%d removals in an hour are allowed, and were made", s.RemovalCap), Since: time.Now().UTC()}}), errGivenUp)
 		}
 	}
 	err = s.repair(tenant.WithUpstreamTrace(ctx), r, f)

@@ -380,7 +380,7 @@ func TestSlowListing(t *testing.T) {
 	turn := func(faults ...map[string]any) tenant.Reconciliation {
 		t.Helper()
 		w.Faults(faults...)
-		exec(t, w, `UPDATE reconciliations SET next_attempt_at = now(), leased_until = '-infinity', enqueued_at = '-infinity';
+		exec(t, w, `UPDATE reconciliations SET next_attempt_at = now(), leased_until = '-infinity';
 			UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch'`)
 		r.WorkReconciliation(t.Context(), began.ID)
 		got, err := r.DB.Reconciliation(t.Context(), began.ID)

@@ -192,7 +192,7 @@ func (s *Service) callControl(ctx context.Context, f func(context.Context) error
 		}
 		_, fingerprint, _ = s.PAT.current()
 	}
-	t, err := s.takeSlot(ctx, urgent, tenant.SlotRequest{PAT: fingerprint, Control: true})
+	t, err := s.takeSlot(ctx, incident, tenant.SlotRequest{PAT: fingerprint, Control: true})
 	if err != nil {
 		return err
 	}
@@ -359,12 +359,12 @@ func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
 	refused := func(code, detail string) error {
 		return s.Store.EndQuarantine(ctx, k, tenant.AdoptedKey{}, "", &tenant.Problem{Code: code, Detail: detail, Since: time.Now().UTC()})
 	}
-	opened, err := s.opens(ctx, urgent, secret)
+	opened, err := s.opens(ctx, incident, secret)
 	switch {
 	case tenant.ClassOf(err) == tenant.UpstreamNotFound:
 		return refused("key_dead", "Clarifai does not accept the key: it is dead, or never was a key")
 	case tenant.ClassOf(err) == tenant.UpstreamForbidden:
-		err := s.call(ctx, urgent, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
+		err := s.call(ctx, incident, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
 		switch {
 		case tenant.ClassOf(err) == tenant.UpstreamNotFound:
 			return refused("key_not_ours", "Clarifai does not say what the key opens, and the key is not among the operator's")
@@ -378,7 +378,7 @@ func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
 	case opened.AppID == "":
 		return refused("key_not_ours", "the key works, but does not name a single app, as Tenantry's keys do; revoke it in Clarifai")
 	}
-	found, err := s.foundKeys(ctx, urgent, opened.AppID)
+	found, err := s.foundKeys(ctx, incident, opened.AppID)
 	if err != nil && tenant.ClassOf(err) != tenant.UpstreamNotFound {
 		return err
 	}
@@ -403,9 +403,9 @@ func (s *Service) identifyKey(ctx context.Context, k tenant.UnknownKey) error {
 
 // foundKeys lists the keys of an app that have our ownership tag, newest first. A key whose
 // secret the listing hides has no ciphertext.
-func (s *Service) foundKeys(ctx context.Context, l lane, app tenant.AppID) ([]tenant.AdoptedKey, error) {
+func (s *Service) foundKeys(ctx context.Context, p tenant.Priority, app tenant.AppID) ([]tenant.AdoptedKey, error) {
 	var found []tenant.AdoptedKey
-	err := s.eachKey(ctx, l, app, func(k tenant.UpstreamKey) error {
+	err := s.eachKey(ctx, p, app, func(k tenant.UpstreamKey) error {
 		id := s.keyIDOf(k)
 		if id == uuid.Nil {
 			return nil

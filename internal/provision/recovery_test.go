@@ -457,7 +457,7 @@ func TestContestedApp(t *testing.T) {
 	w.Faults()
 	r.Stop()
 	tagAs(t, w, r, app, "another")
-	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()`)
 	r = w.Start(provisiontest.Options{})
 	provisiontest.Eventually(t, "the app is contested", func() bool {
 		_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
@@ -504,7 +504,7 @@ func TestContestEnds(t *testing.T) {
 	app := signUp(t, r, "user_1").AppID
 	marked(t, w)
 	tagAs(t, w, r, app, "another")
-	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now(), enqueued_at = '-infinity'`)
+	exec(t, w, `UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()`)
 	reveals := func(code string) func() bool {
 		return func() bool {
 			_, _, err := r.Reveal(t.Context(), "user_1", tenant.DefaultKey, caller)
@@ -513,7 +513,7 @@ func TestContestEnds(t *testing.T) {
 	}
 	provisiontest.Eventually(t, "the app is contested", reveals("app_contested"))
 	tagAs(t, w, r, app, "user_1")
-	exec(t, w, `UPDATE apps SET next_attempt_at = now(), enqueued_at = '-infinity'`)
+	exec(t, w, `UPDATE apps SET next_attempt_at = now()`)
 	provisiontest.Eventually(t, "the key is shown again", reveals(""))
 }
 
@@ -905,9 +905,9 @@ func TestClockSetBack(t *testing.T) {
 	}
 	// As they are after the clock was set back by an hour.
 	exec(t, w, `
-		UPDATE apps SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour'
+		UPDATE apps SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour'
 			WHERE state = 'building' OR pending;
-		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour', enqueued_at = now() + interval '1 hour'
+		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour'
 			WHERE state IN ('creating', 'revoking');
 		UPDATE upstream_budget SET next_slot_at = now() + interval '1 hour', paused_until = now() + interval '1 hour', pauses = 0;
 		UPDATE replicas SET last_seen_at = now() + interval '1 hour'`)

@@ -24,19 +24,18 @@ const maxDefer = 5 * time.Second
 
 func (d *deferred) bounded() time.Duration { return min(d.wait, maxDefer) }
 
-type lane = tenant.Lane
-
 const (
-	urgent     = tenant.Urgent
-	normal     = tenant.Normal
-	background = tenant.Background
+	incident    = tenant.Incident
+	interactive = tenant.Interactive
+	bulk        = tenant.Bulk
+	background  = tenant.Background
 )
 
 // A turn is the permission to make one upstream call.
 type turn struct {
 	tenant.Slot
 	due       time.Time
-	lane      lane
+	priority  tenant.Priority
 	pat       []byte // fingerprint of the PAT in use when it was given
 	checksPAT bool
 	control   bool // a stopped database makes this call, too
@@ -48,8 +47,8 @@ type turn struct {
 // call was not made. A call that makes something has its intent written down
 // between its turn and its sending: one that still waits for its turn when the
 // process dies leaves nothing in doubt.
-func (s *Service) call(ctx context.Context, l lane, f func(context.Context) error) error {
-	t, err := s.turn(ctx, l)
+func (s *Service) call(ctx context.Context, p tenant.Priority, f func(context.Context) error) error {
+	t, err := s.turn(ctx, p)
 	if err != nil {
 		return err
 	}
@@ -57,7 +56,7 @@ func (s *Service) call(ctx context.Context, l lane, f func(context.Context) erro
 }
 
 // turn waits until an upstream call may be made with a PAT that is verified.
-func (s *Service) turn(ctx context.Context, l lane) (turn, error) {
+func (s *Service) turn(ctx context.Context, p tenant.Priority) (turn, error) {
 	_, fingerprint, verified := s.PAT.current()
 	if !verified {
 		if err := s.verifyPAT(ctx); err != nil {
@@ -65,7 +64,7 @@ func (s *Service) turn(ctx context.Context, l lane) (turn, error) {
 		}
 		_, fingerprint, _ = s.PAT.current()
 	}
-	return s.takeSlot(ctx, l, tenant.SlotRequest{PAT: fingerprint})
+	return s.takeSlot(ctx, p, tenant.SlotRequest{PAT: fingerprint})
 }
 
 // patience is how long a call may wait for its slot and still have its time.
@@ -76,19 +75,34 @@ func (s *Service) patience(ctx context.Context) time.Duration {
 	return s.CallTimeout
 }
 
-// takeSlot waits for the next upstream call of a lane that is free. It returns
+// A callTurn is who waits for slots one after the other.
+type callTurn struct {
+	priority tenant.Priority
+	share    string
+}
+
+type shareOfCalls struct{}
+
+// withShare says of the calls that are made with ctx with whom they take turns.
+func withShare(ctx context.Context, share string) context.Context {
+	return context.WithValue(ctx, shareOfCalls{}, share)
+}
+
+// takeSlot waits for the next upstream call that a priority may reserve. It returns
 // *deferred if none is in time.
-func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (turn, error) {
+func (s *Service) takeSlot(ctx context.Context, p tenant.Priority, r tenant.SlotRequest) (turn, error) {
 	// A slot that leaves no time for the call would be wasted.
 	end := time.Now().Add(s.patience(ctx))
 	r.PerSecond, r.ProbeTimeout = s.Rate, 2*s.CallTimeout
-	if l != urgent {
-		// One of this replica's calls of a lane at a time waits for its slot. What is
-		// urgent has a few slots before it then, whatever waits, and asks for background
-		// slots that are not free come no more often.
+	if p != incident {
+		// One of this replica's calls of a share at a time waits for its slot: the shares of a
+		// priority get one after the other, however many calls each has.
+		share, _ := ctx.Value(shareOfCalls{}).(string)
+		turns, _ := s.calls.LoadOrStore(callTurn{p, share}, make(chan struct{}, 1))
+		alone := turns.(chan struct{})
 		select {
-		case s.lanes[l] <- struct{}{}:
-			defer func() { <-s.lanes[l] }()
+		case alone <- struct{}{}:
+			defer func() { <-alone }()
 		case <-ctx.Done():
 			return turn{}, &deferred{}
 		case <-time.After(time.Until(end)):
@@ -100,22 +114,19 @@ func (s *Service) takeSlot(ctx context.Context, l lane, r tenant.SlotRequest) (t
 		if patience < 0 {
 			return turn{}, &deferred{}
 		}
-		if r.Patience = patience; l == background {
-			r.Patience = 0
-		}
+		r.Patience = min(patience, p.Reach())
 		slot, due, err := reserve(ctx, s.Store, r)
 		if err != nil {
 			return turn{}, err
 		}
 		if !due.IsZero() {
-			return turn{Slot: slot, due: due, lane: l, pat: r.PAT, checksPAT: r.ChecksPAT, control: r.Control}, nil
+			return turn{Slot: slot, due: due, priority: p, pat: r.PAT, checksPAT: r.ChecksPAT, control: r.Control}, nil
 		}
 		if slot.PATRefused {
 			s.PAT.found(r.PAT, PATRefused)
 		}
-		// A slot that came too late is asked for again, and a background call waits
-		// for the slot that may be free; the others come back later.
-		again := slot.Granted || l == background && slot.Wait < time.Until(end)
+		// A slot that came too late is asked for again, and so is one that is still out of reach.
+		again := slot.Granted || !slot.PATRefused && slot.Wait < time.Until(end)
 		if !again || !sleep(ctx, slot.Wait) {
 			return turn{}, &deferred{wait: slot.Wait}
 		}
@@ -177,7 +188,7 @@ const clarifaiAnswers = "Clarifai answers again; upstream work goes on"
 func (s *Service) send(ctx context.Context, t turn, f func(context.Context) error) error {
 	if late(t.due, s.Rate) {
 		var err error
-		if t, err = s.takeSlot(ctx, t.lane, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT, Control: t.control}); err != nil {
+		if t, err = s.takeSlot(ctx, t.priority, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT, Control: t.control}); err != nil {
 			return err
 		}
 	}

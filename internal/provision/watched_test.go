@@ -73,9 +73,9 @@ func (s watchedStore) Identify(ctx context.Context, what tenant.Suspect, actor t
 	return s.Store.Identify(ctx, what, actor)
 }
 
-func (s watchedStore) LeaseApp(ctx context.Context, id tenant.AppID, lease time.Duration) (tenant.App, error) {
+func (s watchedStore) LeaseApps(ctx context.Context, ids []tenant.AppID, lease time.Duration) ([]tenant.App, error) {
 	defer s.returned()
-	return s.Store.LeaseApp(ctx, id, lease)
+	return s.Store.LeaseApps(ctx, ids, lease)
 }
 
 func (s watchedStore) BeginApp(ctx context.Context, a tenant.App) error {
@@ -103,16 +103,6 @@ func (s watchedStore) FinishBuild(ctx context.Context, a tenant.App, end tenant.
 	return s.Store.FinishBuild(ctx, a, end, actor)
 }
 
-func (s watchedStore) AppSetback(ctx context.Context, a tenant.App, set tenant.Setback) error {
-	defer s.returned()
-	return s.Store.AppSetback(ctx, a, set)
-}
-
-func (s watchedStore) DeferApp(ctx context.Context, a tenant.App, delay time.Duration) error {
-	defer s.returned()
-	return s.Store.DeferApp(ctx, a, delay)
-}
-
 func (s watchedStore) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error {
 	defer s.returned()
 	return s.Store.AbandonApp(ctx, a, ours, reason, actor)
@@ -133,9 +123,9 @@ func (s watchedStore) AppMarked(ctx context.Context, a tenant.App) error {
 	return s.Store.AppMarked(ctx, a)
 }
 
-func (s watchedStore) LeaseKey(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedKey, error) {
+func (s watchedStore) LeaseKeys(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedKey, error) {
 	defer s.returned()
-	return s.Store.LeaseKey(ctx, id, lease)
+	return s.Store.LeaseKeys(ctx, ids, lease)
 }
 
 func (s watchedStore) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *tenant.Problem, actor tenant.Actor) error {
@@ -146,16 +136,6 @@ func (s watchedStore) KeyEnded(ctx context.Context, k tenant.LeasedKey, lost *te
 func (s watchedStore) KeyEndUnconfirmed(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
 	defer s.returned()
 	return s.Store.KeyEndUnconfirmed(ctx, k, delay)
-}
-
-func (s watchedStore) KeySetback(ctx context.Context, k tenant.LeasedKey, set tenant.Setback) error {
-	defer s.returned()
-	return s.Store.KeySetback(ctx, k, set)
-}
-
-func (s watchedStore) DeferKey(ctx context.Context, k tenant.LeasedKey, delay time.Duration) error {
-	defer s.returned()
-	return s.Store.DeferKey(ctx, k, delay)
 }
 
 func (s watchedStore) RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error {
@@ -353,19 +333,9 @@ func (s watchedStore) Reconciliation(ctx context.Context, id uuid.UUID) (tenant.
 	return s.Store.Reconciliation(ctx, id)
 }
 
-func (s watchedStore) LeaseReconciliation(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Reconciliation, error) {
+func (s watchedStore) LeaseReconciliations(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Reconciliation, error) {
 	defer s.returned()
-	return s.Store.LeaseReconciliation(ctx, id, lease)
-}
-
-func (s watchedStore) ReconciliationSetback(ctx context.Context, r tenant.Reconciliation, set tenant.Setback) error {
-	defer s.returned()
-	return s.Store.ReconciliationSetback(ctx, r, set)
-}
-
-func (s watchedStore) DeferReconciliation(ctx context.Context, r tenant.Reconciliation, delay time.Duration) error {
-	defer s.returned()
-	return s.Store.DeferReconciliation(ctx, r, delay)
+	return s.Store.LeaseReconciliations(ctx, ids, lease)
 }
 
 func (s watchedStore) EndReconciliation(ctx context.Context, r tenant.Reconciliation) (was, is tenant.Recovery, err error) {
@@ -541,11 +511,6 @@ func (s watchedStore) Claim(ctx context.Context, profile string, actor tenant.Ac
 func (s watchedStore) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
 	defer s.returned()
 	return s.Store.StartBuilds(ctx, p, ids)
-}
-
-func (s watchedStore) Enqueue(ctx context.Context, kind tenant.WorkKind) (int, error) {
-	defer s.returned()
-	return s.Store.Enqueue(ctx, kind)
 }
 
 func (s watchedStore) MakeAuditPartitions(ctx context.Context) error {
@@ -778,9 +743,9 @@ func (s watchedStore) Adoption(ctx context.Context, id uuid.UUID) (tenant.Adopti
 	return s.Store.Adoption(ctx, id)
 }
 
-func (s watchedStore) LeaseAdoption(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.LeasedAdoption, error) {
+func (s watchedStore) LeaseAdoptions(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.LeasedAdoption, error) {
 	defer s.returned()
-	return s.Store.LeaseAdoption(ctx, id, lease)
+	return s.Store.LeaseAdoptions(ctx, ids, lease)
 }
 
 func (s watchedStore) ReserveAdoption(ctx context.Context, a tenant.LeasedAdoption) (bool, error) {
@@ -796,16 +761,6 @@ func (s watchedStore) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, 
 func (s watchedStore) EndAdoption(ctx context.Context, a tenant.LeasedAdoption, state tenant.AdoptionState, problem *tenant.Problem, actor tenant.Actor) error {
 	defer s.returned()
 	return s.Store.EndAdoption(ctx, a, state, problem, actor)
-}
-
-func (s watchedStore) AdoptionSetback(ctx context.Context, a tenant.LeasedAdoption, set tenant.Setback) error {
-	defer s.returned()
-	return s.Store.AdoptionSetback(ctx, a, set)
-}
-
-func (s watchedStore) DeferAdoption(ctx context.Context, a tenant.LeasedAdoption, delay time.Duration) error {
-	defer s.returned()
-	return s.Store.DeferAdoption(ctx, a, delay)
 }
 
 func (u watchedUpstream) AppOf(ctx context.Context, owner tenant.UserID, id tenant.AppID) (tenant.UpstreamApp, error) {
@@ -843,9 +798,9 @@ func (s watchedStore) ChangeCampaign(ctx context.Context, id uuid.UUID, change t
 	return s.Store.ChangeCampaign(ctx, id, change, actor)
 }
 
-func (s watchedStore) LeaseCampaign(ctx context.Context, id uuid.UUID, lease time.Duration) (tenant.Campaign, error) {
+func (s watchedStore) LeaseCampaigns(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Campaign, error) {
 	defer s.returned()
-	return s.Store.LeaseCampaign(ctx, id, lease)
+	return s.Store.LeaseCampaigns(ctx, ids, lease)
 }
 
 func (s watchedStore) SettleCampaign(ctx context.Context, c tenant.Campaign, actor tenant.Actor) (tenant.Settling, error) {
@@ -886,16 +841,6 @@ func (s watchedStore) Conformed(ctx context.Context, c tenant.Campaign, m tenant
 func (s watchedStore) LeaveMisfit(ctx context.Context, c tenant.Campaign, m tenant.Misfit, state tenant.CampaignItemState, problem tenant.Problem) error {
 	defer s.returned()
 	return s.Store.LeaveMisfit(ctx, c, m, state, problem)
-}
-
-func (s watchedStore) DeferCampaign(ctx context.Context, c tenant.Campaign, delay time.Duration) error {
-	defer s.returned()
-	return s.Store.DeferCampaign(ctx, c, delay)
-}
-
-func (s watchedStore) CampaignSetback(ctx context.Context, c tenant.Campaign, set tenant.Setback) error {
-	defer s.returned()
-	return s.Store.CampaignSetback(ctx, c, set)
 }
 
 func (s watchedStore) CountCampaigns(ctx context.Context) (map[tenant.CampaignKind]map[tenant.CampaignState]int, error) {
@@ -941,4 +886,29 @@ func (s watchedStore) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid
 func (s watchedStore) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error) {
 	defer s.returned()
 	return s.Store.Pools(ctx, names)
+}
+
+func (s watchedStore) DueWork(ctx context.Context, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
+	defer s.returned()
+	return s.Store.DueWork(ctx, slots)
+}
+
+func (s watchedStore) WorkDue() <-chan struct{} {
+	defer s.returned()
+	return s.Store.WorkDue()
+}
+
+func (s watchedStore) Release(ctx context.Context, l tenant.Lease, delay time.Duration) error {
+	defer s.returned()
+	return s.Store.Release(ctx, l, delay)
+}
+
+func (s watchedStore) SetBack(ctx context.Context, l tenant.Lease, set tenant.Setback) error {
+	defer s.returned()
+	return s.Store.SetBack(ctx, l, set)
+}
+
+func (s watchedStore) ForgetAdoptions(ctx context.Context) error {
+	defer s.returned()
+	return s.Store.ForgetAdoptions(ctx)
 }

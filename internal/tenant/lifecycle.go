@@ -11,22 +11,6 @@ import (
 	"github.com/google/uuid"
 )
 
-// A Lane says how urgent an upstream call is. Its numbers stand in the database.
-type Lane int
-
-// The lanes.
-const (
-	// Urgent reserves the next slot: a key shall not work a moment longer, or a caller
-	// waits for another.
-	Urgent Lane = 0
-	// Normal reserves the next slot, one call of a replica at a time: however many
-	// sign-ups wait, what is urgent has no more than a few calls before it.
-	Normal Lane = 1
-	// Background takes a slot only if one is free now: work of any amount delays
-	// nobody by more than a slot.
-	Background Lane = 2
-)
-
 // A Change is what a caller asks of a tenant that is there.
 type Change string
 
@@ -242,8 +226,8 @@ type NewRotation struct {
 	KeyID   uuid.UUID // of the row of the new key
 	// Overlap nil takes the default, and is not compared with a rotation that is
 	// there.
-	Overlap *time.Duration
-	Lane    Lane
+	Overlap  *time.Duration
+	Priority Priority
 }
 
 var rotationID = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)

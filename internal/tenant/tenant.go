@@ -189,7 +189,7 @@ type LeasedKey struct {
 	Name       string
 	State      KeyState
 	Scopes     []string
-	Lane       Lane
+	Priority   Priority
 	Ciphertext []byte // nil for a key whose secret was never learnt
 	// InDoubt says that a call that may have made the key was begun, InDoubtFor ago,
 	// and that its outcome was never recorded.
@@ -207,6 +207,8 @@ type LeasedKey struct {
 	Current bool
 	// Replaces is the key that this one replaces in a rotation; zero for none.
 	Replaces uuid.UUID
+	// ByCampaign says that a campaign replaces it: no caller asked for this key.
+	ByCampaign bool
 }
 
 // A Key is one of a tenant's keys, without its secret.

@@ -230,7 +230,7 @@ func empty(url tenant.Secret) error {
 	rows, _ := conn.Query(ctx, `
 		SELECT c.oid::regclass::text FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace
 		WHERE n.nspname = 'public' AND c.relkind IN ('r', 'p') AND NOT c.relispartition
-			AND c.relname NOT IN ('schema_migrations', 'river_migration')`)
+			AND c.relname <> 'schema_migrations'`)
 	tables, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	if err != nil {
 		return err

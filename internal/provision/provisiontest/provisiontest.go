@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
@@ -328,17 +327,13 @@ const keysetWatchInterval = 50 * time.Millisecond
 func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	ctx, cancel := context.WithCancel(ctx)
 	var loops sync.WaitGroup
-	stopJobs := func() {}
+	stopWork := func() {}
 	if !o.Idle {
-		jobs, err := r.StartJobs(ctx, r.DB.Direct(), cmp.Or(o.Workers, 8))
-		if err != nil {
+		workers := r.StartWork(ctx, cmp.Or(o.Workers, 8))
+		stopWork = func() {
+			now, cancel := context.WithCancel(context.WithoutCancel(ctx))
 			cancel()
-			return err
-		}
-		stopJobs = func() {
-			if err := jobs.StopAndCancel(context.WithoutCancel(ctx)); err != nil {
-				log.Error(fmt.Sprint("stop jobs: ", err))
-			}
+			_ = workers.Stop(now)
 		}
 		loops.Go(func() { _ = r.Sweep(ctx) })
 		loops.Go(func() { _ = r.KeepControl(ctx) })
@@ -354,7 +349,7 @@ func (r *Replica) work(ctx context.Context, log *zap.Logger, o Options) error {
 	r.stop = func(leave bool) {
 		once.Do(func() {
 			r.Drain()
-			stopJobs()
+			stopWork()
 			cancel()
 			loops.Wait()
 			if o.Control && !o.Idle && leave {

@@ -63,9 +63,5 @@ FROM made, generate_series(1, 2) k;
 INSERT INTO audit_seals (number, after_id, last_id, entries, previous_hash, hash, sealed_at)
 SELECT 1, 0, :n * 2 - 1000, repeat('x', 24)::bytea, repeat('x', 32)::bytea, repeat('x', 32)::bytea, now();
 
-INSERT INTO river_job (state, args, kind, max_attempts, queue, finalized_at, attempt)
-SELECT CASE WHEN i <= 20 THEN 'available' ELSE 'completed' END::river_job_state, '{}', 'app', 25,
-	CASE WHEN i % 2 = 0 THEN 'background' ELSE 'interactive' END, CASE WHEN i > 20 THEN now() END, 1
-FROM generate_series(1, :n / 10) i;
 DROP TABLE made;
 RESET session_replication_role;
