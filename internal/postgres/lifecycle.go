@@ -44,8 +44,8 @@ func lockOwner(ctx context.Context, tx pgx.Tx, app tenant.AppID) (tenant.ID, err
 	return id, err
 }
 
-// change runs act on a tenant that it holds locked, and returns the tenant as it stands afterwards. It reports tenant.ErrOutside for a
-// tenant that actor may not change.
+// change runs act on a tenant that it holds locked, and returns the tenant as it stands afterwards. It
+// reports tenant.ErrOutside for a tenant that actor may not change.
 func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenant.Actor, act func(pgx.Tx, tenant.Tenant) error) (tenant.Tenant, error) {
 	var t tenant.Tenant
 	if err := db.ensureIncarnation(ctx); err != nil {

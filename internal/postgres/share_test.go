@@ -65,6 +65,7 @@ func TestShared(t *testing.T) {
 		if !slices.Equal(sizes, want) {
 			t.Errorf("the calls went in runs of %v; want %v", sizes, want)
 		}
+		synctest.Wait() // for the goroutines that looked for more calls
 		// Alone again: at once, and nothing is left running.
 		if got, err := s.do(t.Context(), 7); got != 70 || err != nil || s.running != 0 {
 			t.Errorf("do = %d, %v with %d running; want 70 with none", got, err, s.running)
