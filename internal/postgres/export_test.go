@@ -18,7 +18,12 @@ func (cfg Config) Traced(by pgx.QueryTracer) Config {
 
 // Forward has the cache see a machine that was suspended for d: the wall clock goes on meanwhile, and the
 // monotonic clock stops.
-func (db *DB) Forward(d time.Duration) { db.cache.clock.ahead.Add(int64(d)) }
+func (db *DB) Forward(d time.Duration) { db.cache.clock.suspend(d) }
+
+func (c *clock) suspend(d time.Duration) {
+	c.ahead.Add(int64(d))
+	c.anchor.Load().compared.Store(never)
+}
 
 // The statements that tests look at the plans of.
 const (
