@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/subtle"
 	"errors"
+	"math/rand/v2"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,7 +24,8 @@ import (
 // changed is taken out before the method returns.
 //
 // Only what cannot change without an event of the change log is held: a tenant that
-// changes shows problems of other rows, which come and go without one.
+// changes shows problems of other rows, which come and go without one. SQL by hand writes no
+// events, so an entry is fresh for confirmFor at most; then it is read again before it is served as fresh.
 //
 // When the log can no longer be followed from the last position, as after a failover, the next epoch
 // begins. Entries of earlier epochs are never fresh again: a lookup replaces them by what it reads. While
@@ -34,6 +36,9 @@ import (
 
 // trustFor bounds for how long the cache may be behind Postgres.
 const trustFor = 250 * time.Millisecond
+
+// confirmFor is the maximum time for which an entry is fresh after the read that it is from.
+const confirmFor = time.Minute
 
 const (
 	// patience is how long a read that could be answered from the cache, though it is
@@ -51,6 +56,7 @@ const (
 	cachedApp              // whose it is
 	cachedKeys             // of a tenant
 	cachedCaller
+	cacheKinds // their number
 )
 
 type cacheKey struct {
@@ -63,23 +69,26 @@ type cacheKey struct {
 type cacheEntry struct {
 	row    string
 	caller *heldCaller
-	epoch  uint32 // set by cache.end
+	// until is when the entry must be read again before it is fresh: of a caller set by its reader, of a row by
+	// cache.end.
+	until seconds
+	epoch uint32 // set by cache.end
 }
+
+// Seconds are a time of the cache's clock. They keep entries at four words: with five, a lookup takes a fifth longer.
+type seconds uint32
 
 // A heldCaller is a caller whose token was found valid.
 type heldCaller struct {
 	tenant.Caller
 	hash []byte
-	// noteAt is when the use of the token must be noted again.
-	noteAt time.Duration // of the cache's clock
 }
 
 // A cache is safe for use by many goroutines.
 type cache struct {
 	entries  int
 	maxStale time.Duration
-	began    time.Time
-	ahead    atomic.Int64 // by how much a test has moved the clock
+	clock    *clock
 
 	held *otter.Cache[cacheKey, cacheEntry] // nil without entries
 	// epochs is replaced as a whole, by those who hold mu.
@@ -87,8 +96,8 @@ type cache struct {
 	// When the last poll of the change log began after which no entry of this epoch is outdated; never
 	// before the first.
 	polledAt atomic.Int64
-	// When a read last failed since then; never if none has.
-	failedAt atomic.Int64
+	// When Postgres may be asked again for cached entries of a kind, after a read of that kind has failed; 0 if none has.
+	asksAt [cacheKinds]atomic.Int64
 
 	hits, misses, stale atomic.Uint64
 	gaps                atomic.Int64
@@ -111,15 +120,15 @@ type epochs struct {
 // before a change of its key is taken out of cache.fills: nobody joins it any more, and
 // what it finds is not held.
 type fill struct {
+	began  time.Duration // of the cache's clock
 	done   chan struct{}
 	result any // set before done is closed
 	err    error
 }
 
 func newCache(entries int, maxStale time.Duration) *cache {
-	c := &cache{entries: entries, maxStale: maxStale, began: time.Now(), fills: map[cacheKey]*fill{}}
+	c := &cache{entries: entries, maxStale: maxStale, clock: newClock(), fills: map[cacheKey]*fill{}}
 	c.polledAt.Store(never)
-	c.failedAt.Store(never)
 	c.epochs.Store(&epochs{})
 	if entries > 0 {
 		c.held = otter.Must(&otter.Options[cacheKey, cacheEntry]{MaximumSize: entries})
@@ -127,25 +136,36 @@ func newCache(entries int, maxStale time.Duration) *cache {
 	return c
 }
 
-// clock does not go back, whatever the time of day does.
-func (c *cache) clock() time.Duration { return time.Since(c.began) + time.Duration(c.ahead.Load()) }
-
 // trusted reports whether the cache is behind Postgres by no more than trustFor.
-func (c *cache) trusted() bool { return c.entries > 0 && c.sincePoll() <= trustFor }
+func (c *cache) trusted() bool { return c.trustedAt(c.clock.now()) }
+
+func (c *cache) trustedAt(now time.Duration) bool {
+	return c.entries > 0 && c.sincePollAt(now) <= trustFor
+}
 
 // sincePoll is for how long it is not known whether what is held has changed.
-func (c *cache) sincePoll() time.Duration {
+func (c *cache) sincePoll() time.Duration { return c.sincePollAt(c.clock.now()) }
+
+func (c *cache) sincePollAt(now time.Duration) time.Duration {
 	at := c.polledAt.Load()
 	if at == never {
 		return time.Duration(1<<63 - 1)
 	}
-	return c.clock() - time.Duration(at)
+	return now - time.Duration(at)
 }
 
-// isFresh reports whether an entry is behind Postgres by no more than trustFor.
+// confirmAt is when an entry of a read that began at a time of the clock must be read again. It is random, so that
+// entries which were read together are not read again together.
+func confirmAt(began time.Duration) seconds {
+	return seconds((began + confirmFor - rand.N(confirmFor/4)) / time.Second)
+}
+
+// isFresh reports whether an entry was read within confirmFor, and is behind Postgres by no more than trustFor
+// if all changes write events.
 func (c *cache) isFresh(e cacheEntry) bool {
+	now := c.clock.now()
 	// In this order: the epoch changes before the first poll in it.
-	return c.trusted() && e.epoch == c.epochs.Load().current
+	return now < time.Duration(e.until)*time.Second && c.trustedAt(now) && e.epoch == c.epochs.Load().current
 }
 
 // age is how long it has not been known whether an entry is still right.
@@ -156,7 +176,7 @@ func (c *cache) age(e cacheEntry) time.Duration {
 		if e.epoch != epochs.current {
 			age = time.Duration(1<<63 - 1)
 			if polled, ok := epochs.past[e.epoch]; ok {
-				age = c.clock() - polled
+				age = c.clock.now() - polled
 			}
 		}
 		if c.epochs.Load() == epochs {
@@ -192,15 +212,15 @@ func (c *cache) servesAlone() bool {
 	return false
 }
 
-// asks reports whether Postgres shall be asked for what is held, which it is not while
+// asks reports whether Postgres shall be asked for a cached entry of a kind, which it is not while
 // that would only make everybody wait: after a failure one reader tries, now and then.
-func (c *cache) asks() bool {
-	at := c.failedAt.Load()
-	if at == never {
+func (c *cache) asks(k cacheKind) bool {
+	at := c.asksAt[k].Load()
+	if at == 0 {
 		return true
 	}
-	now := c.clock()
-	return now-time.Duration(at) >= patience && c.failedAt.CompareAndSwap(at, int64(now))
+	now := c.clock.now()
+	return now >= time.Duration(at) && c.asksAt[k].CompareAndSwap(at, int64(now+patience))
 }
 
 func (c *cache) peek(k cacheKey) (cacheEntry, bool) {
@@ -229,7 +249,7 @@ func (c *cache) nextEpoch(open bool) {
 	defer c.mu.Unlock()
 	c.open = open
 	clear(c.fills)
-	was, now := c.epochs.Load(), c.clock()
+	was, now := c.epochs.Load(), c.clock.now()
 	next := &epochs{current: was.current + 1, past: map[uint32]time.Duration{}}
 	for epoch, polled := range was.past {
 		if now-polled <= c.maxStale {
@@ -249,7 +269,11 @@ func (c *cache) nextEpoch(open bool) {
 // current records that nothing that had changed when a poll began, at that time
 // of the clock, is held.
 func (c *cache) current(began time.Duration) {
-	c.failedAt.Store(never)
+	if !c.trusted() { // an outage has ended
+		for k := range c.asksAt {
+			c.asksAt[k].Store(0)
+		}
+	}
 	c.polledAt.Store(int64(began))
 }
 
@@ -264,7 +288,7 @@ func (c *cache) share(ctx context.Context, k cacheKey, read reader) (any, error)
 	f := c.fills[k]
 	begins := f == nil
 	if begins {
-		f = &fill{done: make(chan struct{})}
+		f = &fill{began: c.clock.now(), done: make(chan struct{})}
 		c.fills[k] = f
 	}
 	c.mu.Unlock()
@@ -288,8 +312,11 @@ func (c *cache) end(k cacheKey, f *fill, result any, e cacheEntry, keep bool, er
 		case c.entries == 0:
 		case keep && c.open:
 			e.epoch = c.epochs.Load().current
+			if e.caller == nil {
+				e.until = confirmAt(f.began)
+			}
 			c.held.Set(k, e)
-		case !keep && err == nil && k.kind != cachedCaller: // an entry of an earlier epoch is outdated
+		case !keep && err == nil && k.kind != cachedCaller: // the entry is outdated
 			c.held.Invalidate(k)
 		}
 	}
@@ -349,15 +376,23 @@ func insist[T any](ctx context.Context, c *cache, k cacheKey, ask func(context.C
 		return t, Freshness{}, err
 	}
 	away := error(ErrAway)
-	if c.asks() {
+	if c.asks(k.kind) {
 		asking, cancel := context.WithTimeout(ctx, patience)
 		defer cancel()
 		t, err := ask(asking)
-		if err == nil || !errors.Is(err, tenant.Unavailable) || ctx.Err() != nil {
+		if err == nil || !errors.Is(err, tenant.Unavailable) {
+			c.asksAt[k.kind].Store(0)
+			return t, Freshness{}, err
+		}
+		if ctx.Err() != nil {
 			return t, Freshness{}, err
 		}
 		away = err
-		c.failedAt.Store(int64(c.clock()))
+		wait := patience
+		if asking.Err() == nil && c.trusted() { // a connection that the last failover has cut; the next reader gets another one
+			wait = pollEvery
+		}
+		c.asksAt[k.kind].Store(int64(c.clock.now() + wait))
 	}
 	// Anew: the log may have been followed meanwhile, and have taken it out.
 	e, found := c.peek(k)
@@ -554,7 +589,7 @@ func (db *DB) Authenticate(ctx context.Context, token tenant.Token) (tenant.Call
 	case err != nil:
 		caller, err = ask(ctx)
 		return caller, Freshness{}, err
-	case c.isFresh(e) && c.clock() < e.caller.noteAt && !e.caller.endsWithin(expiryDoubt):
+	case c.isFresh(e) && !e.caller.endsWithin(expiryDoubt):
 		return caller, Freshness{}, nil
 	}
 	caller, fresh, err := insist(ctx, c, k, ask, decode)
@@ -571,10 +606,11 @@ func (h *heldCaller) endsWithin(d time.Duration) bool {
 
 func (db *DB) callerReader(token tenant.Token) reader {
 	return db.inBackground(func(ctx context.Context) (any, cacheEntry, bool, error) {
-		began := db.cache.clock()
+		began := db.cache.clock.now()
 		caller, unnoted, err := db.readCaller(ctx, token)
-		held := &heldCaller{Caller: caller, hash: token.Hash, noteAt: began + noteEvery - unnoted}
-		return authenticated{caller, token.Hash, err}, cacheEntry{caller: held}, err == nil, nil
+		// The next read notes the use of the token.
+		e := cacheEntry{caller: &heldCaller{Caller: caller, hash: token.Hash}, until: confirmAt(began - unnoted)}
+		return authenticated{caller, token.Hash, err}, e, err == nil, nil
 	})
 }
 

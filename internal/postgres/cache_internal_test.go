@@ -64,7 +64,7 @@ func TestReadsAndChanges(t *testing.T) {
 func TestEpochs(t *testing.T) {
 	t.Parallel()
 	c := newCache(10, time.Minute)
-	forward := func(d time.Duration) { c.ahead.Add(int64(d)) }
+	forward := func(d time.Duration) { c.clock.suspend(d) }
 	put := func(k cacheKey, e cacheEntry) cacheEntry {
 		t.Helper()
 		if _, err := c.share(t.Context(), k, func(done func(any, cacheEntry, bool, error)) { done("", e, true, nil) }); err != nil {
@@ -78,7 +78,7 @@ func TestEpochs(t *testing.T) {
 	}
 	row, caller := cacheKey{cachedTenant, "user_1"}, cacheKey{cachedCaller, "token"}
 	c.nextEpoch(true)
-	c.current(c.clock())
+	c.current(c.clock.now())
 	first := put(row, cacheEntry{row: "first"})
 	if !c.isFresh(first) || c.servesAlone() {
 		t.Errorf("in its epoch an entry is fresh: %v; without a caller it serves alone: %v", c.isFresh(first), c.servesAlone())
@@ -90,7 +90,7 @@ func TestEpochs(t *testing.T) {
 	if age := c.age(first); age < 10*time.Second || age > time.Minute || !c.servesAlone() {
 		t.Errorf("before the next epoch is followed, an entry has the age %s, and serves alone: %v", age, c.servesAlone())
 	}
-	c.current(c.clock())
+	c.current(c.clock.now())
 	if e, _ := c.peek(row); c.isFresh(e) || !c.isUsable(e) {
 		t.Errorf("in the next epoch, an entry is fresh: %v, usable: %v", c.isFresh(e), c.isUsable(e))
 	}
@@ -105,6 +105,72 @@ func TestEpochs(t *testing.T) {
 	c.nextEpoch(true)
 	if c.isUsable(second) || c.held.EstimatedSize() > 0 {
 		t.Errorf("after the limit of all epochs, an entry is usable: %v; %d are cached", c.isUsable(second), c.held.EstimatedSize())
+	}
+}
+
+// The clock goes on while the machine is suspended, which only the wall clock sees, and never goes back.
+func TestClock(t *testing.T) {
+	t.Parallel()
+	c := newClock()
+	for _, step := range []struct {
+		name       string
+		wall, want time.Duration
+	}{
+		{"a suspension", time.Hour, time.Hour},
+		{"a step back of the wall clock", -2 * time.Hour, 0},
+		{"a suspension after it", time.Minute, time.Minute},
+		{"a step forward", time.Second, time.Second},
+	} {
+		before := c.now()
+		c.suspend(step.wall)
+		if got := c.now() - before; got < step.want || got > step.want+30*time.Second {
+			t.Errorf("with %s of %s, the clock goes on by %s; want %s", step.name, step.wall, got, step.want)
+		}
+	}
+}
+
+// After a suspension of the machine nothing is fresh, also if the response of a poll from before it arrives.
+func TestSuspension(t *testing.T) {
+	t.Parallel()
+	c := newCache(10, time.Minute)
+	c.nextEpoch(true)
+	began := c.clock.now()
+	c.current(began)
+	_, err := c.share(t.Context(), cacheKey{cachedTenant, "user_1"}, func(done func(any, cacheEntry, bool, error)) { done("", cacheEntry{row: "row"}, true, nil) })
+	e, found := c.peek(cacheKey{cachedTenant, "user_1"})
+	if err != nil || !found || !c.isFresh(e) {
+		t.Fatalf("share: %v; cached: %v, fresh: %v", err, found, c.isFresh(e))
+	}
+	c.clock.suspend(time.Second)
+	if c.isFresh(e) {
+		t.Error("after a suspension an entry is fresh before the next poll")
+	}
+	c.current(began)
+	if c.isFresh(e) {
+		t.Error("a poll from before a suspension makes an entry fresh")
+	}
+	c.current(c.clock.now())
+	if !c.isFresh(e) {
+		t.Error("after the next poll an entry is not fresh")
+	}
+}
+
+// Entries that were read together are not read again in the same second.
+func TestConfirmAt(t *testing.T) {
+	t.Parallel()
+	const n = 1000
+	perSecond := map[seconds]int{}
+	for range n {
+		at := confirmAt(time.Hour)
+		if at < 3600+45 || at > 3600+60 {
+			t.Fatalf("an entry is read again after %d s", at-3600)
+		}
+		perSecond[at]++
+	}
+	for second, got := range perSecond {
+		if got > n/5 {
+			t.Errorf("%d of %d entries are read again in one second, after %d s", got, n, second-3600)
+		}
 	}
 }
 
@@ -180,12 +246,12 @@ func BenchmarkLookUpHeld(b *testing.B) {
 	db := &DB{cache: c}
 	db.lookups = &lookups{db: db}
 	c.nextEpoch(true)
-	c.current(c.clock() + time.Hour)
+	c.current(c.clock.now() + time.Hour)
 	var ids []tenant.ID
 	for range 1000 {
 		id := tenant.ID(uuid.NewString())
 		ids = append(ids, id)
-		c.held.Set(cacheKey{cachedTenant, string(id)}, cacheEntry{epoch: c.epochs.Load().current, row: packTenant(tenant.Tenant{ID: id, State: tenant.Active, Profile: "default",
+		c.held.Set(cacheKey{cachedTenant, string(id)}, cacheEntry{until: 3600, epoch: c.epochs.Load().current, row: packTenant(tenant.Tenant{ID: id, State: tenant.Active, Profile: "default",
 			AppID: "tny-01jd0000000000000000000000", CreatedAt: time.Now(), UpdatedAt: time.Now()})})
 	}
 	rand.Shuffle(len(ids), func(i, j int) { ids[i], ids[j] = ids[j], ids[i] })

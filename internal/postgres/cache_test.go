@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -290,6 +291,80 @@ func TestBeginWhileAnEventIsUnderWay(t *testing.T) {
 	}
 }
 
+// An entry that was not read for a minute is read again before it is served as fresh, so that a change without
+// an event is seen. The minute includes the time for which the machine was suspended.
+func TestUnconfirmedEntriesAreRead(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	a, b := pgtest.OpenURL(t, url), replica(t, url)
+	conn := pgtest.Conn(t, url)
+	of := signUp(t, url, a, "user_1")
+	run(t, conn, `INSERT INTO apps (id, profile, profile_revision, state) VALUES ('later', 'default', 'x', 'building')`)
+	token, _ := addCaller(t, a, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
+	say := func(what any, fresh postgres.Freshness, err error) string {
+		switch {
+		case err == nil && !fresh.Stale():
+			return fmt.Sprint(what)
+		case errors.Is(err, tenant.NotFound), errors.Is(err, tenant.Unauthenticated):
+			return "none"
+		}
+		return fmt.Sprint(what, fresh, err)
+	}
+	tenantOf := func(id tenant.ID) func() string {
+		return func() string {
+			got, fresh, err := b.LookUpTenant(t.Context(), id)
+			return say(string(got.ID)+" "+got.DisplayName, fresh, err)
+		}
+	}
+	ownerOf := func(app tenant.AppID) func() string {
+		return func() string {
+			got, fresh, err := b.LookUpTenantOfApp(t.Context(), app)
+			return say(string(got.ID)+" "+got.DisplayName, fresh, err)
+		}
+	}
+	keysOf := func(id tenant.ID) func() string {
+		return func() string {
+			keys, fresh, err := b.LookUpKeys(t.Context(), id)
+			return say(len(keys), fresh, err)
+		}
+	}
+	entries := []struct {
+		name          string
+		look          func() string
+		before, after string
+	}{
+		{"caller", func() string {
+			caller, fresh, err := b.Authenticate(t.Context(), token)
+			return say(caller.Name, fresh, err)
+		}, "saas", "none"},
+		{"tenant", tenantOf("user_1"), "user_1 ", "user_1 by hand"},
+		{"tenant of app", ownerOf(of.AppID), "user_1 ", "user_1 by hand"},
+		{"keys", keysOf("user_1"), "1", "0"},
+		{"unknown tenant", tenantOf("user_2"), "none", "user_2 "},
+		{"tenant of unknown app", ownerOf("later"), "none", "user_2 "},
+		{"keys of unknown tenant", keysOf("user_2"), "none", "0"},
+	}
+	caughtUp(t, b)
+	for _, e := range entries {
+		if got := e.look(); got != e.before {
+			t.Fatalf("%s: before the change: %q; want %q", e.name, got, e.before)
+		}
+	}
+	run(t, conn, `
+		UPDATE callers SET revoked_at = now();
+		UPDATE tenants SET display_name = 'by hand' WHERE id = 'user_1';
+		DELETE FROM keys;
+		UPDATE apps SET state = 'held', tenant_id = 'user_2', tenant_generation = 1, made_at = now(), ready_at = now() WHERE id = 'later';
+		INSERT INTO tenants (id, state, profile, app_id, attributes_hash) VALUES ('user_2', 'active', 'default', 'later', decode(repeat('00', 64), 'hex'))`)
+	b.Forward(time.Minute)
+	until(t, "it is trusted", func() bool { return b.CacheStats().Trusted })
+	for _, e := range entries {
+		if got := e.look(); got != e.after {
+			t.Errorf("%s: a minute after a change without an event: %q; want %q", e.name, got, e.after)
+		}
+	}
+}
+
 // While the log cannot be read, each look-up asks Postgres: nobody need notice, but the
 // clock.
 func TestUnfollowedIsNotTrusted(t *testing.T) {
@@ -385,13 +460,17 @@ func TestStatementsAreShared(t *testing.T) {
 	for i := range 20 {
 		signUp(t, url, db, tenant.ID(fmt.Sprint("user_", i)))
 	}
+	held(t, db, "user_1")
+	db.Forward(time.Minute)
+	until(t, "it is trusted", func() bool { return db.CacheStats().Trusted })
 	lock, conn := pgtest.Conn(t, url), pgtest.Conn(t, url)
 	const waiting = `pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock' AND query LIKE '%FROM tenants t WHERE t.id%'`
 	for name, c := range map[string]struct {
 		look        func(i int) (tenant.Tenant, error)
 		least, most int
 	}{
-		"one tenant": {func(int) (tenant.Tenant, error) { t1, _, err := db.LookUpTenant(t.Context(), "user_0"); return t1, err }, 1, 1},
+		"a tenant that must be confirmed": {func(int) (tenant.Tenant, error) { t1, _, err := db.LookUpTenant(t.Context(), "user_1"); return t1, err }, 1, 1},
+		"one tenant":                      {func(int) (tenant.Tenant, error) { t1, _, err := db.LookUpTenant(t.Context(), "user_0"); return t1, err }, 1, 1},
 		// One that hangs does not hold up those who come after it.
 		"many": {func(i int) (tenant.Tenant, error) {
 			return db.Tenant(t.Context(), tenant.ID(fmt.Sprint("user_", i%20)))
@@ -444,6 +523,9 @@ func TestPostgresAway(t *testing.T) {
 	token, _ := addCaller(t, db, tenant.NewCaller{Name: "saas", Role: tenant.Viewer})
 	held(t, db, "user_1")
 	heldCaller(t, db, token)
+	// Also entries that were not confirmed for long: the log was followed.
+	db.Forward(time.Hour)
+	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
 	if err := cluster.Stop(t.Context()); err != nil {
 		t.Fatal(err)
 	}
@@ -591,6 +673,54 @@ func TestPostgresHangs(t *testing.T) {
 		t.Fatal(err)
 	}
 	until(t, "it is trusted again", func() bool { return db.CacheStats().Trusted })
+}
+
+// While statements hang and the log can be read, entries that must be confirmed are served as stale, and few
+// lookups wait for a statement.
+func TestConfirmationHangs(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	var sent recorder
+	db, err := postgres.Open(t.Context(), postgres.Config{URL: url, MaxConns: 8, CacheEntries: 10_000, MaxStale: time.Minute}.Traced(&sent))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(db.Close)
+	follow(t, db)
+	const n = 12
+	for i := range n {
+		signUp(t, url, db, tenant.ID(fmt.Sprint("user_", i)))
+	}
+	caughtUp(t, db)
+	for i := range n {
+		if _, _, err := db.LookUpKeys(t.Context(), tenant.ID(fmt.Sprint("user_", i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	db.Forward(time.Minute)
+	lock := pgtest.Conn(t, url)
+	run(t, lock, `BEGIN; LOCK TABLE keys IN ACCESS EXCLUSIVE MODE`)
+	sent.take()
+	for i := range n {
+		caughtUp(t, db)
+		if keys, fresh, err := db.LookUpKeys(t.Context(), tenant.ID(fmt.Sprint("user_", i))); err != nil || !fresh.Stale() || len(keys) != 1 {
+			t.Errorf("user_%d: LookUpKeys = %v, %v, %v", i, keys, fresh, err)
+		}
+	}
+	asked := 0
+	for _, statement := range sent.take() {
+		if strings.Contains(statement.sql, "JOIN keys k") {
+			asked++
+		}
+	}
+	if asked < 1 || asked > n*3/4 { // a second passes between two that ask
+		t.Errorf("%d of %d look-ups, one after another, asked Postgres", asked, n)
+	}
+	run(t, lock, `ROLLBACK`)
+	until(t, "look-ups are confirmed", func() bool {
+		_, fresh, err := db.LookUpKeys(t.Context(), "user_0")
+		return err == nil && !fresh.Stale()
+	})
 }
 
 // A database that has lost transactions, or is another one, is not taken for the one

@@ -44,8 +44,9 @@ func orNull(t time.Time) *time.Time {
 const validSQL = `token_id = $1 AND secret_sha256 = CASE WHEN labels = '{}' THEN $2::bytea ELSE sha256($2::bytea) END
 	AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > now())`
 
-// noteEvery is how exactly the last use of a token is noted.
-const noteEvery = time.Minute
+// noteEvery is how old the noted use of a token is at least before the next use is noted. It is the minimum of
+// confirmAt: each read that replaces a cached caller notes.
+const noteEvery = confirmFor * 3 / 4
 
 var errToken = tenant.Errorf(tenant.Unauthenticated, "token_invalid", "the token is unknown, revoked or expired")
 

@@ -163,7 +163,7 @@ type gap struct {
 // A readEvent is an event that a follower has read.
 type readEvent struct {
 	id int64
-	at time.Time
+	at time.Duration // of the cache's clock
 }
 
 // maxRecent is the maximum number of events that a follower remembers as evidence, and recentFor
@@ -309,8 +309,9 @@ func (f *follower) meet(ctx context.Context, conn *pgx.Conn) error {
 // missing returns a recently read event that the database does not have any more.
 func (f *follower) missing(ctx context.Context, conn *pgx.Conn) (lostEvent, error) {
 	var ids []int64
+	now := f.db.cache.clock.now()
 	for _, e := range f.recent {
-		if time.Since(e.at) < recentFor {
+		if now-e.at < recentFor {
 			ids = append(ids, e.id)
 		}
 	}
@@ -351,7 +352,7 @@ func (f *follower) begin(ctx context.Context, conn *pgx.Conn) error {
 	f.db.cache.nextEpoch(true)
 	f.begun = true
 	if f.last > 0 {
-		f.recent = []readEvent{{f.last, time.Now()}}
+		f.recent = []readEvent{{f.last, f.db.cache.clock.now()}}
 	}
 	return nil
 }
@@ -396,7 +397,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		}
 		g.ended = !running
 	}
-	began := f.db.cache.clock()
+	began := f.db.cache.clock.now()
 	rows, err := conn.Query(ctx, newEventsSQL, f.last, gaps, mostEvents)
 	if err != nil {
 		return err
@@ -435,7 +436,7 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		return err
 	}
 	switch {
-	case f.last > 0 && !seen[f.last] && len(f.recent) > 0 && time.Since(f.recent[len(f.recent)-1].at) < recentFor:
+	case f.last > 0 && !seen[f.last] && len(f.recent) > 0 && began-f.recent[len(f.recent)-1].at < recentFor:
 		return lostEvent(f.last)
 	case f.last > 0 && !seen[f.last]:
 		return errNotFollowed
@@ -443,10 +444,9 @@ func (f *follower) poll(ctx context.Context, conn *pgx.Conn) error {
 		return errNotFollowed
 	}
 	f.db.cache.forget(keys...)
-	now := time.Now()
 	for id := range seen {
 		if id != f.last {
-			f.recent = append(f.recent, readEvent{id, now})
+			f.recent = append(f.recent, readEvent{id, began})
 		}
 	}
 	f.recent = f.recent[max(0, len(f.recent)-maxRecent):]

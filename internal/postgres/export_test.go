@@ -17,8 +17,14 @@ func (cfg Config) Traced(by pgx.QueryTracer) Config {
 	return cfg
 }
 
-// Forward moves the clock of what is held in memory.
-func (db *DB) Forward(d time.Duration) { db.cache.ahead.Add(int64(d)) }
+// Forward has the cache see a machine that was suspended for d: the wall clock goes on meanwhile, and the
+// monotonic clock stops.
+func (db *DB) Forward(d time.Duration) { db.cache.clock.suspend(d) }
+
+func (c *clock) suspend(d time.Duration) {
+	c.ahead.Add(int64(d))
+	c.anchor.Load().compared.Store(never)
+}
 
 // The statements that tests look at the plans of.
 const (
