@@ -474,7 +474,7 @@ func TestFailures(t *testing.T) {
 						fmt.Fprint(w, call.answer)
 					})
 					var seen []string
-					c := newClient(t, clarifai.Config{BaseURL: u.URL,
+					c := newClient(t, clarifai.Config{BaseURL: u.URL, Timeout: time.Minute, // no fault here is a time limit
 						Observe: func(call, outcome string, _ time.Duration) { seen = append(seen, call+" "+outcome) }})
 					if kept {
 						if _, err := call.run(t.Context(), c); err != nil {
