@@ -114,7 +114,7 @@ func (db *DB) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees fu
 		return b, translate("begin adoption", err)
 	}
 	if began {
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.AdoptionWork)
 	}
 	return b, nil
 }
@@ -268,7 +268,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 		return translate("hold adopted app", err)
 	}
 	db.changed(a.TenantID, a.AppID)
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

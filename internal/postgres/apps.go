@@ -161,7 +161,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 		return translate("finish build", err)
 	}
 	db.wakeFollowers() // it may have been given to a tenant
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 
@@ -201,7 +201,7 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	if err := oneRow("record app as marked", tag, err); err != nil {
 		return err
 	}
-	db.wakeWorkers() // keys of a restored tenant wait for the tag
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork) // keys of a restored tenant wait for the tag
 	return nil
 }
 

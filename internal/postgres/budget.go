@@ -115,7 +115,7 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 		return nil
 	})
 	if resumed {
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.WorkKinds...)
 	}
 	return resumed, translate("resume upstream work", err)
 }

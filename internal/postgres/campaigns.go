@@ -70,7 +70,7 @@ func (db *DB) StartCampaign(ctx context.Context, n tenant.NewCampaign, actor ten
 	if err != nil {
 		return c, translate("start campaign", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.CampaignWork)
 	return c, nil
 }
 
@@ -119,7 +119,7 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 	if err != nil {
 		return false, translate("rotate keys that are too old", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.CampaignWork)
 	return true, nil
 }
 
@@ -199,7 +199,7 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 	if err != nil || !changed || c.Ended() {
 		return c, changed, translate("change campaign", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.CampaignWork)
 	return c, changed, nil
 }
 
@@ -395,7 +395,7 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 	if err != nil {
 		return c, err
 	}
-	defer db.wakeWorkers()
+	defer db.wakeWorkers(tenant.KeyWork)
 	for i, k := range w.keys {
 		goesOn, err := db.rotateNext(ctx, c, k, ids[i], actor)
 		if err != nil {
@@ -653,7 +653,7 @@ func (db *DB) Conformed(ctx context.Context, c tenant.Campaign, m tenant.Misfit,
 		return false, translate("bring app to a revision", err)
 	}
 	db.changed(m.TenantID, "")
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return ok, nil
 }
 

@@ -217,7 +217,7 @@ func (db *DB) ControlWritten(ctx context.Context, t tenant.ControlTurn, problem 
 		SET control_seen_at = CASE WHEN $2::jsonb IS NULL THEN now() ELSE control_seen_at END, control_problem = $2,
 			claim_record = claim_record AND $2 IS NOT NULL, `+written+`
 		WHERE id = $1 AND `+sameDatabase, t.Incarnation, problem)
-	db.wakeWorkers() // the first builds wait for this
+	db.wakeWorkers(tenant.WorkKinds...) // the first builds wait for this
 	return translate("record that the control record was written", err)
 }
 

@@ -366,7 +366,7 @@ func (db *DB) KeysListed(ctx context.Context, a tenant.App, found []tenant.Adopt
 	if err != nil {
 		return translate("record listed keys", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -125,7 +125,7 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 	if err != nil {
 		return t, translate("sign up", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return t, nil
 }
 

@@ -281,7 +281,7 @@ func (db *DB) FinishLeasedKey(ctx context.Context, k tenant.LeasedKey, key tenan
 		return translate("finish key", err)
 	}
 	db.changed(owner, "")
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -71,7 +71,7 @@ func (db *DB) change(ctx context.Context, what string, id tenant.ID, actor tenan
 		return t, translate(what, err)
 	}
 	db.changed(id, "")
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return t, nil
 }
 
@@ -465,7 +465,7 @@ func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 	}
 	if ended > 0 {
 		db.wakeFollowers()
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	}
 	return nil
 }
@@ -513,7 +513,7 @@ func (db *DB) AddExtraKeys(ctx context.Context, a tenant.App, keys []tenant.NewK
 	}
 	if added {
 		db.changed(a.Tenant, "")
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	}
 	return nil
 }

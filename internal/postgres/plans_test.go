@@ -255,7 +255,12 @@ func hotPaths(n int) []hotPath {
 			return errors.Join(err, ignore(db.RetireApps(ctx)), ignore(db.Recovery(ctx)))
 		}},
 		{name: "due_work", do: func(ctx context.Context, db *postgres.DB) error {
-			return errors.Join(ignore(db.DueWork(ctx, [tenant.Priorities]int{4, 32, 8, 8})), db.ForgetAdoptions(ctx))
+			slots := [tenant.Priorities]int{4, 32, 8, 8}
+			err := db.ForgetAdoptions(ctx)
+			for _, kind := range tenant.WorkKinds {
+				err = errors.Join(err, ignore(db.DueWork(ctx, kind, slots)))
+			}
+			return err
 		}},
 		{name: "sweep_reports", do: func(ctx context.Context, db *postgres.DB) error {
 			return errors.Join(ignore(db.StartDueDecisions(ctx, uuid.New())), ignore(db.StartDueReport(ctx, uuid.New(), 1000*time.Hour, actor)))

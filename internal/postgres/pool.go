@@ -261,7 +261,7 @@ func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID
 		return translate("fill pool", err)
 	}
 	if began {
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	}
 	return nil
 }
@@ -339,7 +339,7 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 		return translate("record key as gone", err)
 	}
 	db.changed(a.Tenant, "")
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -36,8 +36,8 @@ type DB struct {
 	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
 	cache   *cache
 	lookups *lookups
-	unsent  chan struct{} // holds one while other replicas are to be woken
-	workDue chan struct{} // holds one while workers of this replica are to be woken
+	unsent  chan struct{}                     // holds one while other replicas are to be woken
+	workDue map[tenant.WorkKind]chan struct{} // each holds one while workers of this replica are to be woken
 
 	replica       uuid.UUID                 // of this process
 	follows       atomic.Bool               // a follower reads the change log
@@ -94,8 +94,11 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 		}
 	}
 	db := &DB{log: log, pool: pool, direct: direct, sessions: sessions, hub: newHub(), cache: newCache(cfg.CacheEntries, cfg.MaxStale),
-		unsent: make(chan struct{}, 1), workDue: make(chan struct{}, 1), replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
+		unsent: make(chan struct{}, 1), workDue: map[tenant.WorkKind]chan struct{}{}, replica: uuid.New(), recoveryWatch: cmp.Or(cfg.RecoveryWatch, 150*time.Second)}
 	db.lookups = &lookups{db: db}
+	for _, kind := range tenant.WorkKinds {
+		db.workDue[kind] = make(chan struct{}, 1)
+	}
 	return db, nil
 }
 

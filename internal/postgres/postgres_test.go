@@ -200,14 +200,14 @@ func TestSignUpFromThePoolWakesNobody(t *testing.T) {
 	if err != nil || !got.Created || got.Tenant.State != tenant.Active || got.Tenant.AppID != "ready-0001" {
 		t.Fatalf("SignUp = %+v, %v; want the ready app", got, err)
 	}
-	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 0 || len(db.WorkDue()) != 0 {
-		t.Errorf("there are %d builds, and %d wake-ups; want none", builds, len(db.WorkDue()))
+	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 0 || len(db.WorkDue(tenant.AppWork)) != 0 {
+		t.Errorf("there are %d builds, and %d wake-ups; want none", builds, len(db.WorkDue(tenant.AppWork)))
 	}
 	if got, err = db.SignUp(t.Context(), newTenant("user_2"), actor); err != nil || got.Tenant.State != tenant.Provisioning {
 		t.Fatalf("SignUp = %+v, %v; want it to wait", got, err)
 	}
-	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 1 || len(db.WorkDue()) != 1 {
-		t.Errorf("there are %d builds, and %d wake-ups; want one of each", builds, len(db.WorkDue()))
+	if builds := count(t, conn, `apps WHERE state = 'building'`); builds != 1 || len(db.WorkDue(tenant.AppWork)) != 1 {
+		t.Errorf("there are %d builds, and %d wake-ups; want one of each", builds, len(db.WorkDue(tenant.AppWork)))
 	}
 }
 

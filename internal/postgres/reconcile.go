@@ -116,7 +116,7 @@ func (db *DB) startReconciliation(ctx context.Context, actor tenant.Actor, inser
 	if err != nil {
 		return r, translate("start reconciliation", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.ReconciliationWork)
 	return r, nil
 }
 

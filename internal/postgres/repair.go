@@ -56,7 +56,7 @@ func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Find
 	if err != nil {
 		return err
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -79,7 +79,7 @@ func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 
 // freeLeases ends the leases of replicas that have died.
 func (db *DB) freeLeases(ctx context.Context, died []uuid.UUID) error {
-	defer db.wakeWorkers()
+	defer db.wakeWorkers(tenant.WorkKinds...)
 	return db.inTx(ctx, func(tx pgx.Tx) error {
 		for _, work := range leasedWork {
 			if _, err := tx.Exec(ctx, `
@@ -102,7 +102,7 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 	if err := db.pool.QueryRow(ctx, ahead).Scan(&step); err != nil || step < maxClockStep {
 		return 0, translate("compare clocks", err)
 	}
-	defer db.wakeWorkers()
+	defer db.wakeWorkers(tenant.WorkKinds...)
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('correct clock'))`); err != nil {
 			return err

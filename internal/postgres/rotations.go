@@ -368,7 +368,7 @@ func (db *DB) Quarantine(ctx context.Context, fingerprint []byte, next uuid.UUID
 		return q, translate("quarantine key", err)
 	}
 	db.changed(q.TenantID, "")
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return q, nil
 }
 
@@ -449,7 +449,7 @@ func (db *DB) EndQuarantine(ctx context.Context, k tenant.UnknownKey, found tena
 	if err != nil {
 		return translate("end quarantine", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -489,7 +489,7 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		return s, true, err
 	}
 	if s.Tenant.State == tenant.Provisioning {
-		db.wakeWorkers()
+		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	}
 	return s, true, nil
 }
@@ -526,7 +526,7 @@ func (db *DB) Retry(ctx context.Context, id tenant.ID, actor tenant.Actor) (tena
 			VALUES ($1, nullif($2, ''), 'tenant.retried', $3, nullif($4, ''))`, actor.Name, actor.RequestID, id, t.AppID)
 		return tx.SendBatch(ctx, batch).Close()
 	})
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return t, translate("retry", err)
 }
 

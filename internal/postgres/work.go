@@ -11,17 +11,19 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// wakeWorkers tells the workers of this replica that a commit has made work due. Other replicas find it
-// when they look next.
-func (db *DB) wakeWorkers() {
-	select {
-	case db.workDue <- struct{}{}:
-	default: // they will look
+// wakeWorkers tells the workers of this replica that a commit has made work of some kinds due. Other
+// replicas find it when they look next.
+func (db *DB) wakeWorkers(kinds ...tenant.WorkKind) {
+	for _, kind := range kinds {
+		select {
+		case db.workDue[kind] <- struct{}{}:
+		default: // they will look
+		}
 	}
 }
 
-// WorkDue receives a value after this replica has made work due.
-func (db *DB) WorkDue() <-chan struct{} { return db.workDue }
+// WorkDue receives a value after this replica has made work of a kind due.
+func (db *DB) WorkDue(kind tenant.WorkKind) <-chan struct{} { return db.workDue[kind] }
 
 // share is the priority of keys that a caller requests: want, or Bulk if MostInteractive keys of the
 // caller are Interactive already.
@@ -36,8 +38,7 @@ func share(want, caller string) string {
 const awaited = `state IN ('held', 'retained') AND pending AND NOT background
 	AND (end_unknown_keys OR state = 'held' AND (tagging OR tagged_purge_after IS NOT NULL))`
 
-// shares are the kinds of work but keys, each with an index of the rows that is. Every share of a
-// priority gets as many turns as the others, and so does each caller who has keys in work. A share that is last has
+// shares are the work of all kinds but keys, each with an index of the rows that is. A share that is last has
 // only the turns that no other needs: ownership tags of imports are needed only after a disaster, and may wait.
 var shares = []struct {
 	kind     tenant.WorkKind
@@ -63,20 +64,32 @@ var shares = []struct {
 // purgeDueAt is when the removal of a retained app is due.
 const purgeDueAt = `greatest(purge_after, next_attempt_at)`
 
-// dueWorkSQL lists the rows that are due, of each priority as many as $1 has slots for it. Its cost
-// follows the rows that are due, and the callers that have keys in work.
-var dueWorkSQL = func() string {
-	var parts []string
+// dueWorkSQL are the statements of DueWork. The cost of one follows the rows that are due, and the callers
+// that have keys in work.
+var dueWorkSQL = func() map[tenant.WorkKind]string {
+	due := map[tenant.WorkKind][]string{tenant.KeyWork: {`
+		SELECT k.id::text, c.priority::int, c.requested_by, false, k.next_attempt_at
+		FROM callers c, LATERAL (
+			SELECT id, next_attempt_at FROM keys k
+			WHERE k.state IN ('creating', 'revoking') AND k.priority = c.priority AND k.requested_by = c.requested_by AND ` + dueKey + `
+			ORDER BY next_attempt_at LIMIT ($1::int[])[c.priority + 1]) k
+		WHERE ($1::int[])[c.priority + 1] > 0`}}
 	for i, s := range shares {
 		order := s.order
 		if order == "" {
 			order = "next_attempt_at"
 		}
-		parts = append(parts, fmt.Sprintf(`(SELECT '%s', id::text, %d, '%d', %t, %[5]s AS due_at FROM %[6]ss
-			WHERE ($1::int[])[%[7]d] > 0 AND %[8]s AND %[9]s ORDER BY %[5]s LIMIT ($1::int[])[%[7]d])`,
-			s.kind, s.priority, i, s.last, order, s.kind, int(s.priority)+1, s.is, s.due))
+		due[s.kind] = append(due[s.kind], fmt.Sprintf(`
+		(SELECT id::text, %[1]d, '%[2]d', %[3]t, %[4]s AS due_at FROM %[5]ss
+			WHERE ($1::int[])[%[6]d] > 0 AND %[7]s AND %[8]s ORDER BY %[4]s LIMIT ($1::int[])[%[6]d])`,
+			s.priority, i, s.last, order, s.kind, int(s.priority)+1, s.is, s.due))
 	}
-	return `
+	statements := map[tenant.WorkKind]string{}
+	for kind, parts := range due {
+		with := `
+	WITH `
+		if kind == tenant.KeyWork {
+			with = `
 	WITH RECURSIVE callers AS (
 		(SELECT priority, requested_by FROM keys WHERE state IN ('creating', 'revoking') ORDER BY priority, requested_by LIMIT 1)
 		UNION ALL
@@ -84,30 +97,27 @@ var dueWorkSQL = func() string {
 			SELECT priority, requested_by FROM keys k
 			WHERE state IN ('creating', 'revoking') AND (k.priority, k.requested_by) > (c.priority, c.requested_by)
 			ORDER BY priority, requested_by LIMIT 1) next
-	), due (kind, id, priority, share, last, due_at) AS (
-		SELECT '` + string(tenant.KeyWork) + `', k.id::text, c.priority::int, c.requested_by, false, k.next_attempt_at
-		FROM callers c, LATERAL (
-			SELECT id, next_attempt_at FROM keys k
-			WHERE k.state IN ('creating', 'revoking') AND k.priority = c.priority AND k.requested_by = c.requested_by AND ` + dueKey + `
-			ORDER BY next_attempt_at LIMIT ($1::int[])[c.priority + 1]) k
-		WHERE ($1::int[])[c.priority + 1] > 0
-		UNION ALL
-		` + strings.Join(parts, " UNION ALL ") + `
+	), `
+		}
+		statements[kind] = with + `due (id, priority, share, last, due_at) AS (` + strings.Join(parts, " UNION ALL ") + `
 	), turns AS (
 		SELECT *, row_number() OVER (PARTITION BY priority, share ORDER BY due_at) AS turn FROM due
 	), places AS (
 		-- By chance: if one slot is free at a time, the share of the oldest row would have all.
 		SELECT *, row_number() OVER (PARTITION BY priority ORDER BY last, turn, random()) AS place FROM turns
 	)
-	SELECT kind, id, priority, share FROM places WHERE place <= ($1::int[])[priority + 1] ORDER BY priority, place`
+	SELECT id, priority, share FROM places WHERE place <= ($1::int[])[priority + 1] ORDER BY priority, place`
+	}
+	return statements
 }()
 
-// DueWork lists rows that are due, by priority: at most as many of each as slots says. Among the rows of a
-// priority, each caller's keys and each other kind of work take turns.
-func (db *DB) DueWork(ctx context.Context, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
-	rows, _ := db.pool.Query(ctx, dueWorkSQL, slots[:])
+// DueWork lists rows of a kind that are due, by priority: at most as many of each as slots says. Among
+// the rows of a priority, its shares take turns: each caller's keys, and each other sort of work. Each kind
+// has a statement of its own, so that a locked table stops no other kind.
+func (db *DB) DueWork(ctx context.Context, kind tenant.WorkKind, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
+	rows, _ := db.pool.Query(ctx, dueWorkSQL[kind], slots[:])
 	due, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.DueWork])
-	return due, translate("find work that is due", err)
+	return due, translate("find "+string(kind)+"s that are due", err)
 }
 
 // inWork says of a row of a kind that its lease may be released or its attempt recorded.
@@ -167,7 +177,7 @@ func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.Ap
 	if err != nil {
 		return translate("start builds", err)
 	}
-	db.wakeWorkers()
+	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	return nil
 }
 

@@ -29,31 +29,42 @@ func TestTurns(t *testing.T) {
 		SELECT revoking('a', 2, 1000, '1 hour'), revoking('b', 2, 3, '1 minute'), revoking('a', 1, 1000, '1 hour'), revoking('c', 1, 2, '1 minute'),
 			revoking('d', 0, 1, '1 second'), revoking('a', 0, 5, '-1 hour'), revoking('a', 3, 5, '1 hour');
 		INSERT INTO apps (id, profile, profile_revision, state, incarnation)
-		SELECT 'building-' || i, 'default', 'x', 'building', id FROM current_incarnation, generate_series(1, 3) i`)
+		SELECT 'building-' || i, 'default', 'x', 'building', id FROM current_incarnation, generate_series(1, 30) i;
+		INSERT INTO apps (id, profile, profile_revision, state, incarnation, tagging, pending)
+		SELECT 'held-' || i, 'default', 'x', 'held', id, true, true FROM current_incarnation, generate_series(1, 30) i`)
 	due := func(slots [tenant.Priorities]int) (is []string) {
 		t.Helper()
-		rows, err := db.DueWork(t.Context(), slots)
+		rows, err := db.DueWork(t.Context(), tenant.KeyWork, slots)
 		if err != nil {
 			t.Fatal(err)
 		}
 		for _, r := range rows {
-			what := "build"
-			if r.Kind == tenant.KeyWork {
-				if err := conn.QueryRow(t.Context(), `SELECT requested_by FROM keys WHERE id = $1`, r.ID).Scan(&what); err != nil {
-					t.Fatal(err)
-				}
+			var caller string
+			if err := conn.QueryRow(t.Context(), `SELECT requested_by FROM keys WHERE id = $1`, r.ID).Scan(&caller); err != nil {
+				t.Fatal(err)
 			}
-			is = append(is, fmt.Sprint(r.Priority, " ", what))
+			is = append(is, fmt.Sprint(r.Priority, " ", caller))
 		}
 		return is
 	}
 	got := due(allSlots)
-	for _, turn := range [][]string{got[1:4], got[4:7], got[7:9], got[9:11], got[11:13]} {
+	for _, turn := range [][]string{got[1:3], got[3:5], got[9:11], got[11:13]} {
 		slices.Sort(turn)
 	}
-	want := []string{"0 d", "1 a", "1 build", "1 c", "1 a", "1 build", "1 c", "1 a", "1 build", "2 a", "2 b", "2 a", "2 b", "3 a", "3 a", "3 a", "3 a"}
+	want := []string{"0 d", "1 a", "1 c", "1 a", "1 c", "1 a", "1 a", "1 a", "1 a", "2 a", "2 b", "2 a", "2 b", "3 a", "3 a", "3 a", "3 a"}
 	if !slices.Equal(got, want) {
 		t.Errorf("due are\n%q; want\n%q", got, want)
+	}
+	apps, err := db.DueWork(t.Context(), tenant.AppWork, allSlots)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sorts := map[string]int{}
+	for _, a := range apps {
+		sorts[a.Share]++
+	}
+	if len(apps) != 8 || len(sorts) != 2 || sorts[apps[0].Share] != 4 {
+		t.Errorf("due are %+v; want four builds for tenants and four tags", apps)
 	}
 	seen := map[string]bool{}
 	for range 100 {

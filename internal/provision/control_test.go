@@ -347,7 +347,7 @@ func TestFirstBuildsGoOn(t *testing.T) {
 	if err := r.DB.ControlWritten(t.Context(), turn, nil); err != nil {
 		t.Fatal(err)
 	}
-	if due, err := r.DB.DueWork(t.Context(), [tenant.Priorities]int{1, 1, 1, 1}); err != nil || len(due) != 1 || due[0].Kind != tenant.AppWork {
+	if due, err := r.DB.DueWork(t.Context(), tenant.AppWork, [tenant.Priorities]int{1, 1, 1, 1}); err != nil || len(due) != 1 {
 		t.Errorf("due is %v, %v; want the build", due, err)
 	}
 }

@@ -31,7 +31,7 @@ func (s *Service) WorkCampaign(ctx context.Context, id uuid.UUID) {
 	s.workRow(ctx, tenant.CampaignWork, id.String())
 }
 func (s *Service) workRow(ctx context.Context, kind tenant.WorkKind, id string) {
-	rows, err := s.lease(ctx, []tenant.DueWork{{Kind: kind, ID: id}})
+	rows, err := s.lease(ctx, kind, []tenant.DueWork{{ID: id}})
 	if err != nil {
 		s.Log.Error("lease row", zap.Error(err))
 	}

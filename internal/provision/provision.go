@@ -171,8 +171,8 @@ type Store interface {
 	SettleTenants(ctx context.Context, actor tenant.Actor) error
 	PurgeWait(ctx context.Context, perHour int) (time.Duration, error)
 	BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error)
-	DueWork(ctx context.Context, slots [tenant.Priorities]int) ([]tenant.DueWork, error)
-	WorkDue() <-chan struct{}
+	DueWork(ctx context.Context, kind tenant.WorkKind, slots [tenant.Priorities]int) ([]tenant.DueWork, error)
+	WorkDue(kind tenant.WorkKind) <-chan struct{}
 	Release(ctx context.Context, l tenant.Lease, delay time.Duration) error
 	SetBack(ctx context.Context, l tenant.Lease, s tenant.Setback) error
 	ForgetAdoptions(ctx context.Context) error

@@ -888,14 +888,14 @@ func (s watchedStore) Pools(ctx context.Context, names []string) ([]tenant.Pool,
 	return s.Store.Pools(ctx, names)
 }
 
-func (s watchedStore) DueWork(ctx context.Context, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
+func (s watchedStore) DueWork(ctx context.Context, kind tenant.WorkKind, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
 	defer s.returned()
-	return s.Store.DueWork(ctx, slots)
+	return s.Store.DueWork(ctx, kind, slots)
 }
 
-func (s watchedStore) WorkDue() <-chan struct{} {
+func (s watchedStore) WorkDue(kind tenant.WorkKind) <-chan struct{} {
 	defer s.returned()
-	return s.Store.WorkDue()
+	return s.Store.WorkDue(kind)
 }
 
 func (s watchedStore) Release(ctx context.Context, l tenant.Lease, delay time.Duration) error {

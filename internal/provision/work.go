@@ -15,22 +15,25 @@ import (
 )
 
 // Workers work on rows that are due. They lease the rows, run a step after another, and record what came
-// of it: what failed stands in the row, which is due again later.
+// of it: what failed stands in the row, which is due again later. Each kind of work has a search of its own, so that
+// a locked table stops no other kind.
 type Workers struct {
-	s      *Service
-	stop   context.CancelFunc // of the search for work
-	cancel context.CancelFunc // of the work
-	rows   sync.WaitGroup
-	found  chan struct{} // closed when the search has ended
-	wake   chan struct{} // holds one while there may be work for a free slot
+	s        *Service
+	stop     context.CancelFunc // of the searches for work
+	cancel   context.CancelFunc // of the work
+	searches sync.WaitGroup
+	rows     sync.WaitGroup
+	wake     map[tenant.WorkKind]chan struct{} // each holds one while there may be work for a free slot
+	size     [tenant.Priorities]int            // of slots
 
-	mu    sync.Mutex
-	slots [tenant.Priorities]int  // that are free
-	more  [tenant.Priorities]bool // more rows were due than there were free slots
+	mu     sync.Mutex
+	free   [tenant.Priorities]int                      // slots
+	atWork map[callTurn]int                            // rows of each share
+	more   map[tenant.WorkKind][tenant.Priorities]bool // rows that are due may wait for a slot
 }
 
 // How often workers look for due rows: while they have work, often, since other replicas make work due,
-// too. A search follows the last one after searchGap, or after as long as the last one took.
+// too. A search follows the last one of its kind after searchGap, or after as long as the last one took.
 const (
 	searchGap        = 5 * time.Millisecond
 	searchesPerSweep = 4
@@ -43,9 +46,16 @@ const (
 func (s *Service) StartWork(ctx context.Context, slots int) *Workers {
 	search, stop := context.WithCancel(ctx)
 	work, cancel := context.WithCancel(ctx)
-	w := &Workers{s: s, stop: stop, cancel: cancel, found: make(chan struct{}), wake: make(chan struct{}, 1)}
-	w.slots = [tenant.Priorities]int{max(1, slots/8), slots, max(1, slots/4), max(1, slots/4, min(slots, s.sharing()))}
-	go w.search(search, work)
+	w := &Workers{s: s, stop: stop, cancel: cancel, wake: map[tenant.WorkKind]chan struct{}{}, atWork: map[callTurn]int{},
+		more: map[tenant.WorkKind][tenant.Priorities]bool{}}
+	w.size = [tenant.Priorities]int{max(1, slots/8), slots, max(1, slots/4), max(1, slots/4, min(slots, s.sharing()))}
+	w.free = w.size
+	for _, kind := range tenant.WorkKinds {
+		w.wake[kind] = make(chan struct{}, 1)
+	}
+	for _, kind := range tenant.WorkKinds {
+		w.searches.Go(func() { w.search(search, work, kind) })
+	}
 	return w
 }
 
@@ -53,7 +63,7 @@ func (s *Service) StartWork(ctx context.Context, slots int) *Workers {
 // ctx's error if it had to.
 func (w *Workers) Stop(ctx context.Context) error {
 	w.stop()
-	<-w.found
+	w.searches.Wait()
 	ended := make(chan struct{})
 	go func() { w.rows.Wait(); close(ended) }()
 	select {
@@ -67,21 +77,21 @@ func (w *Workers) Stop(ctx context.Context) error {
 	}
 }
 
-// search looks for due rows until ctx ends, and starts work on them.
-func (w *Workers) search(ctx, work context.Context) {
-	defer close(w.found)
+// search looks for due rows of a kind until ctx ends, and starts work on them.
+func (w *Workers) search(ctx, work context.Context, kind tenant.WorkKind) {
 	failing := false
 	for {
 		began := time.Now()
-		busy, err := w.start(ctx, work)
+		busy, err := w.start(ctx, work, kind)
 		if ctx.Err() != nil {
 			return
 		}
+		field := zap.String("kind", string(kind))
 		switch {
 		case err != nil && !failing:
-			w.s.Log.Warn("search for due work failed; retrying", zap.Error(err))
+			w.s.Log.Warn("search for due work failed; retrying", field, zap.Error(err))
 		case err == nil && failing:
-			w.s.Log.Info("search for due work succeeds again")
+			w.s.Log.Info("search for due work succeeds again", field)
 		}
 		next := idleSweeps * w.s.SweepEvery
 		if failing = err != nil; failing {
@@ -95,68 +105,104 @@ func (w *Workers) search(ctx, work context.Context) {
 		timer := time.NewTimer(next)
 		select {
 		case <-timer.C:
-		case <-w.s.Store.WorkDue():
-		case <-w.wake:
+		case <-w.s.Store.WorkDue(kind):
+		case <-w.wake[kind]:
 		case <-ctx.Done():
 		}
 		timer.Stop()
 	}
 }
 
-// start leases due rows for the free slots, and starts work on them. It reports whether there is work.
-func (w *Workers) start(ctx, work context.Context) (busy bool, err error) {
+// start leases due rows of a kind for the free slots, and starts work on them. It reports whether there is
+// work.
+func (w *Workers) start(ctx, work context.Context, kind tenant.WorkKind) (busy bool, err error) {
 	w.mu.Lock()
-	free, size := w.slots, 0
-	for p, n := range free {
-		w.more[p] = n == 0
-		size += n
-	}
+	free := w.free
 	w.mu.Unlock()
-	if size == 0 {
+	if free == [tenant.Priorities]int{} {
+		w.take(kind, free, nil)
 		return true, nil
 	}
 	searching, cancel := context.WithTimeout(ctx, stepTimeout)
 	defer cancel()
-	due, err := w.s.Store.DueWork(searching, free)
-	if err != nil || len(due) == 0 {
+	due, err := w.s.Store.DueWork(searching, kind, free)
+	if err != nil {
 		return false, err
 	}
-	leased, err := w.s.lease(searching, due) // some, if it failed
-	w.mu.Lock()
-	for _, d := range due {
-		free[d.Priority]--
+	taken := w.take(kind, free, due)
+	if len(taken) == 0 {
+		return len(due) > 0, nil
 	}
+	leased, err := w.s.lease(searching, kind, taken)
+	rows := map[string]*leasedRow{}
 	for _, row := range leased {
-		w.slots[row.priority]--
+		rows[row.ID] = row
 	}
-	for p, n := range free {
-		w.more[p] = w.more[p] || n == 0
-	}
-	w.mu.Unlock()
-	for _, row := range leased {
-		w.rows.Go(func() { w.run(work, row) })
+	for _, d := range taken {
+		row := rows[d.ID]
+		if row == nil {
+			w.giveBack(d)
+			continue
+		}
+		w.rows.Go(func() {
+			again, due := w.s.work(work, row)
+			if due {
+				time.AfterFunc(again, func() { w.look(kind) })
+			}
+			w.giveBack(d)
+		})
 	}
 	return true, err
 }
 
-func (w *Workers) run(ctx context.Context, row *leasedRow) {
-	again, due := w.s.work(ctx, row)
-	if due {
-		time.AfterFunc(again, w.look)
-	}
+// take takes slots for due rows of a kind, and returns the rows that it has slots for. Found is how many
+// slots of each priority were free when the rows were looked for. A share that has rows at work leaves a quarter of the
+// slots to others: slow calls of one must not hold all.
+func (w *Workers) take(kind tenant.WorkKind, found [tenant.Priorities]int, due []tenant.DueWork) (taken []tenant.DueWork) {
 	w.mu.Lock()
-	w.slots[row.priority]++
-	more := w.more[row.priority]
-	w.mu.Unlock()
-	if more {
-		w.look()
+	defer w.mu.Unlock()
+	var more [tenant.Priorities]bool
+	for p := range found {
+		more[p] = found[p] == 0
+	}
+	for _, d := range due {
+		p, turn := d.Priority, callTurn{d.Priority, d.Share}
+		found[p]--
+		left := w.free[p]
+		if w.atWork[turn] > 0 {
+			left -= w.size[p] / 4
+		}
+		if more[p] = more[p] || found[p] == 0 || left <= 0; left <= 0 {
+			continue
+		}
+		w.free[p]--
+		w.atWork[turn]++
+		taken = append(taken, d)
+	}
+	w.more[kind] = more
+	return taken
+}
+
+// giveBack gives back the slot of a row.
+func (w *Workers) giveBack(d tenant.DueWork) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	turn := callTurn{d.Priority, d.Share}
+	w.free[d.Priority]++
+	if w.atWork[turn]--; w.atWork[turn] == 0 {
+		delete(w.atWork, turn)
+	}
+	for kind, more := range w.more {
+		if more[d.Priority] {
+			w.look(kind)
+		}
 	}
 }
 
-// look makes the workers look for due rows soon.
-func (w *Workers) look() {
+// look makes the workers look for due rows of a kind soon.
+func (w *Workers) look(kind tenant.WorkKind) {
 	select {
-	case w.wake <- struct{}{}:
+	case w.wake[kind] <- struct{}{}:
 	default:
 	}
 }
@@ -164,80 +210,73 @@ func (w *Workers) look() {
 // A leasedRow is a row that a worker has, and what the worker does with it.
 type leasedRow struct {
 	tenant.Lease
-	priority tenant.Priority
 	share    string
 	attempts int             // that failed
 	problem  *tenant.Problem // the one that stands
 	do       func(ctx context.Context, row *leasedRow) error
 }
 
-// lease leases rows. Of some, another worker may have been first. It returns those that it has leased,
-// also if it fails.
-func (s *Service) lease(ctx context.Context, due []tenant.DueWork) ([]*leasedRow, error) {
-	of := map[string]tenant.DueWork{}
-	ids := map[tenant.WorkKind][]uuid.UUID{}
+// lease leases due rows of a kind. Of some, another worker may have been first.
+func (s *Service) lease(ctx context.Context, kind tenant.WorkKind, due []tenant.DueWork) (rows []*leasedRow, err error) {
 	var apps []tenant.AppID
+	var ids []uuid.UUID
+	shares := map[string]string{}
 	for _, d := range due {
-		of[d.ID] = d
-		if d.Kind == tenant.AppWork {
+		shares[d.ID] = d.Share
+		if kind == tenant.AppWork {
 			apps = append(apps, tenant.AppID(d.ID))
 		} else {
-			ids[d.Kind] = append(ids[d.Kind], uuid.MustParse(d.ID))
+			ids = append(ids, uuid.MustParse(d.ID))
 		}
 	}
-	var rows []*leasedRow
-	var failures []error
-	if len(apps) > 0 {
+	add := func(row *leasedRow) {
+		row.share = shares[row.ID]
+		rows = append(rows, row)
+	}
+	switch kind {
+	case tenant.AppWork:
 		leased, err := s.Store.LeaseApps(ctx, apps, s.Lease)
-		failures = append(failures, err)
 		for _, a := range leased {
-			rows = append(rows, &leasedRow{Lease: a.Lease(), attempts: a.Attempts, problem: a.Problem,
+			add(&leasedRow{Lease: a.Lease(), attempts: a.Attempts, problem: a.Problem,
 				do: func(ctx context.Context, _ *leasedRow) error { return s.workApp(ctx, &a) }})
 		}
-	}
-	if ids := ids[tenant.KeyWork]; len(ids) > 0 {
+		return rows, err
+	case tenant.KeyWork:
 		leased, err := s.Store.LeaseKeys(ctx, ids, s.Lease)
-		failures = append(failures, err)
 		for _, k := range leased {
-			rows = append(rows, &leasedRow{Lease: k.Lease(), attempts: k.Attempts, problem: k.Problem,
+			add(&leasedRow{Lease: k.Lease(), attempts: k.Attempts, problem: k.Problem,
 				do: func(ctx context.Context, row *leasedRow) error {
 					defer func() { row.Lease = k.Lease() }() // another row may have taken its place
 					return s.workKey(ctx, &k)
 				}})
 		}
-	}
-	if ids := ids[tenant.AdoptionWork]; len(ids) > 0 {
+		return rows, err
+	case tenant.AdoptionWork:
 		leased, err := s.Store.LeaseAdoptions(ctx, ids, s.Lease)
-		failures = append(failures, err)
 		for _, a := range leased {
-			rows = append(rows, &leasedRow{Lease: a.Lease(), attempts: a.Attempts, problem: a.Problem,
+			add(&leasedRow{Lease: a.Lease(), attempts: a.Attempts, problem: a.Problem,
 				do: func(ctx context.Context, _ *leasedRow) error { return s.workAdoption(ctx, a) }})
 		}
-	}
-	if ids := ids[tenant.ReconciliationWork]; len(ids) > 0 {
+		return rows, err
+	case tenant.ReconciliationWork:
 		leased, err := s.Store.LeaseReconciliations(ctx, ids, s.Lease)
-		failures = append(failures, err)
 		for _, r := range leased {
-			rows = append(rows, &leasedRow{Lease: r.Lease(), do: func(ctx context.Context, row *leasedRow) error {
+			add(&leasedRow{Lease: r.Lease(), do: func(ctx context.Context, row *leasedRow) error {
 				defer func() { row.attempts, row.problem = r.Attempts, r.Problem }()
 				return s.workReconciliation(ctx, &r)
 			}})
 		}
-	}
-	if ids := ids[tenant.CampaignWork]; len(ids) > 0 {
+		return rows, err
+	default:
 		leased, err := s.Store.LeaseCampaigns(ctx, ids, s.Lease)
-		failures = append(failures, err)
 		for _, c := range leased {
-			rows = append(rows, &leasedRow{Lease: c.Lease(), do: func(ctx context.Context, row *leasedRow) error {
+			add(&leasedRow{Lease: c.Lease(), do: func(ctx context.Context, row *leasedRow) error {
 				defer func() { row.attempts, row.problem = c.Attempts, c.Problem }()
 				return s.workCampaign(ctx, &c)
 			}})
 		}
+		return rows, err
 	}
-	for _, row := range rows {
-		row.priority, row.share = of[row.ID].Priority, of[row.ID].Share
-	}
-	return rows, errors.Join(failures...)
 }
 
 // An outcome is how the work on a row ended, for the metrics.

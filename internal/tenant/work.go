@@ -45,10 +45,12 @@ const (
 	CampaignWork       WorkKind = "campaign"
 )
 
+// WorkKinds are all kinds of work.
+var WorkKinds = []WorkKind{AppWork, KeyWork, AdoptionWork, ReconciliationWork, CampaignWork}
+
 // DueWork is a row that is due. ID is the text of the row's id. Share names with whom its work takes turns:
 // the shares of a priority get as many turns as one another, however much work each has.
 type DueWork struct {
-	Kind     WorkKind
 	ID       string
 	Priority Priority
 	Share    string
