@@ -1321,7 +1321,7 @@ type Pool struct {
 	// Building Apps that are being built, some of them for tenants that wait.
 	Building int `json:"building"`
 
-	// ImportingTenants Those beside them that wait in the background, from batches.
+	// ImportingTenants Those beside them that wait in the background, from batches, counted up to 10,000.
 	ImportingTenants int `json:"importing_tenants"`
 
 	// LastHour Sign-ups in the hour before `planned_at`: those that had an app at once, and those that had to wait. Tenants
@@ -1358,7 +1358,9 @@ type Pool struct {
 	Retired int `json:"retired"`
 
 	// Target How many shall be ready, between min and max, as the sign-ups of the last hour have it.
-	Target         int `json:"target"`
+	Target int `json:"target"`
+
+	// WaitingTenants Tenants that wait for an app, counted up to 10,000.
 	WaitingTenants int `json:"waiting_tenants"`
 }
 
@@ -1917,6 +1919,7 @@ type Upstream struct {
 	// Problem What holds something up, and when it is tried again.
 	Problem *Problem `json:"problem,omitempty"`
 	Queue   struct {
+		// BuildingApps Counted up to 10,000.
 		BuildingApps int `json:"building_apps"`
 
 		// EtaSeconds Until the last waiting tenant is served, at the budget's rate and if nothing fails.
@@ -1925,12 +1928,18 @@ type Upstream struct {
 		// ImportEtaSeconds The same with those that wait in the background, if each call makes one app or one key.
 		ImportEtaSeconds float32 `json:"import_eta_seconds"`
 
-		// ImportingTenants Tenants beside those that wait in the background, from batches.
+		// ImportingTenants Tenants beside those that wait in the background, from batches. If more than 10,000 of a profile wait, an estimate.
 		ImportingTenants   int        `json:"importing_tenants"`
 		OldestWaitingSince *time.Time `json:"oldest_waiting_since,omitempty"`
-		PurgingApps        int        `json:"purging_apps"`
-		RevokingKeys       int        `json:"revoking_keys"`
-		WaitingTenants     int        `json:"waiting_tenants"`
+
+		// PurgingApps Counted up to 10,000.
+		PurgingApps int `json:"purging_apps"`
+
+		// RevokingKeys Counted up to 10,000.
+		RevokingKeys int `json:"revoking_keys"`
+
+		// WaitingTenants Tenants that wait for an app, counted up to 10,000 of each profile.
+		WaitingTenants int `json:"waiting_tenants"`
 	} `json:"queue"`
 
 	// Recovery Recovery mode of the database; missing outside recovery mode. `GET /v1/recovery` has more.

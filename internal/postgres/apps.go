@@ -126,9 +126,8 @@ func (db *DB) GiveUpKey(ctx context.Context, a tenant.App) error {
 }
 
 // FinishBuild stores the key of a leased build, makes the app ready, gives it to
-// the tenant that waited longest, wakes who waits for that, and begins the next
-// build if tenants still wait: all or nothing. An app of an earlier incarnation is
-// retired instead.
+// the tenant that waited longest and wakes who waits for that: all or nothing. An app of an
+// earlier incarnation is retired instead. Then the next build begins, if one is needed.
 func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error {
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		batch := &pgx.Batch{}
@@ -147,8 +146,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 			WHERE id = $1 AND leased_until = $2 AND state = 'building'`,
 			a.ID, a.LeasedUntil,
 		).Exec(func(tag pgconn.CommandTag) error { ready = tag.RowsAffected(); return nil })
-		batch.Queue(claimAndWakeSQL, end.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-		batch.Queue(startBuildsSQL, end.Profile.Name, end.NextBuilds, end.Profile.Revision(), end.MaxBuilds)
+		batch.Queue(claimAndWakeSQL, end.Next.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
 		if err := tx.SendBatch(ctx, batch).Close(); err != nil {
 			return err
 		}
@@ -162,6 +160,7 @@ func (db *DB) FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd
 	}
 	db.wakeFollowers() // it may have been given to a tenant
 	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
+	db.startBuildsAfter(ctx, end.Next)
 	return nil
 }
 
@@ -205,14 +204,18 @@ func (db *DB) AppMarked(ctx context.Context, a tenant.App) error {
 	return nil
 }
 
-// AbandonApp gives up a leased build for good; another build takes its place.
-// An app that is ours is purged, one that is not ours is left alone upstream.
-func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error {
+// AbandonApp gives up a leased build for good, and begins another in its place if one is needed: all or
+// nothing. An app that is ours is purged, one that is not ours is left alone upstream.
+func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, next tenant.NextBuilds, actor tenant.Actor) error {
 	state := tenant.AppPurging
 	if !ours {
 		state = tenant.AppDeleted
 	}
-	tag, err := db.pool.Exec(ctx, `
+	var begun bool
+	err := db.inTx(ctx, func(tx pgx.Tx) error {
+		batch := &pgx.Batch{}
+		var abandoned int64
+		batch.Queue(`
 		WITH abandoned AS (
 			UPDATE apps
 			SET state = $3, attempts = 0, problem = NULL, in_doubt_since = NULL, next_attempt_at = now(),
@@ -221,8 +224,26 @@ func (db *DB) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason st
 			RETURNING id)
 		INSERT INTO audit_events (actor, upstream_request_id, action, app_id, detail)
 		SELECT $4, nullif($6, ''), 'app.abandoned', id, jsonb_build_object('reason', $5::text) FROM abandoned`,
-		a.ID, a.LeasedUntil, state, actor.Name, reason, actor.UpstreamRequestID)
-	return oneRow("abandon app", tag, err)
+			a.ID, a.LeasedUntil, state, actor.Name, reason, actor.UpstreamRequestID).
+			Exec(func(tag pgconn.CommandTag) error { abandoned = tag.RowsAffected(); return nil })
+		if len(next.IDs) > 0 {
+			queueBuilds(batch, next, &begun)
+		}
+		if err := tx.SendBatch(ctx, batch).Close(); err != nil {
+			return err
+		}
+		if abandoned != 1 {
+			return tenant.ErrLeaseLost
+		}
+		return nil
+	})
+	if err != nil {
+		return translate("abandon app", err)
+	}
+	if begun {
+		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
+	}
+	return nil
 }
 
 // RetireApp marks a leased app without a tenant, which is being built or removed, as retired.

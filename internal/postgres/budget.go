@@ -197,24 +197,40 @@ func (db *DB) ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Dur
 }
 
 // Upstream reads the budget and what is queued for it, as a replica with the PAT
-// of that fingerprint sees it.
+// of that fingerprint sees it. It counts up to mostCounted of each: of tenants, in each profile. If more
+// tenants wait in the background, it estimates them.
 func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error) {
 	var s tenant.UpstreamStatus
 	var paused, oldest *time.Time
 	err := db.pool.QueryRow(ctx, `
+		WITH RECURSIVE profiles AS (
+			(SELECT profile FROM tenants WHERE state = 'provisioning' ORDER BY profile LIMIT 1)
+			UNION ALL
+			SELECT (SELECT profile FROM tenants WHERE state = 'provisioning' AND profile > p.profile ORDER BY profile LIMIT 1)
+			FROM profiles p WHERE profile IS NOT NULL
+		), counted AS (
+			SELECT `+countUpTo(`tenants t WHERE `+waits+` AND t.profile = p.profile ORDER BY state_since`)+` AS waiting,
+				(SELECT min(state_since) FROM tenants t WHERE `+waits+` AND t.profile = p.profile) AS oldest,
+				`+countUpTo(`tenants t WHERE `+imports+` AND t.profile = p.profile ORDER BY state_since`)+` AS importing
+			FROM profiles p WHERE profile IS NOT NULL
+		), queue AS (
+			SELECT coalesce(sum(waiting), 0)::bigint AS waiting, min(oldest) AS oldest, coalesce(sum(importing), 0)::bigint AS importing,
+				max(importing) >= $2 AS more
+			FROM counted
+		)
 		SELECT greatest(b.next_slot_at - clock_timestamp(), '0'),
 			b.pauses, CASE WHEN b.pauses > 0 THEN b.paused_until END, b.pause_reason,
 			(SELECT problem FROM refused_pats WHERE fingerprint = $1),
-			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background),
-			(SELECT min(state_since) FROM tenants WHERE state = 'provisioning' AND NOT background),
-			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND background),
-			(SELECT count(*) FROM apps WHERE state = 'building'),
-			(SELECT count(*) FROM keys WHERE state = 'revoking'),
-			(SELECT count(*) FROM apps WHERE state = 'purging'),
+			q.waiting, q.oldest,
+			CASE WHEN q.more THEN greatest(q.importing, (SELECT n - q.waiting FROM (`+estimatedTenants+`) estimated WHERE state = 'provisioning'))
+				ELSE q.importing END,
+			`+countUpTo(`apps WHERE state = 'building'`)+`,
+			`+countUpTo(`keys WHERE state = 'revoking'`)+`,
+			`+countUpTo(`apps WHERE state = 'purging'`)+`,
 			(SELECT problem FROM apps WHERE state IN ('building', 'purging') AND problem IS NOT NULL
 				ORDER BY next_attempt_at DESC LIMIT 1),
 			clock_timestamp()
-		FROM upstream_budget b`, pat).
+		FROM upstream_budget b, queue q`, pat, mostCounted).
 		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Waiting, &oldest, &s.Importing, &s.Building, &s.Revoking,
 			&s.Purging, &s.LastProblem, &s.DatabaseTime)
 	s.PausedUntil, s.OldestSince = orZero(paused), orZero(oldest)

@@ -113,7 +113,6 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 		UPDATE tenants SET background = false, state_since = now(), updated_at = now()
 		WHERE id = $1 AND state = 'provisioning' AND background AND labels @> $2`, n.ID, scopeSQL(actor))
 	batch.Queue(claimAndWakeSQL, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
 	batch.Queue(`SELECT `+tenantColumns+` FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
 			fields, done := tenantFields(&t)
@@ -126,27 +125,30 @@ func (db *DB) hurry(ctx context.Context, n tenant.NewTenant, actor tenant.Actor)
 		return t, translate("sign up", err)
 	}
 	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
+	if t.State == tenant.Provisioning {
+		db.startBuildsAfter(ctx, nextBuild(n))
+	}
 	return t, nil
 }
 
 // claimInBackgroundSQL gives ready apps that the pool of a profile does not need to the
 // tenants in the background that waited longest, unless another tenant waits. It takes the
-// apps that sign-ups would take last. $1 is the profile, $2 the actor, $3 the profile's revision,
-// $4 whether a pool is kept of it: where none is, an app of another revision does as well.
-// $5 bounds how many are given.
+// apps that sign-ups would take last. $1 is the profile, $2 the actor, $3 the revision that a pool
+// is kept of: where none is kept, an app of any revision does. $4 bounds how many are given.
 const claimInBackgroundSQL = `
 	WITH ` + handOut + `, surplus AS (
-		SELECT CASE WHEN EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1)
-			THEN 0 ELSE least($5,
-				(SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND (profile_revision = $3 OR NOT $4))
-				- coalesce((SELECT target FROM pools WHERE profile = $1 AND revision = $3 AND $4), 0)) END AS n
+		SELECT CASE WHEN EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `) THEN 0 ELSE
+			(SELECT count(*) FROM (
+				SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND ` + readySince + ` AND $3 IN (profile_revision, '')
+				ORDER BY ready_at LIMIT kept.n + $4) few) - kept.n END AS n
+		FROM (SELECT coalesce((SELECT target FROM pools WHERE profile = $1 AND revision = $3), 0) AS n) kept
 	), waiter AS MATERIALIZED (
 		SELECT id, generation, state_since FROM tenants
-		WHERE state = 'provisioning' AND background AND profile = $1
+		WHERE ` + imports + ` AND profile = $1 AND ` + importingSince + `
 		ORDER BY state_since, id LIMIT greatest(0, (SELECT n FROM surplus)) FOR UPDATE SKIP LOCKED
 	), picked AS MATERIALIZED (
 		SELECT id, ready_at FROM apps
-		WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND (profile_revision = $3 OR NOT $4)
+		WHERE state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND ` + readySince + ` AND $3 IN (profile_revision, '')
 		ORDER BY ready_at DESC, id DESC LIMIT (SELECT count(*) FROM waiter) FOR UPDATE SKIP LOCKED
 	), paired AS (
 		SELECT w.id, w.generation, p.id AS app_id
@@ -178,7 +180,7 @@ const mostInBackground = 100
 // tenants that wait in the background, the oldest first, and wakes who waits for them.
 func (db *DB) ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error {
 	var waiting bool
-	err := db.pool.QueryRow(ctx, `SELECT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $1)`, p.Name).
+	err := db.pool.QueryRow(ctx, `SELECT `+oldestImport+` IS NOT NULL`, p.Name).
 		Scan(&waiting)
 	if err != nil || !waiting {
 		return translate("look who waits in the background", err)
@@ -191,7 +193,7 @@ func (db *DB) ClaimInBackground(ctx context.Context, p tenant.Profile, actor ten
 			Scan(&alone); err != nil || !alone {
 			return err
 		}
-		_, err := tx.Exec(ctx, claimInBackgroundSQL, p.Name, actor.Name, p.Revision(), p.Pools(), mostInBackground)
+		_, err := tx.Exec(ctx, claimInBackgroundSQL, p.Name, actor.Name, poolRevision(p), mostInBackground)
 		return err
 	}))
 }

@@ -30,8 +30,8 @@ func TestClaimsPassByTheBackground(t *testing.T) {
 		cond string
 	}{
 		"claim":               {postgres.ClaimSQL, []any{"default", "x", "", ""}, "(background = false)"},
-		"builds":              {postgres.StartBuildsSQL, []any{"default", []string{"a"}, "x", 8}, "(background = false)"},
-		"claim in background": {postgres.ClaimInBackgroundSQL, []any{"default", "x", "x", true, 100}, "(background = true)"},
+		"builds":              {postgres.StartBuildsSQL, []any{"default", []string{"a"}, "x", "x", 8, 8, 8, 8}, "(background = false)"},
+		"claim in background": {postgres.ClaimInBackgroundSQL, []any{"default", "x", "x", 100}, "(background = true)"},
 	} {
 		rows, _ := conn.Query(t.Context(), `EXPLAIN (COSTS OFF) `+c.sql, c.args...)
 		lines, err := pgx.CollectRows(rows, pgx.RowTo[string])

@@ -219,7 +219,7 @@ func hotPaths(n int) []hotPath {
 			k := tenant.NewKeyRow{ID: uuid.Must(uuid.NewV7()), Name: "default", Scopes: []string{"All"}}
 			sealed := tenant.SealedKey{ID: k.ID, Ciphertext: []byte("c"), Fingerprint: []byte("f"), Hint: "cdef"}
 			return errors.Join(db.BeginApp(ctx, a), db.AppMade(ctx, a), ignore(db.BeginKey(ctx, a, k)),
-				db.FinishBuild(ctx, a, tenant.BuildEnd{Key: sealed, Profile: profile, NextBuilds: []tenant.AppID{"next-1"}, MaxBuilds: 64}, actor))
+				db.FinishBuild(ctx, a, tenant.BuildEnd{Key: sealed, Next: next(1)}, actor))
 		}},
 		{name: "key_work", do: func(ctx context.Context, db *postgres.DB) error {
 			_, _, revoking := at(4)
@@ -240,13 +240,13 @@ func hotPaths(n int) []hotPath {
 		}},
 
 		{name: "sweep_start_builds", do: func(ctx context.Context, db *postgres.DB) error {
-			return db.StartBuilds(ctx, profile, []tenant.AppID{"next-2", "next-3"})
+			n := next(2)
+			n.Profile = profiles[0]
+			return db.StartBuilds(ctx, n)
 		}},
 		{name: "sweep_pools", do: func(ctx context.Context, db *postgres.DB) error {
-			return errors.Join(
-				db.PlanPools(ctx, profiles, tenant.PoolPlan{Every: 0, Patience: time.Minute, Drain: 5, Beat: 5 * time.Second, Beats: 720,
-					Target: func(tenant.Profile, []int) int { return 3 }}, actor),
-				db.FillPool(ctx, profiles[0], []tenant.AppID{"next-4"}, 1, 1))
+			return db.PlanPools(ctx, profiles, tenant.PoolPlan{Every: 0, Patience: time.Minute, Drain: 5, Beat: 5 * time.Second, Beats: 720,
+				Target: func(tenant.Profile, []int) int { return 3 }}, actor)
 		}},
 		{name: "sweep_due_keys", do: func(ctx context.Context, db *postgres.DB) error { return db.EndDueKeys(ctx, actor) }},
 		{name: "sweep_settle", do: func(ctx context.Context, db *postgres.DB) error { return db.SettleTenants(ctx, actor) }},

@@ -19,8 +19,8 @@ const (
 	claimedAge = `interval '1 hour'`
 )
 
-// Of a pool that no replica has planned for closedAfter, the apps are removed: its
-// profile is gone or keeps none.
+// A pool that no replica has planned for closedAfter is kept by none: its apps are removed if its profile is
+// gone, and a replica that keeps no pool of the profile plans it, with a target of 0.
 const closedAfter = time.Hour
 
 // boundsMargin is longer than a transaction that makes an app ready, or lets a tenant
@@ -34,16 +34,17 @@ const turnsUntilSuccession = 4
 
 // PlanPools plans the pools that are due, one replica at a time: it sets their
 // targets and takes out the apps that are not needed any more, of which no tenant can
-// have been given any.
+// have been given any. A profile without a pool has a plan, too: no app stays ready forever.
 func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error {
 	names, revisions := make([]string, len(profiles)), make([]string, len(profiles))
 	for i, p := range profiles {
-		names[i], revisions[i] = p.Name, p.Revision()
+		names[i], revisions[i] = p.Name, poolRevision(p)
 	}
+	// A replica that keeps the pool takes precedence over one that does not.
 	const due = `
 		SELECT m.name FROM unnest($1::text[], $2::text[]) AS m (name, revision) LEFT JOIN pools p ON p.profile = m.name
 		WHERE p.profile IS NULL OR p.revision = m.revision AND p.planned_at < ` + incarnationBegan + `
-			OR p.planned_at < now() - CASE WHEN p.revision = m.revision THEN 1 ELSE $4 END * $3::interval
+			OR p.planned_at < now() - CASE WHEN p.revision IN (m.revision, '') THEN $3::interval WHEN m.revision <> '' THEN $4 * $3::interval ELSE $5::interval END
 		UNION ALL
 		SELECT profile FROM pools WHERE planned_at < now() - $5::interval AND profile <> ALL ($1)`
 	dueNow := func(q interface {
@@ -94,6 +95,13 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 				return err
 			}
 		}
+		// Of profiles that this replica does not know, another may have plans, or soon will.
+		if _, err := tx.Exec(ctx, `
+			INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses)
+			SELECT DISTINCT profile, '', 0, now(), 0, 0, 0 FROM apps WHERE state = 'ready' AND incarnation = `+currentIncarnation+`
+			ON CONFLICT (profile) DO NOTHING`); err != nil {
+			return err
+		}
 		for name := range is {
 			if err := takeOut(ctx, tx, tenant.PoolClosed, plan.Drain, actor, `state = 'ready' AND profile = $1`, name); err != nil {
 				return err
@@ -105,6 +113,14 @@ func (db *DB) PlanPools(ctx context.Context, profiles []tenant.Profile, plan ten
 		}
 		return nil
 	}))
+}
+
+// poolRevision is the revision of a profile that its pool is kept of: empty if no pool is kept.
+func poolRevision(p tenant.Profile) string {
+	if !p.Pools() {
+		return ""
+	}
+	return p.Revision()
 }
 
 // incarnationBegan is compared with the time of a plan: each incarnation plans its pools again,
@@ -147,47 +163,50 @@ func countSignUps(ctx context.Context, tx pgx.Tx, plan tenant.PoolPlan) (map[str
 }
 
 func planPool(ctx context.Context, tx pgx.Tx, p tenant.Profile, target int, n signUpCounts, plan tenant.PoolPlan, actor tenant.Actor) error {
-	var surplus int
+	revision, surplus := poolRevision(p), 0
 	err := tx.QueryRow(ctx, `
 		WITH pool AS (
-			SELECT count(*)::int AS ready FROM apps
-			WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation+` AND profile_revision = $2
+			SELECT count(*)::int AS ready FROM apps WHERE `+readyOfProfile+` AND $2 IN (profile_revision, '')
 		), importing AS (
-			SELECT EXISTS (SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $1) AS any
+			SELECT `+oldestImport+` AS since
 		), planned AS (
-			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses, ready_from, waiting_from)
+			INSERT INTO pools AS p (profile, revision, target, planned_at, above_since, sign_ups, hits, misses, ready_from, waiting_from, importing_from)
 			-- What is more than the target may be on its way to a tenant in the background.
-			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 AND NOT importing.any THEN now() END, $4, $5, $6,
-				least((SELECT min(ready_at) FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation+`), now() - `+boundsMargin+`),
-				least((SELECT min(state_since) FROM tenants WHERE `+waits+` AND profile = $1), now() - `+boundsMargin+`)
+			SELECT $1, $2, $3, now(), CASE WHEN ready > $3 AND importing.since IS NULL THEN now() END, $4, $5, $6,
+				least((SELECT min(ready_at) FROM apps WHERE `+readyOfProfile+`), now() - `+boundsMargin+`),
+				least((SELECT min(state_since) FROM tenants WHERE `+waits+` AND profile = $1 AND `+waitingSince+`), now() - `+boundsMargin+`),
+				least(importing.since, now() - `+boundsMargin+`)
 			FROM pool, importing
 			ON CONFLICT (profile) DO UPDATE
 			SET revision = excluded.revision, target = excluded.target, planned_at = excluded.planned_at,
-				above_since = CASE WHEN excluded.above_since IS NOT NULL THEN coalesce(p.above_since, now()) END,
+				above_since = CASE WHEN excluded.above_since IS NOT NULL THEN coalesce(p.above_since, CASE WHEN $2 = '' THEN p.planned_at ELSE now() END) END,
 				sign_ups = excluded.sign_ups, hits = excluded.hits, misses = excluded.misses,
-				ready_from = excluded.ready_from, waiting_from = excluded.waiting_from
+				ready_from = excluded.ready_from, waiting_from = excluded.waiting_from, importing_from = excluded.importing_from
 			RETURNING p.above_since
 		)
 		SELECT CASE WHEN above_since < now() - $7::interval THEN ready - $3 ELSE 0 END FROM planned, pool`,
-		p.Name, p.Revision(), target, n.all, n.hits, n.misses, plan.Patience).Scan(&surplus)
+		p.Name, revision, target, n.all, n.hits, n.misses, plan.Patience).Scan(&surplus)
 	if err != nil {
 		return err
 	}
 	if surplus > 0 {
 		if err := takeOut(ctx, tx, tenant.PoolSurplus, min(surplus, plan.Drain), actor,
-			`state = 'ready' AND profile = $1 AND profile_revision = $2`, p.Name, p.Revision()); err != nil {
+			`state = 'ready' AND profile = $1 AND $2 IN (profile_revision, '')`, p.Name, revision); err != nil {
 			return err
 		}
+	}
+	if revision == "" {
+		return nil
 	}
 	// An app of another revision goes when one of this revision is there in its place:
 	// until then it is better than none.
 	var replaced int
-	if err := tx.QueryRow(ctx, `SELECT count(*) - $2 FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = `+currentIncarnation,
+	if err := tx.QueryRow(ctx, `SELECT count(*) - $2 FROM apps WHERE `+readyOfProfile,
 		p.Name, target).Scan(&replaced); err != nil {
 		return err
 	}
 	return takeOut(ctx, tx, tenant.PoolOutdated, min(replaced, plan.Drain), actor,
-		`state = 'ready' AND profile = $1 AND profile_revision <> $2`, p.Name, p.Revision())
+		`state = 'ready' AND profile = $1 AND profile_revision <> $2`, p.Name, revision)
 }
 
 // takeOut gives up to most ready apps that where selects to the workers that remove
@@ -213,57 +232,6 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 		INSERT INTO audit_events (actor, action, app_id, detail)
 		SELECT `+place(2)+`, 'app.drained', id, jsonb_build_object('reason', `+place(3)+`::text) FROM gone`, args...)
 	return err
-}
-
-// FillPool begins builds for the pool of a profile, and for its tenants that wait in the
-// background, with the given ids: as many as are missing to its target, and for them,
-// when each other tenant that waits has had one. There are no more at once than forPool,
-// or, while tenants wait in the background, than forImport, or than them and ids if they
-// are more. It begins none while upstream work
-// stands still, nor for a revision that the pool is not kept of.
-//
-// Nothing tells the builds for the pool and those others apart. The pool has what ends
-// first: ClaimInBackground leaves it what it shall have.
-func (db *DB) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
-	began := false
-	err := db.inTx(ctx, func(tx pgx.Tx) error {
-		// As in StartBuilds.
-		var alone bool
-		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('fill pool'), hashtext($1))`, p.Name).
-			Scan(&alone); err != nil || !alone {
-			return err
-		}
-		tag, err := tx.Exec(ctx, `
-			WITH importing AS (
-				SELECT count(*) AS n FROM (
-					SELECT FROM tenants WHERE state = 'provisioning' AND background AND profile = $2 LIMIT $5) t
-			), pool AS (
-				SELECT target FROM pools WHERE profile = $2 AND revision = $3 AND $6 AND planned_at >= `+incarnationBegan+`
-				UNION ALL SELECT 0 FROM importing WHERE n > 0 AND NOT $6
-			), lacking AS (
-				SELECT target + n
-					+ (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background AND profile = $2)
-					- (SELECT count(*) FROM apps WHERE state = 'ready' AND profile = $2 AND incarnation = `+currentIncarnation+` AND (profile_revision = $3 OR NOT $6)) AS wanted,
-					CASE WHEN n > 0 THEN greatest($7, n) ELSE $4 END AS at_once
-				FROM pool, importing
-			), building AS (
-				SELECT count(*) AS n, count(*) FILTER (WHERE for_pool) AS for_pool FROM apps
-				WHERE state = 'building' AND profile = $2 AND incarnation = `+currentIncarnation+`
-			)
-			INSERT INTO apps (id, profile, profile_revision, incarnation, for_pool)
-			SELECT unnest($1::text[]), $2, $3, `+currentIncarnation+`, true WHERE `+currentIncarnation+` IS NOT NULL AND coalesce(`+upstreamHalted+`) IS NULL
-			LIMIT coalesce((SELECT greatest(0, least(wanted - n, at_once - for_pool)) FROM lacking, building), 0)`,
-			ids, p.Name, p.Revision(), forPool, len(ids), p.Pools(), min(forImport, len(ids)))
-		began = tag.RowsAffected() > 0
-		return err
-	})
-	if err != nil {
-		return translate("fill pool", err)
-	}
-	if began {
-		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
-	}
-	return nil
 }
 
 // DefaultKeyOf reads the key that an app was built with. It reports tenant.NotFound if
@@ -344,7 +312,7 @@ func (db *DB) RemakeHeldKey(ctx context.Context, a tenant.App, gone uuid.UUID, n
 }
 
 // Pools reads how the pools of the profiles named stand, in the order of the names,
-// and what else their upstream calls are wanted for.
+// and what else their upstream calls are wanted for, beside what Upstream reads. It counts up to mostCounted of each.
 func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.PoolLoad, error) {
 	var load tenant.PoolLoad
 	rows, _ := db.pool.Query(ctx, `
@@ -353,8 +321,8 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 			(SELECT count(*) FROM apps a WHERE a.state = 'ready' AND a.profile = m.name AND a.profile_revision IS DISTINCT FROM p.revision AND a.incarnation = `+currentIncarnation+`),
 			(SELECT count(*) FROM (SELECT FROM apps a WHERE a.state = 'retired' AND a.profile = m.name LIMIT 1000) few),
 			(SELECT count(*) FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.incarnation = `+currentIncarnation+`),
-			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND NOT background AND t.profile = m.name),
-			(SELECT count(*) FROM tenants t WHERE t.state = 'provisioning' AND background AND t.profile = m.name),
+			`+countUpTo(`tenants t WHERE `+waits+` AND t.profile = m.name ORDER BY state_since`)+`,
+			`+countUpTo(`tenants t WHERE `+imports+` AND t.profile = m.name ORDER BY state_since`)+`,
 			coalesce(p.sign_ups, 0), coalesce(p.hits, 0), coalesce(p.misses, 0),
 			(SELECT a.problem FROM apps a WHERE a.state = 'building' AND a.profile = m.name AND a.problem IS NOT NULL
 				ORDER BY a.next_attempt_at DESC LIMIT 1)
@@ -365,12 +333,9 @@ func (db *DB) Pools(ctx context.Context, names []string) ([]tenant.Pool, tenant.
 		return nil, load, translate("read pools", err)
 	}
 	err = db.pool.QueryRow(ctx, `
-		SELECT (SELECT count(*) FROM tenants WHERE state = 'provisioning' AND NOT background),
-			(SELECT count(*) FROM tenants WHERE state = 'provisioning' AND background),
-			(SELECT count(*) FROM keys WHERE state IN ('creating', 'revoking')),
-			(SELECT count(*) FROM apps WHERE state = 'held' AND pending),
-			(SELECT count(*) FROM apps WHERE state = 'purging'),
+		SELECT `+countUpTo(`keys WHERE state IN ('creating', 'revoking')`)+`,
+			`+countUpTo(`apps WHERE state = 'held' AND pending`)+`,
 			(SELECT count(*) FROM reconciliations WHERE state = 'running')`).
-		Scan(&load.Waiting, &load.Importing, &load.Keys, &load.Marking, &load.Purging, &load.Reports)
+		Scan(&load.Keys, &load.Marking, &load.Reports)
 	return pools, load, translate("read pools", err)
 }

@@ -34,6 +34,7 @@ type DB struct {
 	log      *zap.Logger
 
 	signUps sync.Map // by profile, a *shared[signUp, *tenant.SignedUp]
+	builds  sync.Map // by profile, a *shared[tenant.NextBuilds, struct{}]
 	cache   *cache
 	lookups *lookups
 	unsent  chan struct{}                     // holds one while other replicas are to be woken

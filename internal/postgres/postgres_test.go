@@ -22,11 +22,12 @@ import (
 var (
 	actor   = tenant.Actor{Name: "caller:test", RequestID: "req-1"}
 	profile = tenant.Profile{Name: "default", BaseWorkflow: "Empty", KeyScopes: []string{"All"}}
+	limits  = tenant.BuildLimits{Waiting: 64, Pool: 8, Import: 14, SharedImport: 14}
 )
 
 func newTenant(id tenant.ID) tenant.NewTenant {
 	return tenant.NewTenant{ID: id, Profile: profile, Attributes: tenant.Attributes{Labels: map[string]string{}},
-		BuildID: tenant.AppID("t-" + uuid.NewString()[:20]), MaxBuilds: 64}
+		BuildID: tenant.AppID("t-" + uuid.NewString()[:20]), Limits: limits}
 }
 
 // readyApps puts apps that wait for a tenant.
@@ -218,7 +219,7 @@ func TestBuildsFollowWaiters(t *testing.T) {
 	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
 	for i := range 10 {
 		n := newTenant(tenant.ID(fmt.Sprint("user_", i)))
-		n.MaxBuilds = 4
+		n.Limits.Waiting = 4
 		if _, err := db.SignUp(t.Context(), n, actor); err != nil {
 			t.Fatal(err)
 		}
@@ -226,14 +227,8 @@ func TestBuildsFollowWaiters(t *testing.T) {
 	if got := count(t, conn, `apps WHERE state = 'building'`); got != 4 {
 		t.Errorf("%d builds run for 10 tenants with at most 4 allowed", got)
 	}
-	ids := func(n int) (ids []tenant.AppID) {
-		for range n {
-			ids = append(ids, tenant.AppID(uuid.NewString()))
-		}
-		return ids
-	}
 	for _, c := range []struct{ allowed, want int }{{4, 4}, {6, 6}, {20, 10}, {20, 10}} {
-		if err := db.StartBuilds(t.Context(), profile, ids(c.allowed)); err != nil {
+		if err := db.StartBuilds(t.Context(), tenant.NextBuilds{Profile: profile, IDs: appIDs(64), Limits: tenant.BuildLimits{Waiting: c.allowed}}); err != nil {
 			t.Fatal(err)
 		}
 		if got := count(t, conn, `apps WHERE state = 'building'`); got != c.want {
@@ -287,10 +282,10 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 		"BeginApp":    db.BeginApp(t.Context(), late),
 		"AppMade":     db.AppMade(t.Context(), late),
 		"BeginKey":    lateKey,
-		"FinishBuild": db.FinishBuild(t.Context(), late, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor),
+		"FinishBuild": db.FinishBuild(t.Context(), late, tenant.BuildEnd{Key: sealed, Next: tenant.NextBuilds{Profile: profile}}, actor),
 		"SetBack":     db.SetBack(t.Context(), late.Lease(), tenant.Setback{}),
 		"Release":     db.Release(t.Context(), late.Lease(), 0),
-		"AbandonApp":  db.AbandonApp(t.Context(), late, true, "late", actor),
+		"AbandonApp":  db.AbandonApp(t.Context(), late, true, "late", next(1), actor),
 		"AppDeleted":  db.AppDeleted(t.Context(), late, actor),
 		"GiveUpKey":   db.GiveUpKey(t.Context(), late),
 	} {
@@ -298,7 +293,7 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 			t.Errorf("%s of a worker that lost its lease fails with %v; want ErrLeaseLost", what, err)
 		}
 	}
-	if err := db.FinishBuild(t.Context(), owner, tenant.BuildEnd{Key: sealed, Profile: profile, MaxBuilds: 1}, actor); err != nil {
+	if err := db.FinishBuild(t.Context(), owner, tenant.BuildEnd{Key: sealed, Next: tenant.NextBuilds{Profile: profile}}, actor); err != nil {
 		t.Fatal(err)
 	}
 	got, err := db.Tenant(t.Context(), signed.Tenant.ID)

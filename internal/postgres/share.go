@@ -1,6 +1,7 @@
 package postgres
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"runtime/debug"
@@ -10,18 +11,19 @@ import (
 
 // Of statements that many requests share.
 const (
-	sharedAtOnce  = 3  // under way at a time
+	sharedAtOnce  = 3  // under way at a time, unless atOnce says otherwise
 	sharedMost    = 64 // requests of one
 	sharedTimeout = 5 * time.Second
 )
 
 // A shared runs calls that come at the same time as one. A call that finds fewer than
-// sharedAtOnce under way runs at once, so that sharing makes nobody wait who is alone;
+// atOnce under way runs at once, so that sharing makes nobody wait who is alone;
 // the others wait, and all that wait go together when one has returned.
 type shared[In, Out any] struct {
 	// run makes several calls one, and returns their answers in the order given. It
 	// fails for all or for none.
-	run func(ctx context.Context, calls []In) ([]Out, error)
+	run    func(ctx context.Context, calls []In) ([]Out, error)
+	atOnce int // 0 means sharedAtOnce
 
 	mu      sync.Mutex
 	running int                    // guarded by mu
@@ -41,7 +43,7 @@ type sharedCall[In, Out any] struct {
 func (s *shared[In, Out]) do(ctx context.Context, in In) (Out, error) {
 	c := &sharedCall[In, Out]{ctx: ctx, in: in, done: make(chan struct{})}
 	s.mu.Lock()
-	if s.running < sharedAtOnce {
+	if s.running < cmp.Or(s.atOnce, sharedAtOnce) {
 		s.running++
 		s.mu.Unlock()
 		s.runAll([]*sharedCall[In, Out]{c})

@@ -195,10 +195,23 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	return tenants, translate("list tenants", err)
 }
 
-// countedTenants is how many tenants of a state CountTenants counts.
-const countedTenants = 10_000
+// mostCounted is how many rows are counted; what is more is estimated, or left at that.
+const mostCounted = 10_000
 
-// CountTenants counts tenants by state. Of a state with more than countedTenants it
+// countUpTo counts the rows that from selects, up to mostCounted.
+func countUpTo(from string) string {
+	return fmt.Sprintf(`(SELECT count(*) FROM (SELECT FROM %s LIMIT %d) few)`, from, mostCounted)
+}
+
+// estimatedTenants estimates the number of tenants by state, for the more common states.
+const estimatedTenants = `
+	SELECT v.state, (v.share * greatest(c.reltuples, 0) / greatest(c.relpages, 1)
+		* (pg_relation_size(c.oid) / current_setting('block_size')::int))::bigint AS n
+	FROM pg_class c JOIN pg_stats st ON st.schemaname = c.relnamespace::regnamespace::text AND st.tablename = c.relname AND st.attname = 'state',
+		unnest(st.most_common_vals::text::text[], st.most_common_freqs) AS v (state, share)
+	WHERE c.oid = 'tenants'::regclass`
+
+// CountTenants counts tenants by state. Of a state with more than mostCounted it
 // estimates how many: its share in Postgres's last look at the table, times how many
 // rows the table has by its size now. So it reads as much of ten million as of a
 // hundred thousand.
@@ -208,15 +221,10 @@ func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
 			SELECT s.state, (SELECT count(*) FROM (
 				SELECT FROM tenants t WHERE t.state = s.state ORDER BY t.created_at, t.id LIMIT $2) few) AS n
 			FROM unnest($1::text[]) AS s (state)
-		), estimated AS (
-			SELECT v.state, (v.share * greatest(c.reltuples, 0) / greatest(c.relpages, 1)
-				* (pg_relation_size(c.oid) / current_setting('block_size')::int))::bigint AS n
-			FROM pg_class c JOIN pg_stats st ON st.schemaname = c.relnamespace::regnamespace::text AND st.tablename = c.relname AND st.attname = 'state',
-				unnest(st.most_common_vals::text::text[], st.most_common_freqs) AS v (state, share)
-			WHERE c.oid = 'tenants'::regclass
+		), estimated AS (`+estimatedTenants+`
 		)
 		SELECT state, CASE WHEN c.n < $2 THEN c.n ELSE greatest(c.n, e.n) END
-		FROM counted c LEFT JOIN estimated e USING (state) WHERE c.n > 0`, tenant.States, countedTenants)
+		FROM counted c LEFT JOIN estimated e USING (state) WHERE c.n > 0`, tenant.States, mostCounted)
 	counts := map[tenant.State]int{}
 	var s tenant.State
 	var n int
@@ -272,28 +280,16 @@ const claimSQL = `
 const claimable = `state = 'ready' AND profile = $1 AND incarnation = (SELECT id FROM incarnation) AND ` + readySince + `
 			AND EXISTS (SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + `)`
 
-// waits says of a tenant that it waits for an app, and not in the background.
-const waits = `state = 'provisioning' AND NOT background`
+// waits says of a tenant that it waits for an app, and not in the background; imports, that it waits in the
+// background.
+const (
+	waits   = `state = 'provisioning' AND NOT background`
+	imports = `state = 'provisioning' AND background`
+)
 
 // claimAndWakeSQL claims and wakes the requests that wait for the tenant, on
 // every replica.
 const claimAndWakeSQL = claimSQL + ` SELECT pg_notify('` + tenantChannel + `', id) FROM activated`
-
-// startBuildsSQL begins builds for the tenants that wait, as many as neither a
-// build nor a ready app is there for, with the ids given in $2. Builds for the pool do
-// not count, since they take only the calls that nobody else wants; what ends first
-// serves who waited longest. Where no tenant waits, as after most sign-ups, no app is
-// counted: with many of them the planner may read the table for it. $1 is the profile,
-// $3 its revision, $4 how many may run at once.
-const startBuildsSQL = `
-	INSERT INTO apps (id, profile, profile_revision, incarnation)
-	SELECT unnest($2::text[]), $1, $3, ` + currentIncarnation + ` WHERE ` + currentIncarnation + ` IS NOT NULL
-	LIMIT (SELECT CASE WHEN waiting = 0 THEN 0 ELSE greatest(0, waiting
-		- (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'ready' AND profile = $1 AND incarnation = ` + currentIncarnation + ` AND ` + readySince + ` LIMIT $4) ready)
-		- (SELECT count(*) FROM (SELECT FROM apps
-			WHERE state = 'building' AND NOT for_pool AND profile = $1 AND incarnation = ` + currentIncarnation + ` LIMIT $4) coming)) END
-		FROM (SELECT count(*) AS waiting FROM (
-			SELECT FROM tenants WHERE ` + waits + ` AND profile = $1 AND ` + waitingSince + ` LIMIT $4) t) waiting)`
 
 // signUpFromPoolSQL makes tenants of one profile that are new, gives each a ready app
 // and reveals its key, and passes over those for whom there is no app: all of them
@@ -351,6 +347,11 @@ const signUpFromPoolSQL = `
 const (
 	readySince   = `ready_at >= coalesce((SELECT ready_from FROM pools WHERE profile = $1), '-infinity')`
 	waitingSince = `state_since >= coalesce((SELECT waiting_from FROM pools WHERE profile = $1), '-infinity')`
+
+	importingSince = `state_since >= coalesce((SELECT importing_from FROM pools WHERE profile = $1), '-infinity')` // in the background
+
+	// Not by EXISTS: after an import the planner would still read the table for one that waits.
+	oldestImport = `(SELECT min(state_since) FROM tenants WHERE ` + imports + ` AND profile = $1 AND ` + importingSince + `)`
 )
 
 // A signUp is a sign-up that may find a ready app.
@@ -467,7 +468,6 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		FROM made`, args...,
 	).Exec(func(tag pgconn.CommandTag) error { s.Created = tag.RowsAffected() == 1; return nil })
 	batch.Queue(claimSQL+` SELECT FROM activated`, n.Profile.Name, actor.Name, actor.RequestID, actor.UpstreamRequestID)
-	batch.Queue(startBuildsSQL, n.Profile.Name, []tenant.AppID{n.BuildID}, n.Profile.Revision(), n.MaxBuilds)
 	var background bool
 	batch.Queue(`SELECT `+tenantColumns+`, t.attributes_hash, t.background, `+currentIncarnation+` IS NOT NULL FROM tenants t WHERE t.id = $1`, n.ID).
 		QueryRow(func(row pgx.Row) error {
@@ -488,10 +488,16 @@ func (db *DB) trySignUpAlone(ctx context.Context, n tenant.NewTenant, actor tena
 		s.Tenant, err = db.hurry(ctx, n, actor)
 		return s, true, err
 	}
-	if s.Tenant.State == tenant.Provisioning {
-		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
+	if s.Created && s.Tenant.State == tenant.Provisioning {
+		db.startBuildsAfter(ctx, nextBuild(n))
 	}
 	return s, true, nil
+}
+
+// nextBuild is the build that a sign-up may need. The decision about it comes after the commit, so that
+// sign-ups without an app do not hold up each other.
+func nextBuild(n tenant.NewTenant) tenant.NextBuilds {
+	return tenant.NextBuilds{Profile: n.Profile, IDs: []tenant.AppID{n.BuildID}, Limits: n.Limits}
 }
 
 // Retry makes due now what a tenant waits for and whose next try is due later, and

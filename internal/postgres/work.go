@@ -161,26 +161,6 @@ func (db *DB) Release(ctx context.Context, l tenant.Lease, delay time.Duration) 
 	return oneRow("release "+string(l.Kind), tag, err)
 }
 
-// StartBuilds begins builds for the tenants of a profile that wait and that no
-// build runs for, with the given ids, at most as many as there are ids at once.
-func (db *DB) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
-	err := db.inTx(ctx, func(tx pgx.Tx) error {
-		// Two sweeps at once would each see the same want and build for it twice.
-		var alone bool
-		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(hashtext('start builds'), hashtext($1))`, p.Name).
-			Scan(&alone); err != nil || !alone {
-			return err
-		}
-		_, err := tx.Exec(ctx, startBuildsSQL, p.Name, ids, p.Revision(), len(ids))
-		return err
-	})
-	if err != nil {
-		return translate("start builds", err)
-	}
-	db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
-	return nil
-}
-
 // MakeAuditPartitions makes the partitions of the audit log for the months ahead.
 func (db *DB) MakeAuditPartitions(ctx context.Context) error {
 	_, err := db.pool.Exec(ctx, `SELECT audit_events_make_partitions(3)`)

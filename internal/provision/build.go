@@ -80,10 +80,8 @@ func (s *Service) build(ctx context.Context, a *tenant.App) error {
 		return err
 	}
 	err = s.Store.FinishBuild(ctx, *a, tenant.BuildEnd{
-		Key:        sealed,
-		Profile:    profile,
-		NextBuilds: s.newAppIDs(1),
-		MaxBuilds:  s.MaxBuilds,
+		Key:  sealed,
+		Next: s.nextBuilds(profile, 1),
 	}, workerOf(ctx))
 	if err == nil {
 		s.Metrics.buildSeconds.Observe(time.Since(began).Seconds())
@@ -290,15 +288,23 @@ func (s *Service) eachKey(ctx context.Context, p tenant.Priority, app tenant.App
 // could not.
 func (s *Service) abandon(ctx context.Context, a tenant.App, ours bool, reason string) error {
 	s.Log.Warn("build given up", zap.String("app", string(a.ID)), zap.String("reason", reason))
-	if err := s.Store.AbandonApp(ctx, a, ours, reason, workerOf(ctx)); err != nil {
+	var next tenant.NextBuilds
+	if p, ok := s.profiles[a.Profile]; ok {
+		next = s.nextBuilds(p, 1)
+	}
+	if err := s.Store.AbandonApp(ctx, a, ours, reason, next, workerOf(ctx)); err != nil {
 		return err
 	}
-	if p, ok := s.profiles[a.Profile]; ok {
-		if err := s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds)); err != nil {
-			s.Log.Warn("another build could not be begun; the sweep will", zap.Error(err))
-		}
-	}
 	return errGivenUp
+}
+
+// nextBuilds lets up to n builds of a profile begin, if they are needed.
+func (s *Service) nextBuilds(p tenant.Profile, n int) tenant.NextBuilds {
+	return tenant.NextBuilds{Profile: p, IDs: s.newAppIDs(n), Limits: s.buildLimits()}
+}
+
+func (s *Service) buildLimits() tenant.BuildLimits {
+	return tenant.BuildLimits{Waiting: s.MaxBuilds, Pool: poolBuilds, Import: s.importBuilds(1), SharedImport: s.importBuilds(s.ItemsPerCall)}
 }
 
 // purge removes an app at Clarifai. A removal needs proof: a leased row that says so, our ownership

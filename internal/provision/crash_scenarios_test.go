@@ -528,7 +528,7 @@ var crashScenarios = map[string]crashScenario{
 		act:     signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"build given up": {
-		points: []string{"abandon AbandonApp", "abandon StartBuilds", "purge DeleteApp", "release Release", "purge AppDeleted"},
+		points: []string{"abandon AbandonApp", "purge DeleteApp", "release Release", "purge AppDeleted"},
 		prepare: func(s *scene) {
 			s.w.Settings(map[string]any{"masked_keys": true})
 			faulty(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true})(s)
@@ -563,8 +563,8 @@ var crashScenarios = map[string]crashScenario{
 	},
 
 	"pool": {
-		points: []string{"keepPools PlanPools", "keepPools FillPool", "makeApp BeginApp", "createApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
-			"build FinishBuild", "Pools Pools", "Pools Recovery"},
+		points: []string{"keepPools PlanPools", "steps StartBuilds", "makeApp BeginApp", "createApp CreateApp", "makeKey BeginKey", "createKey CreateKey",
+			"build FinishBuild", "pools Pools", "pools Recovery"},
 		prepare: first, options: keepsPool, spare: 2,
 	},
 	"sign-up from the pool": {
@@ -574,7 +574,7 @@ var crashScenarios = map[string]crashScenario{
 		act: signUpSecond, newcomers: []tenant.ID{"user_2"},
 	},
 	"pool of another revision": {
-		points: []string{"keepPools FillPool", "build FinishBuild", "purge DeleteApp", "purge AppDeleted"},
+		points: []string{"steps StartBuilds", "build FinishBuild", "purge DeleteApp", "purge AppDeleted"},
 		prepare: func(s *scene) {
 			first(s)
 			fillPool(s)
@@ -609,7 +609,7 @@ var crashScenarios = map[string]crashScenario{
 		options: sharesCalls, act: importTogether, settle: imported, newcomers: imports,
 	},
 	"import that gets apps of the pool": {
-		points: []string{"keepPools ClaimInBackground", "keepPools FillPool"},
+		points: []string{"steps ClaimInBackground", "steps StartBuilds"},
 		prepare: func(s *scene) {
 			first(s)
 			fillPool(s)

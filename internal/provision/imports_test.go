@@ -238,6 +238,72 @@ func TestSignUpOfWhoIsImported(t *testing.T) {
 	}
 }
 
+// Who signs up while an app is built for their import gets that build, and no other is begun.
+func TestSignUpWhileAnImportBuilds(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true})
+	conn := pgtest.Conn(t, w.URL)
+	importAll(t, r, batchOf("user", 5))
+	if err := r.SweepOnce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		id            tenant.ID
+		urgent, other int
+	}{{"user_0001", 1, 4}, {"user_0004", 2, 3}, {"another", 3, 3}} {
+		if _, _, err := r.SignUp(t.Context(), c.id, tenant.SignUp{}, 0, caller); err != nil {
+			t.Fatal(err)
+		}
+		if urgent, other := countOf(t, conn, `apps WHERE state = 'building' AND NOT for_pool`), countOf(t, conn, `apps WHERE state = 'building' AND for_pool`); urgent != c.urgent || other != c.other {
+			t.Errorf("after the sign-up of %s %d builds run for waiting tenants and %d others; want %d and %d", c.id, urgent, other, c.urgent, c.other)
+		}
+	}
+}
+
+// While tenants sign up, are imported and sign up before their turn, and builds end and are given up, in two
+// replicas: no more apps are built than tenants, the pool at its maximum and the builds that were given up.
+func TestNoAppTooMany(t *testing.T) {
+	t.Parallel()
+	for name, most := range map[string]int{"without pool": 0, "pool": 4} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			const n = 40
+			w := provisiontest.New(t)
+			w.Settings(map[string]any{"masked_keys": true, "latency_ms": 100})
+			w.Faults(map[string]any{"call": "PostKeys", "probability": 0.2, "drop_after": true})
+			conn := pgtest.Conn(t, w.URL)
+			var replicas []*provisiontest.Replica
+			for range 2 {
+				replicas = append(replicas, w.Start(provisiontest.Options{Adjust: func(c *provision.Config) {
+					pool(0, most)(c)
+					c.PoolPatience = time.Hour
+				}}))
+			}
+			importAll(t, replicas[0], batchOf("imported", n))
+			provisiontest.Eventually(t, "builds run for the import", func() bool { return countOf(t, conn, `apps WHERE state = 'building' AND for_pool`) > n/2 })
+			var wg sync.WaitGroup
+			for i := range n {
+				for _, id := range []string{"user_%04d", "imported_%04d"}[:1+i%2] {
+					wg.Go(func() {
+						if _, _, err := replicas[i%2].SignUp(t.Context(), tenant.ID(fmt.Sprintf(id, i)), tenant.SignUp{}, 0, caller); err != nil {
+							t.Error(err)
+						}
+					})
+				}
+			}
+			wg.Wait()
+			provisiontest.Eventually(t, "all are active", func() bool { return countOf(t, conn, `tenants WHERE state = 'active'`) == 2*n })
+			w.Faults()
+			rest(t, w)
+			made, abandoned := countOf(t, conn, `apps`), countOf(t, conn, `audit_events WHERE action = 'app.abandoned'`)
+			if spare := made - abandoned - 2*n; abandoned == 0 || spare < 0 || spare > most {
+				t.Errorf("%d apps were begun and %d given up for %d tenants; want up to %d more", made, abandoned, 2*n, most)
+			}
+		})
+	}
+}
+
 // Each sign-up of a batch ends as it would alone.
 func TestBatchRefuses(t *testing.T) {
 	t.Parallel()

@@ -81,7 +81,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Name: "tenantry_keyset_missing_keys", Help: "Keys that sealed something in the database and that this replica's keyset lacks."})
 	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
 	m.importing = prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, counted every 15 seconds."})
+		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, counted every 15 seconds; of a profile with more than 10,000, an estimate."})
 	m.callItems = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name: "tenantry_upstream_call_items", Help: "Apps or keys that a call was to make which builds in the background may share.",
 		Buckets: []float64{1, 2, 5, 10, 20, 50, 100}}, []string{"call"})
@@ -163,7 +163,7 @@ func (s *Service) measure(ctx context.Context) error {
 			}
 		}
 	}
-	pools, err := s.Pools(ctx)
+	pools, err := s.pools(ctx, upstream)
 	if err != nil {
 		return err
 	}

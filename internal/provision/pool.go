@@ -66,27 +66,15 @@ func poolTarget(signUps []int, rate float64, fewest, most int) int {
 	return max(fewest, int(math.Ceil(min(want, float64(most)))))
 }
 
-// keepPools plans the pools that are due, and begins the builds that they lack.
+// keepPools plans the pools that are due.
 func (s *Service) keepPools(ctx context.Context) error {
-	pooled := s.pooled()
-	if err := s.Store.PlanPools(ctx, pooled, tenant.PoolPlan{
+	return s.Store.PlanPools(ctx, s.byName(), tenant.PoolPlan{
 		Every: s.PoolEvery, Patience: s.PoolPatience, Drain: poolDrain, Beat: poolBeat, Beats: poolBeats,
 		Target: func(p tenant.Profile, signUps []int) int {
 			fewest, most := p.PoolBounds()
 			return poolTarget(signUps, s.Rate, fewest, most)
 		},
-	}, worker); err != nil {
-		return err
-	}
-	for _, p := range s.Profiles {
-		if err := s.Store.ClaimInBackground(ctx, p, worker); err != nil {
-			return err
-		}
-		if err := s.Store.FillPool(ctx, p, s.newAppIDs(s.importBuilds(s.ItemsPerCall)), poolBuilds, s.importBuilds(1)); err != nil {
-			return err
-		}
-	}
-	return nil
+	}, worker)
 }
 
 // importBuilds is how many builds are under way at once while tenants of a profile wait
@@ -98,20 +86,9 @@ func (s *Service) importBuilds(perCall int) int {
 	return min(max(poolBuilds, int(math.Ceil(s.Rate))*perCall), max(poolBuilds, s.MaxBuilds))
 }
 
-// pooled are the profiles that keep a pool, by name.
-func (s *Service) pooled() []tenant.Profile {
-	return s.byName(tenant.Profile.Pools)
-}
-
-func (s *Service) byName(which func(tenant.Profile) bool) []tenant.Profile {
-	var profiles []tenant.Profile
-	for _, p := range s.Profiles {
-		if which(p) {
-			profiles = append(profiles, p)
-		}
-	}
-	slices.SortFunc(profiles, func(a, b tenant.Profile) int { return strings.Compare(a.Name, b.Name) })
-	return profiles
+// byName are the profiles, by name.
+func (s *Service) byName() []tenant.Profile {
+	return slices.SortedFunc(slices.Values(s.Profiles), func(a, b tenant.Profile) int { return strings.Compare(a.Name, b.Name) })
 }
 
 // prove looks whether an app of the pool can still be handed out. A tenant may get it
@@ -187,7 +164,15 @@ type PoolStatus struct {
 
 // Pools returns how the pools stand of the profiles that this replica has, by profile.
 func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
-	profiles := s.byName(func(tenant.Profile) bool { return true })
+	upstream, _, err := s.UpstreamStatus(ctx)
+	if err != nil {
+		return nil, err
+	}
+	return s.pools(ctx, upstream)
+}
+
+func (s *Service) pools(ctx context.Context, upstream tenant.UpstreamStatus) ([]PoolStatus, error) {
+	profiles := s.byName()
 	names := make([]string, len(profiles))
 	for i, p := range profiles {
 		names[i] = p.Name
@@ -197,10 +182,6 @@ func (s *Service) Pools(ctx context.Context) ([]PoolStatus, error) {
 		return nil, err
 	}
 	recovery, err := s.Store.Recovery(ctx)
-	if err != nil {
-		return nil, err
-	}
-	upstream, _, err := s.UpstreamStatus(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -231,11 +212,11 @@ func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, recovery
 		return &PoolReason{pool.Problem.Code, pool.Problem.Detail}
 	case pool.Revision != "" && pool.Revision != p.Revision():
 		return &PoolReason{"revision_changes", "the pool is kept of another revision of the profile, until no replica has that for a minute"}
-	case load.Waiting > 0:
-		return &PoolReason{"sign_ups_wait", counted(load.Waiting, "tenant waits", "tenants wait") + " for an app, and are built for first"}
-	case load.Importing > 0:
+	case upstream.Waiting > 0:
+		return &PoolReason{"sign_ups_wait", counted(upstream.Waiting, "tenant waits", "tenants wait") + " for an app, and are built for first"}
+	case upstream.Importing > 0:
 		return &PoolReason{"import", "upstream budget used by import: of the apps that are being built the pool gets the first, and " +
-			counted(load.Importing, "tenant that waits in the background", "tenants that wait in the background") + " the others"}
+			counted(upstream.Importing, "tenant that waits in the background", "tenants that wait in the background") + " the others"}
 	}
 	var busy []string
 	for _, other := range []struct {
@@ -243,7 +224,7 @@ func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, recovery
 		one, many string
 	}{
 		{load.Keys, "key in work", "keys in work"}, {load.Reports, "reconciliation", "reconciliations"},
-		{load.Marking, "app of a tenant to be marked", "apps of tenants to be marked"}, {load.Purging, "app to be removed", "apps to be removed"},
+		{load.Marking, "app of a tenant to be marked", "apps of tenants to be marked"}, {upstream.Purging, "app to be removed", "apps to be removed"},
 	} {
 		if other.n > 0 {
 			busy = append(busy, counted(other.n, other.one, other.many))

@@ -77,16 +77,117 @@ func TestPoolFills(t *testing.T) {
 	r2.Stop()
 }
 
-// A pool that is turned off keeps what it has until nobody keeps it any more.
+// A pool that is turned off, or whose profile is gone, keeps what it has until nobody keeps it any more.
 func TestPoolIsClosed(t *testing.T) {
 	t.Parallel()
-	w := filled(t, 3)
-	w.Start(provisiontest.Options{})
-	poolIs(t, w, 3)
-	exec(t, w, `UPDATE pools SET planned_at = now() - interval '2 hours'`)
-	poolIs(t, w, 0)
-	provisiontest.Eventually(t, "the pool is forgotten", func() bool { return countOf(t, pgtest.Conn(t, w.URL), `pools`) == 0 })
+	for name, gone := range map[string]bool{"turned off": false, "profile gone": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := filled(t, 3)
+			if gone {
+				exec(t, w, `UPDATE pools SET profile = 'gone' WHERE profile = 'default'`)
+				exec(t, w, `UPDATE apps SET profile = 'gone'`)
+			}
+			r := w.Start(provisiontest.Options{Idle: true, Adjust: pool(0, 0)})
+			for range 3 {
+				if err := r.SweepOnce(t.Context()); err != nil {
+					t.Fatal(err)
+				}
+			}
+			poolIs(t, w, 3)
+			exec(t, w, `UPDATE pools SET planned_at = now() - interval '2 hours' WHERE target > 0`)
+			w.Start(provisiontest.Options{Adjust: pool(0, 0)})
+			poolIs(t, w, 0)
+			provisiontest.Eventually(t, "no pool has a target", func() bool {
+				return countOf(t, pgtest.Conn(t, w.URL), `pools WHERE target > 0 OR profile = 'gone'`) == 0
+			})
+		})
+	}
 }
+
+// An app that no tenant needs any more is removed also where no pool is kept, by a replica that knows its
+// profile or, later, by another.
+func TestSpareAppWithoutPool(t *testing.T) {
+	t.Parallel()
+	for name, gone := range map[string]bool{"known profile": false, "profile gone": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := provisiontest.New(t)
+			idle := w.Start(provisiontest.Options{Idle: true})
+			if _, _, err := idle.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := idle.Delete(t.Context(), "user_1", false, 0, caller); err != nil {
+				t.Fatal(err)
+			}
+			builder := w.Start(provisiontest.Options{})
+			poolIs(t, w, 1)
+			builder.Stop()
+			exec(t, w, `DELETE FROM pools`) // as if an older version had left the app
+			if gone {
+				exec(t, w, `UPDATE apps SET profile = 'gone'`)
+			}
+			r := w.Start(provisiontest.Options{Adjust: pool(0, 0)})
+			if gone {
+				provisiontest.Eventually(t, "the pool of the unknown profile has a row", func() bool {
+					return countOf(t, pgtest.Conn(t, w.URL), `pools WHERE profile = 'gone'`) == 1
+				})
+				exec(t, w, `UPDATE pools SET planned_at = now() - interval '2 hours' WHERE profile = 'gone'`)
+			}
+			poolIs(t, w, 0)
+			if s := w.State(); s.Apps != 0 {
+				t.Errorf("Clarifai has %d apps; want none", s.Apps)
+			}
+			if got := signUp(t, r, "user_2"); !keyWorks(t, w, r, got) {
+				t.Error("the key of a later tenant does not work")
+			}
+		})
+	}
+}
+
+// What no tenant needs is given to one that comes, before it is removed.
+func TestSpareAppIsGiven(t *testing.T) {
+	t.Parallel()
+	w := filled(t, 2)
+	r := w.Start(provisiontest.Options{Idle: true})
+	importAll(t, r, batchOf("imported", 1))
+	if got, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil || got.State != tenant.Active {
+		t.Fatalf("SignUp = %+v, %v; want an app that is ready", got, err)
+	}
+	if err := r.SweepOnce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := countOf(t, pgtest.Conn(t, w.URL), `tenants WHERE state = 'active'`); n != 2 {
+		t.Errorf("%d tenants are active; want 2", n)
+	}
+}
+
+// A build that is given up is replaced in the same transaction.
+func TestGivenUpBuildIsReplaced(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	w.Settings(map[string]any{"masked_keys": true})
+	w.Faults(map[string]any{"call": "PostKeys", "count": 1, "drop_after": true})
+	r := w.Start(provisiontest.Options{Idle: true, Store: func(s provision.Store) provision.Store { return unstarted{s} }})
+	conn := pgtest.Conn(t, w.URL)
+	if _, _, err := r.SignUp(t.Context(), "user_1", tenant.SignUp{}, 0, caller); err != nil {
+		t.Fatal(err)
+	}
+	first := column(t, w, `SELECT id FROM apps`)[0]
+	provisiontest.Eventually(t, "the build is given up", func() bool {
+		exec(t, w, `UPDATE apps SET next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'`)
+		r.WorkApp(t.Context(), tenant.AppID(first))
+		return countOf(t, conn, `apps WHERE state = 'purging'`) == 1
+	})
+	if n := countOf(t, conn, `apps WHERE state = 'building' AND NOT for_pool`); n != 1 {
+		t.Errorf("%d builds run for a tenant whose build was given up; want 1", n)
+	}
+}
+
+// An unstarted store begins no builds by itself.
+type unstarted struct{ provision.Store }
+
+func (unstarted) StartBuilds(context.Context, tenant.NextBuilds) error { return errors.New("test") }
 
 func TestSignUpFromThePoolCallsNobody(t *testing.T) {
 	t.Parallel()
@@ -282,8 +383,8 @@ type turnCounter struct {
 	turns *atomic.Int64
 }
 
-func (c turnCounter) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
-	err := c.Store.FillPool(ctx, p, ids, forPool, forImport)
+func (c turnCounter) StartBuilds(ctx context.Context, n tenant.NextBuilds) error {
+	err := c.Store.StartBuilds(ctx, n)
 	c.turns.Add(1)
 	return err
 }

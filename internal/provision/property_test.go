@@ -192,13 +192,12 @@ func (m *model) signUp(rt *rapid.T) {
 	}
 }
 
-// importSome signs tenants up in the background. They are others than those who sign up by
-// themselves: for who does so while waiting in the background an app of its own is begun.
+// importSome signs tenants up in the background.
 func (m *model) importSome(rt *rapid.T) {
 	name := rapid.SampledFrom([]string{"Ada", "Ada", "Bob"}).Draw(rt, "name")
 	ups := make([]provision.BatchSignUp, rapid.IntRange(1, 3).Draw(rt, "how many"))
 	for i := range ups {
-		ups[i] = provision.BatchSignUp{ID: tenant.ID(m.prefix + rapid.SampledFrom([]string{"i", "j", "k"}).Draw(rt, "imported")), SignUp: tenant.SignUp{DisplayName: &name}}
+		ups[i] = provision.BatchSignUp{ID: tenant.ID(m.prefix + rapid.SampledFrom([]string{"a", "b", "i", "j"}).Draw(rt, "imported")), SignUp: tenant.SignUp{DisplayName: &name}}
 	}
 	var ends []provision.BatchEnd
 	lived := m.run(func(ctx context.Context) {

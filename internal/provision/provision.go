@@ -59,7 +59,7 @@ type Store interface {
 	BeginKey(ctx context.Context, a tenant.App, key tenant.NewKeyRow) (uuid.UUID, error)
 	GiveUpKey(ctx context.Context, a tenant.App) error
 	FinishBuild(ctx context.Context, a tenant.App, end tenant.BuildEnd, actor tenant.Actor) error
-	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error
+	AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, next tenant.NextBuilds, actor tenant.Actor) error
 	RetireApp(ctx context.Context, a tenant.App, reason string, actor tenant.Actor) error
 	UnknownKeys(ctx context.Context, app tenant.AppID, found []uuid.UUID) ([]uuid.UUID, error)
 	AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error
@@ -158,10 +158,9 @@ type Store interface {
 	Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error)
 
 	Claim(ctx context.Context, profile string, actor tenant.Actor) (int, error)
-	StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error
+	StartBuilds(ctx context.Context, n tenant.NextBuilds) error
 	PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error
 	ClaimInBackground(ctx context.Context, p tenant.Profile, actor tenant.Actor) error
-	FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error
 	DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error)
 	KeyProven(ctx context.Context, a tenant.App) error
 	MemberDead(ctx context.Context, a tenant.App, actor tenant.Actor) error
@@ -424,7 +423,7 @@ func (s *Service) SignUp(ctx context.Context, id tenant.ID, up tenant.SignUp, wa
 	// Watch before writing, so that no wake-up falls between.
 	changed, stop := s.Store.Watch(id)
 	defer stop()
-	n := tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(), BuildID: s.newAppID(), MaxBuilds: s.MaxBuilds}
+	n := tenant.NewTenant{ID: id, Profile: profile, Attributes: up.Attributes(), BuildID: s.newAppID(), Limits: s.buildLimits()}
 	signedUp, err := s.Store.SignUp(ctx, n, actor)
 	if err != nil {
 		return got, err

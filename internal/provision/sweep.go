@@ -39,10 +39,13 @@ func (s *Service) steps() []step {
 			_, err := s.Store.Claim(ctx, p.Name, worker)
 			return err
 		})},
-		{"start builds", 0, s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
-			return s.Store.StartBuilds(ctx, p, s.newAppIDs(s.MaxBuilds))
-		})},
 		{"keep pools", 0, s.keepPools},
+		{"claim apps in the background", 0, s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
+			return s.Store.ClaimInBackground(ctx, p, worker)
+		})},
+		{"start builds", 0, s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
+			return s.Store.StartBuilds(ctx, s.nextBuilds(p, s.MaxBuilds+s.importBuilds(s.ItemsPerCall)))
+		})},
 		{"start reports", 0, s.startDueReports},
 		{"end keys", 0, func(ctx context.Context) error { return s.Store.EndDueKeys(ctx, worker) }},
 		{"settle tenants", 0, func(ctx context.Context) error { return s.Store.SettleTenants(ctx, worker) }},

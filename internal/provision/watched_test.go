@@ -103,9 +103,9 @@ func (s watchedStore) FinishBuild(ctx context.Context, a tenant.App, end tenant.
 	return s.Store.FinishBuild(ctx, a, end, actor)
 }
 
-func (s watchedStore) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, actor tenant.Actor) error {
+func (s watchedStore) AbandonApp(ctx context.Context, a tenant.App, ours bool, reason string, next tenant.NextBuilds, actor tenant.Actor) error {
 	defer s.returned()
-	return s.Store.AbandonApp(ctx, a, ours, reason, actor)
+	return s.Store.AbandonApp(ctx, a, ours, reason, next, actor)
 }
 
 func (s watchedStore) AppDeleted(ctx context.Context, a tenant.App, actor tenant.Actor) error {
@@ -508,9 +508,9 @@ func (s watchedStore) Claim(ctx context.Context, profile string, actor tenant.Ac
 	return s.Store.Claim(ctx, profile, actor)
 }
 
-func (s watchedStore) StartBuilds(ctx context.Context, p tenant.Profile, ids []tenant.AppID) error {
+func (s watchedStore) StartBuilds(ctx context.Context, n tenant.NextBuilds) error {
 	defer s.returned()
-	return s.Store.StartBuilds(ctx, p, ids)
+	return s.Store.StartBuilds(ctx, n)
 }
 
 func (s watchedStore) MakeAuditPartitions(ctx context.Context) error {
@@ -856,11 +856,6 @@ func (u watchedUpstream) ChangeApp(ctx context.Context, id tenant.AppID, change 
 func (s watchedStore) PlanPools(ctx context.Context, profiles []tenant.Profile, plan tenant.PoolPlan, actor tenant.Actor) error {
 	defer s.returned()
 	return s.Store.PlanPools(ctx, profiles, plan, actor)
-}
-
-func (s watchedStore) FillPool(ctx context.Context, p tenant.Profile, ids []tenant.AppID, forPool, forImport int) error {
-	defer s.returned()
-	return s.Store.FillPool(ctx, p, ids, forPool, forImport)
 }
 
 func (s watchedStore) DefaultKeyOf(ctx context.Context, app tenant.AppID) (tenant.SealedKey, error) {

@@ -61,22 +61,19 @@ type Pool struct {
 	Outdated  int       // ready apps of other revisions: they are handed out when there is no other
 	Retired   int       // apps of earlier incarnations that no tenant is known to hold, counted up to 1,000
 	Building  int
-	Waiting   int      // tenants that have no app yet
-	Importing int      // tenants beside those that have none yet and wait in the background
+	Waiting   int      // tenants that have no app yet, counted up to 10,000
+	Importing int      // tenants beside those that have none yet and wait in the background, counted up to 10,000
 	SignUps   int      // in the hour before PlannedAt
 	Hits      int      // of those, tenants that had their app at once
 	Misses    int      // and those that had to wait for it
 	Problem   *Problem // of the build that is tried again last; nil if none has one
 }
 
-// A PoolLoad is what else the upstream calls of the pools are wanted for.
+// A PoolLoad is what else the upstream calls of the pools are wanted for, beside what an UpstreamStatus has.
 type PoolLoad struct {
-	Waiting   int // tenants of all profiles that have no app yet
-	Importing int // those beside them that wait in the background
-	Keys      int // that are made or revoked
-	Marking   int // apps of tenants that wait for their marker
-	Purging   int // apps that are removed
-	Reports   int // reconciliations under way
+	Keys    int // that are made or revoked
+	Marking int // apps of tenants that wait for their marker
+	Reports int // reconciliations under way
 }
 
 // PoolEnd is why an app was taken out of the pool.

@@ -25,10 +25,9 @@ type NewTenant struct {
 	Attributes Attributes
 	// Again begins the next generation of a tenant that is deleted or being deleted.
 	Again bool
-	// BuildID names the app that is built if none is ready; MaxBuilds bounds how
-	// many apps of the profile are built at once.
-	BuildID   AppID
-	MaxBuilds int
+	// BuildID names the app that is built if none is ready.
+	BuildID AppID
+	Limits  BuildLimits
 }
 
 // A SignedUp is what came of a sign-up.
@@ -46,7 +45,7 @@ type SignedUp struct {
 // A NewBatch is sign-ups of many tenants at once, which wait in the background for their
 // apps: until nobody else does, and the pools are full.
 type NewBatch struct {
-	Tenants []NewTenant // no two of one id; of each the BuildID and MaxBuilds count for nothing
+	Tenants []NewTenant // no two of one id; BuildID and Limits are not used
 	// LeaveDeleted begins no next generation of a tenant that is deleted.
 	LeaveDeleted bool
 	// DryRun changes nothing. Created then says of a tenant that it would be made; one
@@ -75,12 +74,24 @@ type NewKeyRow struct {
 
 // A BuildEnd is the last step of a build.
 type BuildEnd struct {
-	Key     SealedKey
+	Key  SealedKey
+	Next NextBuilds // of the profile of the build
+}
+
+// BuildLimits are how many builds of a profile run at once.
+type BuildLimits struct {
+	Waiting int // for waiting tenants
+	Pool    int // for the pool
+	// While tenants wait in the background, Import applies instead of Pool, or up to SharedImport if that
+	// many wait.
+	Import, SharedImport int
+}
+
+// NextBuilds says which builds of a profile may begin, if they are needed: one for each id.
+type NextBuilds struct {
 	Profile Profile
-	// NextBuilds names the apps to be built next if tenants still wait; at most
-	// MaxBuilds are built at once.
-	NextBuilds []AppID
-	MaxBuilds  int
+	IDs     []AppID
+	Limits  BuildLimits
 }
 
 // A Setback is a try that failed.
@@ -152,10 +163,10 @@ type UpstreamStatus struct {
 	PausedUntil  time.Time     // when one call tries whether Clarifai is back; zero while calls flow
 	PauseReason  *Problem
 	PATRefused   *Problem  // why the PAT is not used; nil while it is
-	Waiting      int       // tenants that wait for an app
+	Waiting      int       // tenants that wait for an app, counted up to 10,000 of each profile
 	OldestSince  time.Time // since when the oldest of them waits; zero if none
-	Importing    int       // tenants beside those that wait for one in the background
-	Building     int       // apps being built
+	Importing    int       // tenants beside those that wait for one in the background; more than 10,000 of a profile are estimated
+	Building     int       // apps being built; this and what follows is counted up to 10,000
 	Revoking     int       // keys being revoked
 	Purging      int       // apps being removed
 	LastProblem  *Problem
