@@ -9,42 +9,74 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
+// What changes with each call is in sequences: a sequence has one version, whatever snapshots are held. A sequence
+// does not obey transactions: each change takes effect at once, also if its transaction comes to nothing. So slots
+// go forward only, and a reservation that comes to nothing is a slot that nobody uses. Who changes a sequence
+// has locked the row of upstream_budget before, and read the sequence after: not in the SELECT that locks, whose columns
+// are evaluated before it has the lock.
+const (
+	// nextSlot is the time of the next slot, and failedInARow how many calls in a row Clarifai has failed. The
+	// statement may add a condition to them.
+	nextSlot     = `SELECT 'epoch'::timestamptz + last_value * interval '1 microsecond' FROM upstream_slots`
+	failedInARow = `SELECT last_value FROM upstream_failures`
+)
+
+// slotAt is the value of the sequence for a time.
+func slotAt(time string) string { return `(extract(epoch FROM ` + time + `) * 1000000)::bigint` }
+
+// maxPatience is how far ahead a slot may be. If the next slot is further ahead, then the clock of the database was
+// set back.
+const maxPatience = 5 * time.Second
+
 // ReserveSlot reserves the next upstream call, if it can begin within the
-// request's patience. Slots follow one another at the rate; unused ones are not
+// request's patience, which is maxPatience at most. Slots follow one another at the rate; unused ones are not
 // saved up, so that there is never a burst. After a pause one call at a time
 // tries whether Clarifai is back. No answer means no call. A database that was stopped,
 // since another one is in use, makes calls only for the control record.
 func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
-	// reserve in the past.
+	// reserve in the past. After a step of the clock, the next slot is after all that are reserved.
+	const impossible = ` > clock_timestamp() + $7::interval + $1::interval`
 	var s tenant.Slot
 	err := db.pool.QueryRow(ctx, `
 		WITH refused AS (
 			SELECT next_check_at FROM refused_pats WHERE fingerprint = $3 AND NOT $4
-		), slot AS (
-			UPDATE upstream_budget
-			SET next_slot_at = greatest(next_slot_at, clock_timestamp()) + $1::interval,
-				probe_until = CASE WHEN pauses > 0 THEN clock_timestamp() + $5::interval ELSE probe_until END
-			WHERE next_slot_at <= clock_timestamp() + $2::interval
+		), budget AS MATERIALIZED (
+			SELECT epoch, pauses FROM upstream_budget
+			WHERE ((`+nextSlot+`) <= clock_timestamp() + $2::interval OR (`+nextSlot+`)`+impossible+`)
 				AND paused_until <= clock_timestamp()
 				AND (pauses = 0 OR probe_until <= clock_timestamp())
 				AND NOT EXISTS (SELECT FROM refused)
 				AND ($6 OR NOT EXISTS (SELECT FROM current_incarnation WHERE recovery = 'stopped'))
-			RETURNING next_slot_at - $1::interval AS at, epoch, pauses > 0 AS probe, failures > 0 AS shaky)
-		SELECT true, greatest(at - clock_timestamp(), '0'), clock_timestamp() - statement_timestamp(), epoch, probe, shaky, false
-		FROM slot
+			FOR UPDATE
+		), slot AS MATERIALIZED (
+			SELECT epoch, pauses, greatest((`+nextSlot+` WHERE budget.epoch IS NOT NULL), clock_timestamp()) AS at FROM budget
+		), granted AS MATERIALIZED (
+			SELECT epoch, pauses, at, setval('upstream_slots', `+slotAt(`at + $1::interval`)+`) FROM slot WHERE at <= clock_timestamp() + $2::interval
+		), corrected AS MATERIALIZED (
+			SELECT setval('upstream_slots', `+slotAt(`clock_timestamp() + $7::interval`)+`) FROM slot WHERE at`+impossible+`
+		), probe AS (
+			UPDATE upstream_budget SET probe_until = clock_timestamp() + $5::interval FROM granted WHERE granted.pauses > 0
+		)
+		SELECT true, greatest(at - clock_timestamp(), '0'), clock_timestamp() - statement_timestamp(), epoch, pauses > 0, (`+failedInARow+`) > 0, false
+		FROM granted
 		UNION ALL
 		SELECT false, greatest(paused_until - clock_timestamp(),
 				CASE WHEN pauses > 0 THEN least(probe_until - clock_timestamp(), '250ms') END,
-				next_slot_at - clock_timestamp() - $2::interval,
+				CASE WHEN NOT EXISTS (SELECT FROM corrected) THEN (`+nextSlot+`) - clock_timestamp() - $2::interval END,
 				(SELECT next_check_at - clock_timestamp() FROM refused),
 				(SELECT interval '5 seconds' FROM current_incarnation WHERE recovery = 'stopped' AND NOT $6),
 				'1ms'),
 			'0', epoch, false, false, EXISTS (SELECT FROM refused)
-		FROM upstream_budget WHERE NOT EXISTS (SELECT FROM slot)`,
-		time.Duration(float64(time.Second)/r.PerSecond), r.Patience, r.PAT, r.ChecksPAT, r.ProbeTimeout, r.Control).
+		FROM upstream_budget WHERE NOT EXISTS (SELECT FROM granted)`,
+		slotEvery(r.PerSecond), min(r.Patience, maxPatience), r.PAT, r.ChecksPAT, r.ProbeTimeout, r.Control, maxPatience).
 		Scan(&s.Granted, &s.Wait, &s.ServerTime, &s.Epoch, &s.Probe, &s.Shaky, &s.PATRefused)
 	return s, translate("reserve an upstream call", err)
+}
+
+// slotEvery is the time from one slot to the next.
+func slotEvery(perSecond float64) time.Duration {
+	return time.Duration(float64(time.Second) / perSecond)
 }
 
 // SlotHolds reports whether a slot that was reserved in epoch still holds: a
@@ -62,24 +94,20 @@ func (db *DB) SlotHolds(ctx context.Context, epoch int64) (bool, error) {
 func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (time.Duration, error) {
 	var pause time.Duration
 	rows, _ := db.pool.Query(ctx, `
-		WITH was AS (
-			SELECT $2 OR failures + 1 >= $3 AS trips,
+		WITH was AS MATERIALIZED (
+			SELECT pauses FROM upstream_budget WHERE epoch = $1 FOR UPDATE
+		), failed AS MATERIALIZED (
+			SELECT setval('upstream_failures', (`+failedInARow+` WHERE was.pauses IS NOT NULL) + 1) AS in_a_row,
 				CASE WHEN $7::interval > '0' THEN $7::interval
 					ELSE least($5::interval, $4::interval * 2 ^ least(pauses, 20)) * (0.75 + random() / 4) END AS pause
-			FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
-		UPDATE upstream_budget b
-		SET failures = b.failures + 1,
-			epoch = CASE WHEN trips THEN epoch + 1 ELSE epoch END,
-			pauses = CASE WHEN trips THEN pauses + 1 ELSE pauses END,
-			paused_until = CASE WHEN trips THEN clock_timestamp() + pause ELSE paused_until END,
-			next_slot_at = CASE WHEN trips THEN least(next_slot_at, clock_timestamp() + pause) ELSE next_slot_at END,
-			probe_until = CASE WHEN trips THEN 'epoch' ELSE probe_until END,
-			pause_reason = CASE WHEN trips THEN
-				$6::jsonb || jsonb_build_object('next_attempt_at', clock_timestamp() + pause,
-					'since', coalesce(pause_reason -> 'since', $6::jsonb -> 'since'))
-				ELSE pause_reason END
-		FROM was
-		RETURNING CASE WHEN trips THEN pause ELSE '0' END`,
+			FROM was
+		)
+		UPDATE upstream_budget
+		SET epoch = epoch + 1, pauses = pauses + 1, paused_until = clock_timestamp() + pause, probe_until = 'epoch',
+			pause_reason = $6::jsonb || jsonb_build_object('next_attempt_at', clock_timestamp() + pause,
+				'since', coalesce(pause_reason -> 'since', $6::jsonb -> 'since'))
+		FROM failed WHERE $2 OR in_a_row >= $3
+		RETURNING pause`,
 		f.Epoch, f.Pauses, f.TripAfter, f.PauseBase, f.PauseCap, f.Problem, f.Pause)
 	_, err := pgx.ForEachRow(rows, []any{&pause}, func() error { return nil })
 	return pause, translate("record upstream failure", err)
@@ -91,12 +119,12 @@ func (db *DB) UpstreamFailed(ctx context.Context, f tenant.UpstreamFailure) (tim
 func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err error) {
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		rows, _ := tx.Query(ctx, `
-			WITH was AS (SELECT pauses FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
-			UPDATE upstream_budget
-			SET failures = 0, pauses = 0, paused_until = 'epoch', pause_reason = NULL, probe_until = 'epoch'
-			FROM was WHERE upstream_budget.pauses > 0 OR failures > 0
-			RETURNING was.pauses > 0`, epoch)
-		if _, err := pgx.ForEachRow(rows, []any{&resumed}, func() error { return nil }); err != nil || !resumed {
+			WITH was AS MATERIALIZED (SELECT pauses FROM upstream_budget WHERE epoch = $1 FOR UPDATE)
+			SELECT pauses > 0, CASE WHEN (`+failedInARow+` WHERE was.pauses IS NOT NULL) > 0 THEN setval('upstream_failures', 0) END FROM was`, epoch)
+		if _, err := pgx.ForEachRow(rows, []any{&resumed, nil}, func() error { return nil }); err != nil || !resumed {
+			return err
+		}
+		if _, err := tx.Exec(ctx, `UPDATE upstream_budget SET pauses = 0, paused_until = 'epoch', pause_reason = NULL, probe_until = 'epoch'`); err != nil {
 			return err
 		}
 		// By the indexes of what there is work on: every call waits until this is committed.
@@ -126,12 +154,15 @@ func (db *DB) UpstreamWorks(ctx context.Context, epoch int64) (resumed bool, err
 func (db *DB) Interrupt(ctx context.Context, epoch int64, perSecond float64, probeTimeout time.Duration, reason tenant.Problem) (tenant.Slot, error) {
 	s := tenant.Slot{Probe: true}
 	rows, _ := db.pool.Query(ctx, `
-		UPDATE upstream_budget
-		SET epoch = epoch + 1, pauses = pauses + 1, paused_until = clock_timestamp(), pause_reason = $4,
-			probe_until = clock_timestamp() + $3::interval, next_slot_at = clock_timestamp() + 2 * $2::interval
-		WHERE epoch = $1
-		RETURNING true, next_slot_at - clock_timestamp() - $2::interval, epoch`,
-		epoch, time.Duration(float64(time.Second)/perSecond), probeTimeout, reason)
+		WITH interrupted AS (
+			UPDATE upstream_budget
+			SET epoch = epoch + 1, pauses = pauses + 1, paused_until = clock_timestamp(), pause_reason = $4,
+				probe_until = clock_timestamp() + $3::interval
+			WHERE epoch = $1 RETURNING epoch
+		)
+		SELECT setval('upstream_slots', greatest((SELECT last_value FROM upstream_slots WHERE interrupted.epoch IS NOT NULL),
+			`+slotAt(`clock_timestamp() + 2 * $2::interval`)+`)) > 0, $2::interval, epoch FROM interrupted`,
+		epoch, slotEvery(perSecond), probeTimeout, reason)
 	_, err := pgx.ForEachRow(rows, []any{&s.Granted, &s.Wait, &s.Epoch}, func() error { return nil })
 	return s, translate("interrupt upstream work", err)
 }
@@ -218,7 +249,7 @@ func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, 
 				max(importing) >= $2 AS more
 			FROM counted
 		)
-		SELECT greatest(b.next_slot_at - clock_timestamp(), '0'),
+		SELECT greatest((`+nextSlot+`) - clock_timestamp(), '0'),
 			b.pauses, CASE WHEN b.pauses > 0 THEN b.paused_until END, b.pause_reason,
 			(SELECT problem FROM refused_pats WHERE fingerprint = $1),
 			q.waiting, q.oldest,

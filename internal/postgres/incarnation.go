@@ -198,10 +198,9 @@ func (db *DB) startIncarnation(ctx context.Context, tx pgx.Tx, was uuid.UUID, re
 		FROM next RETURNING `+recoveryColumns, reason, c.lost, db.recoveryWatch)); err != nil {
 		return next, err
 	}
-	// The clock of the server before may have been ahead: its reservations must not delay calls.
+	// The clock of the server before may have been ahead: its pauses must not delay calls.
 	if _, err := tx.Exec(ctx, `
-		UPDATE upstream_budget SET next_slot_at = least(next_slot_at, clock_timestamp() + interval '1 second'),
-			paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
+		UPDATE upstream_budget SET paused_until = least(paused_until, clock_timestamp() + interval '30 seconds'),
 			probe_until = least(probe_until, clock_timestamp() + interval '30 seconds')`); err != nil {
 		return next, err
 	}

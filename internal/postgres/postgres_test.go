@@ -302,57 +302,150 @@ func TestLeaseFencesOffTheLate(t *testing.T) {
 	}
 }
 
+// nextSlot is the time of the next slot, in microseconds since 1970.
+func nextSlot(t *testing.T, conn *pgx.Conn) (at int64) {
+	t.Helper()
+	if err := conn.QueryRow(t.Context(), `SELECT last_value FROM upstream_slots`).Scan(&at); err != nil {
+		t.Fatal(err)
+	}
+	return at
+}
+
 // Slots follow one another at the rate, for all who ask together, and none is
 // given that cannot be used.
 func TestBudget(t *testing.T) {
 	t.Parallel()
 	url := pgtest.URL(t)
-	conn := pgtest.Conn(t, url)
+	conn, lock := pgtest.Conn(t, url), pgtest.Conn(t, url)
 	dbs := []*postgres.DB{pgtest.OpenURL(t, url), pgtest.OpenURL(t, url)}
-	const perSecond, n = 100, 60
-	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '1 hour'`); err != nil {
-		t.Fatal(err)
-	}
-	var before time.Time
-	if err := conn.QueryRow(t.Context(), `SELECT next_slot_at FROM upstream_budget`).Scan(&before); err != nil {
-		t.Fatal(err)
-	}
-	var wg sync.WaitGroup
-	for i := range n {
-		wg.Go(func() {
-			if slot, err := dbs[i%2].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: 2 * time.Hour}); err != nil || !slot.Granted {
-				t.Errorf("ReserveSlot = %+v, %v; want a slot", slot, err)
-			}
+	const perSecond, n = 100, 12
+	until(t, "the machine is fast enough that all slots lie ahead", func() bool {
+		run(t, lock, `BEGIN; SELECT FROM upstream_budget FOR UPDATE`)
+		run(t, conn, pgtest.NextSlotIn(4*time.Second))
+		before := nextSlot(t, conn)
+		var wg sync.WaitGroup
+		var late atomic.Bool
+		for i := range n {
+			wg.Go(func() {
+				slot, err := dbs[i%2].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: time.Minute})
+				if err != nil || !slot.Granted {
+					t.Errorf("ReserveSlot = %+v, %v; want a slot", slot, err)
+				}
+				if slot.Wait == 0 {
+					late.Store(true)
+				}
+			})
+		}
+		until(t, "all wait for the same row", func() bool {
+			return count(t, conn, `pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'`) == n
 		})
+		run(t, lock, `COMMIT`)
+		wg.Wait()
+		if got, want := time.Duration(nextSlot(t, conn)-before)*time.Microsecond, n*time.Second/perSecond; got != want && !late.Load() {
+			t.Errorf("%d slots took %s of the budget; want %s", n, got, want)
+		}
+		return !late.Load()
+	})
+	// Four seconds are more than an impatient caller waits: nothing is reserved.
+	run(t, conn, pgtest.NextSlotIn(4*time.Second))
+	before := nextSlot(t, conn)
+	slot, err := dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: 100 * time.Millisecond})
+	if err != nil || slot.Granted || slot.Wait == 0 || nextSlot(t, conn) != before {
+		t.Errorf("ReserveSlot beyond patience = %+v, %v; want none, and a wait", slot, err)
 	}
-	wg.Wait()
-	var after time.Time
-	if err := conn.QueryRow(t.Context(), `SELECT next_slot_at FROM upstream_budget`).Scan(&after); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := after.Sub(before), n*time.Second/perSecond; got != want {
-		t.Errorf("%d slots took %s of the budget; want %s", n, got, want)
-	}
-	// An hour is more than an impatient caller waits: nothing is reserved.
-	slot, err := dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: time.Second})
-	if err != nil || slot.Granted || slot.Wait < 50*time.Minute {
-		t.Errorf("ReserveSlot beyond patience = %+v, %v; want none, and a wait of about an hour", slot, err)
-	}
-	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = 'epoch', paused_until = clock_timestamp() + interval '1 hour'`); err != nil {
-		t.Fatal(err)
-	}
+	run(t, conn, `UPDATE upstream_budget SET paused_until = clock_timestamp() + interval '1 hour'; `+pgtest.NextSlotIn(0))
 	if slot, err = dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: perSecond, Patience: 2 * time.Hour}); err != nil || slot.Granted || slot.Wait < 50*time.Minute {
 		t.Errorf("ReserveSlot while paused = %+v, %v; want none", slot, err)
 	}
 	// Slots that nobody took are not saved up.
-	if _, err := conn.Exec(t.Context(), `UPDATE upstream_budget SET next_slot_at = 'epoch', paused_until = 'epoch'`); err != nil {
-		t.Fatal(err)
-	}
+	run(t, conn, `UPDATE upstream_budget SET paused_until = 'epoch'; SELECT setval('upstream_slots', 0)`)
 	for want := range 2 {
 		slot, err := dbs[0].ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: 0.001, Patience: time.Hour})
-		if err != nil || !slot.Granted || (slot.Wait > time.Minute) != (want == 1) {
+		if err != nil || slot.Granted != (want == 0) || (slot.Wait > time.Minute) != (want == 1) {
 			t.Errorf("slot %d after a rest = %+v, %v", want, slot, err)
 		}
+	}
+}
+
+// If the clock of the database is set back, calls go on after those whose slots are reserved.
+func TestSlotsAfterClockSetBack(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	reserve := func() tenant.Slot {
+		t.Helper()
+		slot, err := db.ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: 100, Patience: time.Hour})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slot
+	}
+	run(t, conn, pgtest.NextSlotIn(4*time.Second))
+	began := time.Now()
+	reserved := reserve()
+	if !reserved.Granted {
+		t.Fatalf("ReserveSlot = %+v; want a slot", reserved)
+	}
+	run(t, conn, `SELECT setval('upstream_slots', last_value + 3600000000) FROM upstream_slots`)
+	var next tenant.Slot
+	until(t, "a slot is granted", func() bool { next = reserve(); return next.Granted })
+	if after := time.Since(began) + next.Wait; after <= reserved.Wait || next.Wait > 5*time.Second {
+		t.Errorf("the slot after the step of the clock is due after %s, and the one before it after %s", after, reserved.Wait)
+	}
+}
+
+// Reservations and single failures make no row versions: as long as a snapshot is held, every call would read them all.
+func TestReservationsMakeNoRowVersions(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	dump, err := pgtest.Conn(t, url).BeginTx(t.Context(), pgx.TxOptions{IsoLevel: pgx.RepeatableRead})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := dump.Exec(t.Context(), `SELECT FROM upstream_budget`); err != nil {
+		t.Fatal(err)
+	}
+	version := func() (ctid string) {
+		t.Helper()
+		if err := conn.QueryRow(t.Context(), `SELECT ctid::text FROM upstream_budget`).Scan(&ctid); err != nil {
+			t.Fatal(err)
+		}
+		return ctid
+	}
+	before := version()
+	failed := tenant.UpstreamFailure{TripAfter: 3, PauseBase: time.Hour, PauseCap: time.Hour}
+	for range 10 {
+		for failures := range 3 {
+			slot, err := db.ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: 1e6, Patience: time.Second})
+			if err != nil || !slot.Granted || slot.Shaky != (failures > 0) {
+				t.Fatalf("after %d failures, ReserveSlot = %+v, %v", failures, slot, err)
+			}
+			if failures == 2 {
+				break
+			}
+			if pause, err := db.UpstreamFailed(t.Context(), failed); err != nil || pause > 0 {
+				t.Fatalf("UpstreamFailed = %s, %v; want no pause", pause, err)
+			}
+		}
+		if resumed, err := db.UpstreamWorks(t.Context(), 0); err != nil || resumed {
+			t.Fatalf("UpstreamWorks = %v, %v; want no end of a pause", resumed, err)
+		}
+	}
+	if after := version(); after != before {
+		t.Errorf("the row of the budget has moved from %s to %s", before, after)
+	}
+	// The third failure in a row begins a pause.
+	for i := range 3 {
+		if pause, err := db.UpstreamFailed(t.Context(), failed); err != nil || pause > 0 != (i == 2) {
+			t.Errorf("failure %d: the pause is %s, %v", i+1, pause, err)
+		}
+	}
+	if resumed, err := db.UpstreamWorks(t.Context(), 1); err != nil || !resumed {
+		t.Errorf("UpstreamWorks = %v, %v; want the end of the pause", resumed, err)
+	}
+	if slot, err := db.ReserveSlot(t.Context(), tenant.SlotRequest{PerSecond: 1e6, Patience: time.Second}); err != nil || !slot.Granted || slot.Shaky || slot.Probe {
+		t.Errorf("after the pause, ReserveSlot = %+v, %v", slot, err)
 	}
 }
 

@@ -121,7 +121,7 @@ func (db *DB) correctClock(ctx context.Context) (step time.Duration, err error) 
 		}
 		for _, sql := range []string{
 			`UPDATE quarantines SET next_attempt_at = next_attempt_at - $1::interval, leased_until = leased_until - $1::interval WHERE state = 'checking'`,
-			`UPDATE upstream_budget SET next_slot_at = next_slot_at - $1::interval, paused_until = paused_until - $1::interval, probe_until = probe_until - $1::interval`,
+			`UPDATE upstream_budget SET paused_until = paused_until - $1::interval, probe_until = probe_until - $1::interval`,
 			`UPDATE refused_pats SET next_check_at = next_check_at - $1::interval`,
 			`UPDATE pat_checks SET checking_until = checking_until - $1::interval, works_at = works_at - $1::interval`,
 			`UPDATE pools SET planned_at = planned_at - $1::interval`,

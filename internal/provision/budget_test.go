@@ -151,7 +151,7 @@ func patient(c *provision.Config) {
 func liftPause(t *testing.T, w *provisiontest.World) {
 	t.Helper()
 	if _, err := connOf(t, w).Exec(t.Context(), `
-		WITH budget AS (UPDATE upstream_budget SET paused_until = 'epoch', next_slot_at = 'epoch')
+		WITH budget AS (UPDATE upstream_budget SET paused_until = 'epoch')
 		UPDATE refused_pats SET next_check_at = now()`); err != nil {
 		t.Fatal(err)
 	}

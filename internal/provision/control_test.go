@@ -228,7 +228,7 @@ func controlNow(t *testing.T, w *provisiontest.World, r *provisiontest.Replica, 
 	t.Helper()
 	w.Faults(faults...)
 	exec(t, w, `
-		UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch', failures = 0, pauses = 0;
+		UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch', pauses = 0;
 		UPDATE current_incarnation SET control_due_at = '-infinity', written_by = pg_current_xact_id()::xid`)
 	if err := r.ControlOnce(t.Context()); err == nil != (len(faults) == 0) && !errors.Is(err, tenant.NotFound) {
 		t.Fatalf("a turn with the faults %v: %v", faults, err)

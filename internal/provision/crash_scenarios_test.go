@@ -1592,7 +1592,7 @@ var sharesCalls = provisiontest.Options{Adjust: func(c *provision.Config) { c.Ra
 
 // importTogether has all of an import wait for the same slot.
 func importTogether(s *scene) {
-	exec(s.t, s.w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '500 ms'`)
+	exec(s.t, s.w, pgtest.NextSlotIn(500*time.Millisecond))
 	importAll(s.t, s.r, batchOf("imported", len(imports)))
 }
 

@@ -364,7 +364,7 @@ func timePasses(t *testing.T, w *provisiontest.World) {
 			c AS (UPDATE campaigns SET leased_until = '-infinity', next_attempt_at = now()),
 			q AS (UPDATE quarantines SET leased_until = '-infinity', next_attempt_at = now()),
 			p AS (UPDATE refused_pats SET next_check_at = now())
-		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch', next_slot_at = 'epoch'`)
+		UPDATE upstream_budget SET paused_until = 'epoch', probe_until = 'epoch'`)
 }
 
 // rest waits until nothing is in the works.

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/provision"
@@ -120,7 +121,7 @@ func TestSharedCallsThatFail(t *testing.T) {
 				maps.Copy(settings, c.settings)
 				s.w.Settings(settings)
 				s.r = s.w.Start(gathers(50))
-				exec(t, s.w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '300 ms'`)
+				exec(t, s.w, pgtest.NextSlotIn(300*time.Millisecond))
 				if c.fault != nil {
 					var rules []map[string]any
 					for _, call := range []string{"PostApps", "PostKeys"} {
@@ -158,7 +159,7 @@ func TestSharedCallsThatAreThrottled(t *testing.T) {
 	const n = 40
 	w := provisiontest.New(t)
 	r := w.Start(gathers(20))
-	exec(t, w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '300 ms'`)
+	exec(t, w, pgtest.NextSlotIn(300*time.Millisecond))
 	w.Faults(map[string]any{"call": "PostApps", "count": 2, "status": 11005}, map[string]any{"call": "PostKeys", "count": 1, "status": 11005})
 	importAll(t, r, batchOf("user", n))
 	allImported(t, w, n)
@@ -194,7 +195,7 @@ func TestSharedCallWithoutAnIntent(t *testing.T) {
 	o := gathers(20)
 	o.Store = func(s provision.Store) provision.Store { return failsIntents{s, new(atomic.Bool)} }
 	r := w.Start(o)
-	exec(t, w, `UPDATE upstream_budget SET next_slot_at = clock_timestamp() + interval '500 ms'`)
+	exec(t, w, pgtest.NextSlotIn(500*time.Millisecond))
 	importAll(t, r, batchOf("user", n))
 	allImported(t, w, n)
 	if s := w.State(); s.Apps != n || s.Keys != n || shared(t, r, "PostApps") == 0 || s.Calls["GetApp"] > 0 {

@@ -911,8 +911,8 @@ func TestClockSetBack(t *testing.T) {
 			WHERE state = 'building' OR pending;
 		UPDATE keys SET leased_until = now() + interval '1 hour', next_attempt_at = next_attempt_at + interval '1 hour'
 			WHERE state IN ('creating', 'revoking');
-		UPDATE upstream_budget SET next_slot_at = now() + interval '1 hour', paused_until = now() + interval '1 hour', pauses = 0;
-		UPDATE replicas SET last_seen_at = now() + interval '1 hour'`)
+		UPDATE upstream_budget SET paused_until = now() + interval '1 hour', pauses = 0;
+		UPDATE replicas SET last_seen_at = now() + interval '1 hour';`+pgtest.NextSlotIn(time.Hour))
 	w.Faults()
 	suspended(t, r, "suspended")
 	suspended(t, r, "waits")

@@ -207,6 +207,11 @@ func OpenURL(t testing.TB, url tenant.Secret) *postgres.DB {
 	return db
 }
 
+// NextSlotIn is the statement after which the next upstream call may begin once d has passed.
+func NextSlotIn(d time.Duration) string {
+	return fmt.Sprintf(`SELECT setval('upstream_slots', (extract(epoch FROM clock_timestamp()) * 1000000)::bigint + %d)`, d.Microseconds())
+}
+
 // Conn returns a connection for what the store has no method for.
 func Conn(t testing.TB, url tenant.Secret) *pgx.Conn {
 	t.Helper()
