@@ -735,6 +735,24 @@ func (e UpstreamRecoveryState) Valid() bool {
 	}
 }
 
+// Defines values for UpstreamPauseScope.
+const (
+	PauseAll      UpstreamPauseScope = "all"
+	PauseRemovals UpstreamPauseScope = "removals"
+)
+
+// Valid indicates whether the value is a known member of the UpstreamPauseScope enum.
+func (e UpstreamPauseScope) Valid() bool {
+	switch e {
+	case PauseAll:
+		return true
+	case PauseRemovals:
+		return true
+	default:
+		return false
+	}
+}
+
 // Defines values for ListAuditParamsOrder.
 const (
 	Asc  ListAuditParamsOrder = "asc"
@@ -1371,8 +1389,10 @@ type PoolList struct {
 
 // Problem What holds something up, and when it is tried again.
 type Problem struct {
-	Code          string     `json:"code"`
-	Detail        string     `json:"detail"`
+	Code   string `json:"code"`
+	Detail string `json:"detail"`
+
+	// NextAttemptAt Never in the past. Missing while it is due, or nobody knows.
 	NextAttemptAt *time.Time `json:"next_attempt_at,omitempty"`
 	Since         time.Time  `json:"since"`
 
@@ -1890,7 +1910,9 @@ type TenantState string
 
 // Upstream defines model for Upstream.
 type Upstream struct {
+	// Breaker Pauses by itself while Clarifai fails or throttles.
 	Breaker struct {
+		// PausedUntil Missing while something else holds up all work, too.
 		PausedUntil *time.Time `json:"paused_until,omitempty"`
 
 		// Reason What holds something up, and when it is tried again.
@@ -1901,9 +1923,11 @@ type Upstream struct {
 	} `json:"breaker"`
 	Budget struct {
 		// ItemsPerCall How many apps, or keys, one call may make for those that wait in the background.
-		ItemsPerCall      int     `json:"items_per_call"`
-		NextSlotInSeconds float32 `json:"next_slot_in_seconds"`
-		RequestsPerSecond float32 `json:"requests_per_second"`
+		ItemsPerCall int `json:"items_per_call"`
+
+		// NextSlotInSeconds Missing while no work is done.
+		NextSlotInSeconds *float32 `json:"next_slot_in_seconds,omitempty"`
+		RequestsPerSecond float32  `json:"requests_per_second"`
 	} `json:"budget"`
 
 	// Operator The Clarifai user that owns the apps.
@@ -1916,17 +1940,21 @@ type Upstream struct {
 		State     UpstreamPatState `json:"state"`
 	} `json:"pat"`
 
-	// Problem What holds something up, and when it is tried again.
+	// Pause A pause of work by an operator. Missing if there is none.
+	Pause *UpstreamPause `json:"pause,omitempty"`
+
+	// Problem Why no work is done at all: the first of a pause by an operator (`upstream_paused`), another database in use (`recovery`), a
+	// refused PAT (`upstream_pat_refused`) and the reason of the breaker. While work is done, a problem of a row, if there is one.
 	Problem *Problem `json:"problem,omitempty"`
 	Queue   struct {
 		// BuildingApps Counted up to 10,000.
 		BuildingApps int `json:"building_apps"`
 
-		// EtaSeconds Until the last waiting tenant is served, at the budget's rate and if nothing fails.
-		EtaSeconds float32 `json:"eta_seconds"`
+		// EtaSeconds Until the last waiting tenant is served, at the budget's rate and if nothing fails. Missing while no work is done.
+		EtaSeconds *float32 `json:"eta_seconds,omitempty"`
 
-		// ImportEtaSeconds The same with those that wait in the background, if each call makes one app or one key.
-		ImportEtaSeconds float32 `json:"import_eta_seconds"`
+		// ImportEtaSeconds The same with those that wait in the background, if each call makes one app or one key. Missing while no work is done.
+		ImportEtaSeconds *float32 `json:"import_eta_seconds,omitempty"`
 
 		// ImportingTenants Tenants beside those that wait in the background, from batches. If more than 10,000 of a profile wait, an estimate.
 		ImportingTenants   int        `json:"importing_tenants"`
@@ -1961,6 +1989,43 @@ type UpstreamPatState string
 
 // UpstreamRecoveryState As `state` of Recovery.
 type UpstreamRecoveryState string
+
+// UpstreamPause A pause of work by an operator. Missing if there is none.
+type UpstreamPause struct {
+	// PausedBy Who paused it, or last changed the pause: `caller:` and the id of a token.
+	PausedBy string `json:"paused_by"`
+	Reason   string `json:"reason"`
+
+	// Scope What is paused. A request that leaves it out pauses `all`.
+	Scope UpstreamPauseScope `json:"scope"`
+
+	// Since When this scope was paused.
+	Since time.Time `json:"since"`
+}
+
+// UpstreamPauseChange defines model for UpstreamPauseChange.
+type UpstreamPauseChange struct {
+	// Changed Whether the request changed anything.
+	Changed bool `json:"changed"`
+
+	// Ended A pause of work by an operator. Missing if there is none.
+	Ended *UpstreamPause `json:"ended,omitempty"`
+
+	// Pause A pause of work by an operator. Missing if there is none.
+	Pause *UpstreamPause `json:"pause,omitempty"`
+}
+
+// UpstreamPauseRequest defines model for UpstreamPauseRequest.
+type UpstreamPauseRequest struct {
+	// Reason Shown wherever work waits, and kept in the audit log.
+	Reason string `json:"reason"`
+
+	// Scope What is paused. A request that leaves it out pauses `all`.
+	Scope *UpstreamPauseScope `json:"scope,omitempty"`
+}
+
+// UpstreamPauseScope What is paused. A request that leaves it out pauses `all`.
+type UpstreamPauseScope string
 
 // CallerID Examples: 4m2x9k7qd0zv8r1t
 type CallerID = string
@@ -2305,6 +2370,9 @@ type PutKeyJSONRequestBody = KeyRequest
 
 // PutRotationJSONRequestBody defines body for PutRotation for application/json ContentType.
 type PutRotationJSONRequestBody = RotationRequest
+
+// PauseUpstreamJSONRequestBody defines body for PauseUpstream for application/json ContentType.
+type PauseUpstreamJSONRequestBody = UpstreamPauseRequest
 
 // AsDuration0 returns the union data inside the Duration as a Duration0
 func (t Duration) AsDuration0() (Duration0, error) {
@@ -3162,6 +3230,41 @@ type ClientInterface interface {
 	//
 	// Corresponds with GET /v1/upstream (the `GetUpstream` operationId).
 	GetUpstream(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// PauseUpstreamWithBody Pause work at Clarifai
+	//
+	// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+	// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+	//
+	// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+	// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+	// tenant reaches `purging`; keys still end.
+	//
+	// Takes any type of body and a specified content type.
+	//
+	// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+	PauseUpstreamWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// PauseUpstream Pause work at Clarifai
+	//
+	// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+	// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+	//
+	// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+	// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+	// tenant reaches `purging`; keys still end.
+	//
+	// Takes a body of the `application/json` content type.
+	//
+	// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+	PauseUpstream(ctx context.Context, body PauseUpstreamJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error)
+
+	// ResumeUpstream End the pause of an operator
+	//
+	// Changes nothing if there is none. A pause of the circuit breaker, or of a PAT that is refused, stays. Role: admin.
+	//
+	// Corresponds with POST /v1/upstream/resume (the `ResumeUpstream` operationId).
+	ResumeUpstream(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
 }
 
 // GetAppTenant Find the tenant that an app was given to
@@ -4545,6 +4648,71 @@ func (c *Client) SuspendTenant(ctx context.Context, tenantId TenantID, params *S
 // Corresponds with GET /v1/upstream (the `GetUpstream` operationId).
 func (c *Client) GetUpstream(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
 	req, err := NewGetUpstreamRequest(c.Server)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// PauseUpstreamWithBody Pause work at Clarifai
+//
+// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+//
+// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+// tenant reaches `purging`; keys still end.
+//
+// Takes any type of body and a specified content type.
+//
+// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+func (c *Client) PauseUpstreamWithBody(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewPauseUpstreamRequestWithBody(c.Server, contentType, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// PauseUpstream Pause work at Clarifai
+//
+// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+//
+// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+// tenant reaches `purging`; keys still end.
+//
+// Takes a body of the `application/json` content type.
+//
+// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+func (c *Client) PauseUpstream(ctx context.Context, body PauseUpstreamJSONRequestBody, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewPauseUpstreamRequest(c.Server, body)
+	if err != nil {
+		return nil, err
+	}
+	req = req.WithContext(ctx)
+	if err := c.applyEditors(ctx, req, reqEditors); err != nil {
+		return nil, err
+	}
+	return c.Client.Do(req)
+}
+
+// ResumeUpstream End the pause of an operator
+//
+// Changes nothing if there is none. A pause of the circuit breaker, or of a PAT that is refused, stays. Role: admin.
+//
+// Corresponds with POST /v1/upstream/resume (the `ResumeUpstream` operationId).
+func (c *Client) ResumeUpstream(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
+	req, err := NewResumeUpstreamRequest(c.Server)
 	if err != nil {
 		return nil, err
 	}
@@ -7312,6 +7480,73 @@ func NewGetUpstreamRequest(server string) (*http.Request, error) {
 	return req, nil
 }
 
+// NewPauseUpstreamRequest calls the generic PauseUpstream builder with application/json body
+func NewPauseUpstreamRequest(server string, body PauseUpstreamJSONRequestBody) (*http.Request, error) {
+	var bodyReader io.Reader
+	buf, err := json.Marshal(body)
+	if err != nil {
+		return nil, err
+	}
+	bodyReader = bytes.NewReader(buf)
+	return NewPauseUpstreamRequestWithBody(server, "application/json", bodyReader)
+}
+
+// NewPauseUpstreamRequestWithBody constructs an http.Request for the PauseUpstream method, with any body, and a specified content type
+func NewPauseUpstreamRequestWithBody(server string, contentType string, body io.Reader) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/upstream/pause")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), body)
+	if err != nil {
+		return nil, err
+	}
+
+	req.Header.Add("Content-Type", contentType)
+
+	return req, nil
+}
+
+// NewResumeUpstreamRequest constructs an http.Request for the ResumeUpstream method
+func NewResumeUpstreamRequest(server string) (*http.Request, error) {
+	var err error
+
+	serverURL, err := url.Parse(server)
+	if err != nil {
+		return nil, err
+	}
+
+	operationPath := fmt.Sprintf("/v1/upstream/resume")
+	if operationPath[0] == '/' {
+		operationPath = "." + operationPath
+	}
+
+	queryURL, err := serverURL.Parse(operationPath)
+	if err != nil {
+		return nil, err
+	}
+
+	req, err := http.NewRequest(http.MethodPost, queryURL.String(), nil)
+	if err != nil {
+		return nil, err
+	}
+
+	return req, nil
+}
+
 func (c *Client) applyEditors(ctx context.Context, req *http.Request, additionalEditors []RequestEditorFn) error {
 	for _, r := range c.RequestEditors {
 		if err := r(ctx, req); err != nil {
@@ -8144,6 +8379,43 @@ type ClientWithResponsesInterface interface {
 	//
 	// Corresponds with GET /v1/upstream (the `GetUpstream` operationId).
 	GetUpstreamWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*GetUpstreamResponse, error)
+
+	// PauseUpstreamWithBodyWithResponse Pause work at Clarifai
+	//
+	// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+	// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+	//
+	// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+	// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+	// tenant reaches `purging`; keys still end.
+	//
+	// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+	PauseUpstreamWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*PauseUpstreamResponse, error)
+
+	// PauseUpstreamWithResponse Pause work at Clarifai
+	//
+	// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+	// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+	//
+	// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+	// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+	// tenant reaches `purging`; keys still end.
+	//
+	// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+	PauseUpstreamWithResponse(ctx context.Context, body PauseUpstreamJSONRequestBody, reqEditors ...RequestEditorFn) (*PauseUpstreamResponse, error)
+
+	// ResumeUpstreamWithResponse End the pause of an operator
+	//
+	// Changes nothing if there is none. A pause of the circuit breaker, or of a PAT that is refused, stays. Role: admin.
+	//
+	// Returns a wrapper object for the known response body format(s).
+	//
+	// Corresponds with POST /v1/upstream/resume (the `ResumeUpstream` operationId).
+	ResumeUpstreamWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ResumeUpstreamResponse, error)
 }
 
 // GetAppTenantResponse200Headers the declared response headers of an HTTP 200 response for GetAppTenant
@@ -16950,6 +17222,338 @@ func (r GetUpstreamResponse) ContentType() string {
 	return ""
 }
 
+// PauseUpstreamResponse200Headers the declared response headers of an HTTP 200 response for PauseUpstream
+type PauseUpstreamResponse200Headers struct {
+	XRequestId string
+}
+
+// PauseUpstreamResponse400Headers the declared response headers of an HTTP 400 response for PauseUpstream
+type PauseUpstreamResponse400Headers struct {
+	XRequestId string
+}
+
+// PauseUpstreamResponse401Headers the declared response headers of an HTTP 401 response for PauseUpstream
+type PauseUpstreamResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// PauseUpstreamResponse403Headers the declared response headers of an HTTP 403 response for PauseUpstream
+type PauseUpstreamResponse403Headers struct {
+	XRequestId string
+}
+
+// PauseUpstreamResponse413Headers the declared response headers of an HTTP 413 response for PauseUpstream
+type PauseUpstreamResponse413Headers struct {
+	XRequestId string
+}
+
+// PauseUpstreamResponse415Headers the declared response headers of an HTTP 415 response for PauseUpstream
+type PauseUpstreamResponse415Headers struct {
+	XRequestId string
+}
+
+// PauseUpstreamResponse429Headers the declared response headers of an HTTP 429 response for PauseUpstream
+type PauseUpstreamResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// PauseUpstreamResponse500Headers the declared response headers of an HTTP 500 response for PauseUpstream
+type PauseUpstreamResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// PauseUpstreamResponse503Headers the declared response headers of an HTTP 503 response for PauseUpstream
+type PauseUpstreamResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type PauseUpstreamResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *UpstreamPauseChange
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *PauseUpstreamResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *PauseUpstreamResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *PauseUpstreamResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *PauseUpstreamResponse403Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *PauseUpstreamResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *PauseUpstreamResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *PauseUpstreamResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *PauseUpstreamResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *PauseUpstreamResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r PauseUpstreamResponse) GetJSON200() *UpstreamPauseChange {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r PauseUpstreamResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r PauseUpstreamResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r PauseUpstreamResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r PauseUpstreamResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r PauseUpstreamResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
+// ResumeUpstreamResponse200Headers the declared response headers of an HTTP 200 response for ResumeUpstream
+type ResumeUpstreamResponse200Headers struct {
+	XRequestId string
+}
+
+// ResumeUpstreamResponse400Headers the declared response headers of an HTTP 400 response for ResumeUpstream
+type ResumeUpstreamResponse400Headers struct {
+	XRequestId string
+}
+
+// ResumeUpstreamResponse401Headers the declared response headers of an HTTP 401 response for ResumeUpstream
+type ResumeUpstreamResponse401Headers struct {
+	WWWAuthenticate *string
+	XRequestId      string
+}
+
+// ResumeUpstreamResponse403Headers the declared response headers of an HTTP 403 response for ResumeUpstream
+type ResumeUpstreamResponse403Headers struct {
+	XRequestId string
+}
+
+// ResumeUpstreamResponse413Headers the declared response headers of an HTTP 413 response for ResumeUpstream
+type ResumeUpstreamResponse413Headers struct {
+	XRequestId string
+}
+
+// ResumeUpstreamResponse415Headers the declared response headers of an HTTP 415 response for ResumeUpstream
+type ResumeUpstreamResponse415Headers struct {
+	XRequestId string
+}
+
+// ResumeUpstreamResponse429Headers the declared response headers of an HTTP 429 response for ResumeUpstream
+type ResumeUpstreamResponse429Headers struct {
+	RateLimit       *string
+	RateLimitPolicy *string
+	RetryAfter      *int
+	XRequestId      string
+}
+
+// ResumeUpstreamResponse500Headers the declared response headers of an HTTP 500 response for ResumeUpstream
+type ResumeUpstreamResponse500Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+// ResumeUpstreamResponse503Headers the declared response headers of an HTTP 503 response for ResumeUpstream
+type ResumeUpstreamResponse503Headers struct {
+	RetryAfter *int
+	XRequestId string
+}
+
+type ResumeUpstreamResponse struct {
+	Body         []byte
+	HTTPResponse *http.Response
+	// JSON200 the response for an HTTP 200 `application/json` response
+	JSON200 *UpstreamPauseChange
+	// ApplicationproblemJSON400 the response for an HTTP 400 `application/problem+json` response
+	ApplicationproblemJSON400 *Invalid
+	// ApplicationproblemJSON401 the response for an HTTP 401 `application/problem+json` response
+	ApplicationproblemJSON401 *Unauthenticated
+	// ApplicationproblemJSON403 the response for an HTTP 403 `application/problem+json` response
+	ApplicationproblemJSON403 *Forbidden
+	// ApplicationproblemJSON413 the response for an HTTP 413 `application/problem+json` response
+	ApplicationproblemJSON413 *TooLarge
+	// ApplicationproblemJSON415 the response for an HTTP 415 `application/problem+json` response
+	ApplicationproblemJSON415 *UnsupportedMediaType
+	// ApplicationproblemJSON429 the response for an HTTP 429 `application/problem+json` response
+	ApplicationproblemJSON429 *TooManyRequests
+	// ApplicationproblemJSON500 the response for an HTTP 500 `application/problem+json` response
+	ApplicationproblemJSON500 *Internal
+	// ApplicationproblemJSON503 the response for an HTTP 503 `application/problem+json` response
+	ApplicationproblemJSON503 *Unavailable
+	// Headers200 the parsed response headers for an HTTP 200 response
+	Headers200 *ResumeUpstreamResponse200Headers
+	// Headers400 the parsed response headers for an HTTP 400 response
+	Headers400 *ResumeUpstreamResponse400Headers
+	// Headers401 the parsed response headers for an HTTP 401 response
+	Headers401 *ResumeUpstreamResponse401Headers
+	// Headers403 the parsed response headers for an HTTP 403 response
+	Headers403 *ResumeUpstreamResponse403Headers
+	// Headers413 the parsed response headers for an HTTP 413 response
+	Headers413 *ResumeUpstreamResponse413Headers
+	// Headers415 the parsed response headers for an HTTP 415 response
+	Headers415 *ResumeUpstreamResponse415Headers
+	// Headers429 the parsed response headers for an HTTP 429 response
+	Headers429 *ResumeUpstreamResponse429Headers
+	// Headers500 the parsed response headers for an HTTP 500 response
+	Headers500 *ResumeUpstreamResponse500Headers
+	// Headers503 the parsed response headers for an HTTP 503 response
+	Headers503 *ResumeUpstreamResponse503Headers
+}
+
+// GetJSON200 returns the response for an HTTP 200 `application/json` response
+func (r ResumeUpstreamResponse) GetJSON200() *UpstreamPauseChange {
+	return r.JSON200
+}
+
+// GetApplicationproblemJSON400 returns the response for an HTTP 400 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON400() *Invalid {
+	return r.ApplicationproblemJSON400
+}
+
+// GetApplicationproblemJSON401 returns the response for an HTTP 401 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON401() *Unauthenticated {
+	return r.ApplicationproblemJSON401
+}
+
+// GetApplicationproblemJSON403 returns the response for an HTTP 403 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON403() *Forbidden {
+	return r.ApplicationproblemJSON403
+}
+
+// GetApplicationproblemJSON413 returns the response for an HTTP 413 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON413() *TooLarge {
+	return r.ApplicationproblemJSON413
+}
+
+// GetApplicationproblemJSON415 returns the response for an HTTP 415 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON415() *UnsupportedMediaType {
+	return r.ApplicationproblemJSON415
+}
+
+// GetApplicationproblemJSON429 returns the response for an HTTP 429 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON429() *TooManyRequests {
+	return r.ApplicationproblemJSON429
+}
+
+// GetApplicationproblemJSON500 returns the response for an HTTP 500 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON500() *Internal {
+	return r.ApplicationproblemJSON500
+}
+
+// GetApplicationproblemJSON503 returns the response for an HTTP 503 `application/problem+json` response
+func (r ResumeUpstreamResponse) GetApplicationproblemJSON503() *Unavailable {
+	return r.ApplicationproblemJSON503
+}
+
+// GetBody returns the raw response body bytes
+func (r ResumeUpstreamResponse) GetBody() []byte {
+	return r.Body
+}
+
+// Status returns HTTPResponse.Status
+func (r ResumeUpstreamResponse) Status() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Status
+	}
+	return http.StatusText(0)
+}
+
+// StatusCode returns HTTPResponse.StatusCode
+func (r ResumeUpstreamResponse) StatusCode() int {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.StatusCode
+	}
+	return 0
+}
+
+// ContentType is a convenience method to retrieve the Content-Type value from the HTTP response headers
+func (r ResumeUpstreamResponse) ContentType() string {
+	if r.HTTPResponse != nil {
+		return r.HTTPResponse.Header.Get("Content-Type")
+	}
+	return ""
+}
+
 // GetAppTenantWithResponse Find the tenant that an app was given to
 //
 // Roles: all.
@@ -18139,6 +18743,61 @@ func (c *ClientWithResponses) GetUpstreamWithResponse(ctx context.Context, reqEd
 		return nil, err
 	}
 	return ParseGetUpstreamResponse(rsp)
+}
+
+// PauseUpstreamWithBodyWithResponse Pause work at Clarifai
+//
+// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+//
+// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+// tenant reaches `purging`; keys still end.
+//
+// Takes any type of body and a specified content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+func (c *ClientWithResponses) PauseUpstreamWithBodyWithResponse(ctx context.Context, contentType string, body io.Reader, reqEditors ...RequestEditorFn) (*PauseUpstreamResponse, error) {
+	rsp, err := c.PauseUpstreamWithBody(ctx, contentType, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParsePauseUpstreamResponse(rsp)
+}
+
+// PauseUpstreamWithResponse Pause work at Clarifai
+//
+// For an incident. The pause survives restarts, and only `POST /v1/upstream/resume` ends it. Calls in flight finish. The
+// same request again changes the scope and the reason. Lookups and sign-ups from the pool go on. Role: admin.
+//
+// `all`: no call is made, except to renew the control record and to check a PAT. Keys are neither created nor
+// revoked: suspensions, deletions and quarantines are accepted and wait. `removals`: no app is removed, and no
+// tenant reaches `purging`; keys still end.
+//
+// Takes a body of the `application/json` content type, and returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/upstream/pause (the `PauseUpstream` operationId).
+func (c *ClientWithResponses) PauseUpstreamWithResponse(ctx context.Context, body PauseUpstreamJSONRequestBody, reqEditors ...RequestEditorFn) (*PauseUpstreamResponse, error) {
+	rsp, err := c.PauseUpstream(ctx, body, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParsePauseUpstreamResponse(rsp)
+}
+
+// ResumeUpstreamWithResponse End the pause of an operator
+//
+// Changes nothing if there is none. A pause of the circuit breaker, or of a PAT that is refused, stays. Role: admin.
+//
+// Returns a wrapper object for the known response body format(s).
+//
+// Corresponds with POST /v1/upstream/resume (the `ResumeUpstream` operationId).
+func (c *ClientWithResponses) ResumeUpstreamWithResponse(ctx context.Context, reqEditors ...RequestEditorFn) (*ResumeUpstreamResponse, error) {
+	rsp, err := c.ResumeUpstream(ctx, reqEditors...)
+	if err != nil {
+		return nil, err
+	}
+	return ParseResumeUpstreamResponse(rsp)
 }
 
 // ParseGetAppTenantResponse parses an HTTP response from a GetAppTenantWithResponse call
@@ -30159,6 +30818,440 @@ func ParseGetUpstreamResponse(rsp *http.Response) (*GetUpstreamResponse, error) 
 		response.Headers500 = &headers
 	case rsp.StatusCode == 503:
 		var headers GetUpstreamResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParsePauseUpstreamResponse parses an HTTP response from a PauseUpstreamWithResponse call
+func ParsePauseUpstreamResponse(rsp *http.Response) (*PauseUpstreamResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &PauseUpstreamResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest UpstreamPauseChange
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers PauseUpstreamResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers PauseUpstreamResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers PauseUpstreamResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers PauseUpstreamResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 413:
+		var headers PauseUpstreamResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers PauseUpstreamResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers PauseUpstreamResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers PauseUpstreamResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers PauseUpstreamResponse503Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers503 = &headers
+	}
+
+	return response, nil
+}
+
+// ParseResumeUpstreamResponse parses an HTTP response from a ResumeUpstreamWithResponse call
+func ParseResumeUpstreamResponse(rsp *http.Response) (*ResumeUpstreamResponse, error) {
+	bodyBytes, err := io.ReadAll(rsp.Body)
+	defer func() { _ = rsp.Body.Close() }()
+	if err != nil {
+		return nil, err
+	}
+
+	response := &ResumeUpstreamResponse{
+		Body:         bodyBytes,
+		HTTPResponse: rsp,
+	}
+
+	switch {
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 200:
+		var dest UpstreamPauseChange
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.JSON200 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 400:
+		var dest Invalid
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON400 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 401:
+		var dest Unauthenticated
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON401 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 403:
+		var dest Forbidden
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON403 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 413:
+		var dest TooLarge
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON413 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 415:
+		var dest UnsupportedMediaType
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON415 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 429:
+		var dest TooManyRequests
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON429 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 500:
+		var dest Internal
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON500 = &dest
+
+	case strings.Contains(rsp.Header.Get("Content-Type"), "json") && rsp.StatusCode == 503:
+		var dest Unavailable
+		if err := json.Unmarshal(bodyBytes, &dest); err != nil {
+			return nil, err
+		}
+		response.ApplicationproblemJSON503 = &dest
+
+	}
+
+	switch {
+	case rsp.StatusCode == 200:
+		var headers ResumeUpstreamResponse200Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers200 = &headers
+	case rsp.StatusCode == 400:
+		var headers ResumeUpstreamResponse400Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers400 = &headers
+	case rsp.StatusCode == 401:
+		var headers ResumeUpstreamResponse401Headers
+		if values := rsp.Header.Values("WWW-Authenticate"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "WWW-Authenticate", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.WWWAuthenticate = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers401 = &headers
+	case rsp.StatusCode == 403:
+		var headers ResumeUpstreamResponse403Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers403 = &headers
+	case rsp.StatusCode == 413:
+		var headers ResumeUpstreamResponse413Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers413 = &headers
+	case rsp.StatusCode == 415:
+		var headers ResumeUpstreamResponse415Headers
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers415 = &headers
+	case rsp.StatusCode == 429:
+		var headers ResumeUpstreamResponse429Headers
+		if values := rsp.Header.Values("RateLimit"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimit = &value
+		}
+		if values := rsp.Header.Values("RateLimit-Policy"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "RateLimit-Policy", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RateLimitPolicy = &value
+		}
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers429 = &headers
+	case rsp.StatusCode == 500:
+		var headers ResumeUpstreamResponse500Headers
+		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
+			var value int
+			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.RetryAfter = &value
+		}
+		if values := rsp.Header.Values("X-Request-Id"); len(values) > 0 {
+			var value string
+			if err := runtime.BindStyledParameterWithOptions("simple", "X-Request-Id", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: true, Type: "string", Format: ""}); err != nil {
+				return nil, err
+			}
+			headers.XRequestId = value
+		}
+		response.Headers500 = &headers
+	case rsp.StatusCode == 503:
+		var headers ResumeUpstreamResponse503Headers
 		if values := rsp.Header.Values("Retry-After"); len(values) > 0 {
 			var value int
 			if err := runtime.BindStyledParameterWithOptions("simple", "Retry-After", values[0], &value, runtime.BindStyledParameterOptions{ParamLocation: runtime.ParamLocationHeader, Explode: false, Required: false, Type: "integer", Format: ""}); err != nil {

@@ -40,7 +40,7 @@ type cli struct {
 	Tenant      tenantCmd      `cmd:"" help:"Sign tenants up, look them up, change, suspend and delete them."`
 	Key         keyCmd         `cmd:"" help:"List, show, add, rotate and revoke the keys of tenants; find out whose a key is."`
 	App         appCmd         `cmd:"" help:"Say which tenant an app was given to. Roles: all."`
-	Upstream    upstreamCmd    `cmd:"" help:"Show how Clarifai and the work for it stand. Roles: all."`
+	Upstream    upstreamCmd    `cmd:"" help:"Show how Clarifai and the work for it stand; pause and resume that work in an incident."`
 	Pool        poolCmd        `cmd:"" help:"Show the pools of ready apps, and why a pool is below its target. Roles: all."`
 	Token       tokenCmd       `cmd:"" help:"Make, list and revoke the tokens of callers. Works on the database, so that the first token needs no token."`
 	Caller      callerCmd      `cmd:"" help:"Make, list, rotate and revoke the tokens of callers, through a running service. Role: admin."`

@@ -75,7 +75,7 @@ func (s *service) readiness() httpapi.Readiness {
 
 func (s *service) readinessOf(database *databaseState) httpapi.Readiness {
 	r := httpapi.Readiness{Writes: !s.ReadOnly, Lookups: true,
-		Checks: map[string]string{"database": "ok", "recovery": "ok", "serving": "ok", "started": "ok"}}
+		Checks: map[string]string{"database": "ok", "recovery": "ok", "serving": "ok", "started": "ok", "upstream": "ok"}}
 	if s.ReadOnly {
 		r.Checks["serving"] = "read-only: lookups only, since TENANTRY_READ_ONLY is set"
 	}
@@ -102,6 +102,9 @@ func (s *service) readinessOf(database *databaseState) httpapi.Readiness {
 			r.Checks["recovery"] = "stopped: another database of this deployment is in use; run a copy with TENANTRY_READ_ONLY=true"
 		case recovery.Active():
 			r.Checks["recovery"] = string(recovery.State) + ": " + recovery.Reason
+		}
+		if pause := database.Pause; pause.Scope != "" { // requests are served all the same
+			r.Checks["upstream"] = "paused by an operator (" + string(pause.Scope) + "): " + pause.Reason
 		}
 	}
 	if !s.started.Load() {

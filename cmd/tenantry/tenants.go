@@ -424,55 +424,6 @@ func (c appCmd) Run(ctx context.Context, e env) error {
 	return tenantFlags{outputFlags: c.outputFlags}.print(e, t)
 }
 
-type upstreamCmd struct {
-	apiFlags
-	outputFlags
-}
-
-func (c upstreamCmd) Run(ctx context.Context, e env) error {
-	api, err := c.client(e)
-	if err != nil {
-		return err
-	}
-	got, err := answer[client.Upstream](api.GetUpstream(ctx))
-	if err != nil {
-		return err
-	}
-	if c.json() {
-		return printBody(e.stdout, got.body)
-	}
-	now := time.Now()
-	u := got.value
-	w := newTable(e.stdout)
-	w.row("operator", u.Operator)
-	w.row("PAT", since(string(u.Pat.State), u.Pat.Since, now))
-	w.row("budget", fmt.Sprintf("%g calls a second, the next in %gs", u.Budget.RequestsPerSecond, u.Budget.NextSlotInSeconds))
-	breaker := string(u.Breaker.State)
-	if u.Breaker.PausedUntil != nil {
-		breaker += " until " + exactly(u.Breaker.PausedUntil, now)
-	}
-	if u.Breaker.Reason != nil {
-		breaker += ": " + shownProblem(u.Breaker.Reason, now)
-	}
-	w.row("breaker", breaker)
-	w.row("tenants that wait", since(fmt.Sprint(u.Queue.WaitingTenants), u.Queue.OldestWaitingSince, now))
-	w.row("until they are served", span(time.Duration(float64(u.Queue.EtaSeconds)*float64(time.Second))))
-	if n := u.Queue.ImportingTenants; n > 0 {
-		w.row("tenants of imports that wait", n)
-		w.row("until they are served", span(time.Duration(float64(u.Queue.ImportEtaSeconds)*float64(time.Second))))
-	}
-	w.row("apps being built", u.Queue.BuildingApps)
-	w.row("keys being revoked", u.Queue.RevokingKeys)
-	w.row("apps being removed", u.Queue.PurgingApps)
-	if u.Recovery != nil {
-		w.row("recovery mode", since(string(u.Recovery.State)+": "+u.Recovery.Reason, &u.Recovery.Since, now)+"; see tenantry recover show")
-	}
-	if u.Problem != nil {
-		w.row("problem", shownProblem(u.Problem, now))
-	}
-	return w.flush()
-}
-
 type poolCmd struct {
 	apiFlags
 	outputFlags

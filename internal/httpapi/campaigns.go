@@ -64,7 +64,7 @@ func (s *server) campaignBody(c tenant.Campaign) campaignBody {
 	}
 	if c.Counted {
 		b.Counts.Total = &c.Total
-		if c.State == tenant.CampaignRunning {
+		if c.State == tenant.CampaignRunning && !c.Halted {
 			eta := int64(s.Service.CampaignETA(c) / time.Second)
 			b.ETASeconds = &eta
 		}

@@ -120,8 +120,17 @@ type beginRecoveryBody struct {
 	Reason string `json:"reason"`
 }
 
-// maxReason bounds the reason of a recovery, in bytes.
+// maxReason bounds the reason of a command, in bytes.
 const maxReason = 500
+
+// reasonField reads the reason of a command, which says what.
+func reasonField(text, what string) (string, error) {
+	text = strings.TrimSpace(text)
+	if text == "" || len(text) > maxReason || strings.ContainsFunc(text, func(c rune) bool { return c < ' ' }) {
+		return "", invalid("reason", "must say in 1 to %d bytes %s, without control characters", maxReason, what)
+	}
+	return text, nil
+}
 
 func (s *server) beginRecovery(w http.ResponseWriter, r *http.Request) error {
 	if _, err := params(r); err != nil {
@@ -131,11 +140,12 @@ func (s *server) beginRecovery(w http.ResponseWriter, r *http.Request) error {
 	if err := decodeBody(w, r, &body, mayBeEmpty, "reason"); err != nil {
 		return err
 	}
-	if reason := strings.TrimSpace(body.Reason); reason == "" || len(reason) > maxReason || strings.ContainsFunc(reason, func(c rune) bool { return c < ' ' }) {
-		return invalid("reason", "must say in 1 to %d bytes why the database is behind, without control characters", maxReason)
+	reason, err := reasonField(body.Reason, "why the database is behind")
+	if err != nil {
+		return err
 	}
 	return s.changeRecovery(w, r, func() (tenant.Recovery, error) {
-		return s.DB.BeginRecovery(r.Context(), strings.TrimSpace(body.Reason), actorOf(r))
+		return s.DB.BeginRecovery(r.Context(), reason, actorOf(r))
 	})
 }
 

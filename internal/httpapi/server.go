@@ -162,6 +162,8 @@ func (s *server) routes(r chi.Router) {
 	r.Get("/v1/profiles", s.allow(any, s.listProfiles))
 	r.Get("/v1/pool", s.allow(any, s.listPools))
 	r.Get("/v1/upstream", s.allow(any, s.getUpstream))
+	r.Post("/v1/upstream/pause", s.allow(admin, s.pauseUpstream))
+	r.Post("/v1/upstream/resume", s.allow(admin, s.resumeUpstream))
 	r.Post("/v1/reconciliations", s.allow(admin, s.postReconciliation))
 	r.Get("/v1/reconciliations", s.allow(admin, s.listReconciliations))
 	r.Get("/v1/reconciliations/{reconciliation_id}", s.allow(admin, s.getReconciliation))

@@ -15,12 +15,12 @@ import (
 
 // dueAdoption selects the adoptions that there is work on. Adoptions wait until it is known that
 // no other database is in use.
-const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + watching
+const dueAdoption = `state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + watching + ` AND NOT ` + workPaused
 
 const adoptionColumns = `a.id, a.tenant_id, a.app_id, coalesce(a.app_user_id, ''), a.dry_run, a.state, a.created_at,
-	coalesce(a.problem, CASE WHEN a.state = 'checking' THEN coalesce(
+	coalesce(CASE WHEN a.state = 'checking' THEN coalesce(
 		(SELECT ` + recoveryProblem + ` WHERE ` + watching + `),
-		` + upstreamHalted + `) END)`
+		` + upstreamHalted + `) END, a.problem)`
 
 func adoptionFields(a *tenant.Adoption) []any {
 	return []any{&a.ID, &a.TenantID, &a.AppID, &a.AppUserID, &a.DryRun, &a.State, &a.CreatedAt, &a.Problem}

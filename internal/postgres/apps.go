@@ -15,7 +15,7 @@ import (
 // dueApp selects the apps that there is work on. Apps of earlier incarnations are worked on only
 // if they have a tenant, and in recovery mode no app is removed unless a person named it. The
 // first build waits until the control record exists.
-const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
+const dueApp = `leased_until < now() AND next_attempt_at <= now() AND NOT ` + workPaused + ` AND CASE state
 	WHEN 'building' THEN incarnation = ` + currentIncarnation + ` AND EXISTS (SELECT FROM current_incarnation
 		WHERE control_seen_at IS NOT NULL OR control_problem IS NOT NULL OR recovery IS NOT NULL)
 	WHEN 'purging' THEN ` + mayRemove + `
@@ -25,7 +25,7 @@ const dueApp = `leased_until < now() AND next_attempt_at <= now() AND CASE state
 	ELSE false END`
 
 // mayRemove says of an app that is to be removed that the removal may start now.
-const mayRemove = `CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
+const mayRemove = `NOT ` + removalsPaused + ` AND CASE WHEN incarnation = ` + currentIncarnation + ` THEN true
 	WHEN tenant_id IS NULL THEN false
 	ELSE EXISTS (SELECT FROM current_incarnation WHERE (recovery IS NULL OR recovery = 'recovering' AND removal_confirmed) AND ` + sameDatabase + `) END`
 

@@ -32,7 +32,8 @@ const maxPatience = 5 * time.Second
 // request's patience, which is maxPatience at most. Slots follow one another at the rate; unused ones are not
 // saved up, so that there is never a burst. After a pause one call at a time
 // tries whether Clarifai is back. No answer means no call. A database that was stopped,
-// since another one is in use, makes calls only for the control record.
+// since another one is in use, makes calls only for the control record. While an operator has paused all
+// work, calls are made for the control record and to check a PAT.
 func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slot, error) {
 	// clock_timestamp and not now: a caller that waited for the row must not
 	// reserve in the past. After a step of the clock, the next slot is after all that are reserved.
@@ -41,6 +42,8 @@ func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slo
 	err := db.pool.QueryRow(ctx, `
 		WITH refused AS (
 			SELECT next_check_at FROM refused_pats WHERE fingerprint = $3 AND NOT $4
+		), paused AS (
+			SELECT FROM manual_pause WHERE (scope = 'all' OR $8) AND NOT $4 AND NOT $6
 		), budget AS MATERIALIZED (
 			SELECT epoch, pauses FROM upstream_budget
 			WHERE ((`+nextSlot+`) <= clock_timestamp() + $2::interval OR (`+nextSlot+`)`+impossible+`)
@@ -48,6 +51,7 @@ func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slo
 				AND (pauses = 0 OR probe_until <= clock_timestamp())
 				AND NOT EXISTS (SELECT FROM refused)
 				AND ($6 OR NOT EXISTS (SELECT FROM current_incarnation WHERE recovery = 'stopped'))
+				AND NOT EXISTS (SELECT FROM paused)
 			FOR UPDATE
 		), slot AS MATERIALIZED (
 			SELECT epoch, pauses, greatest((`+nextSlot+` WHERE budget.epoch IS NOT NULL), clock_timestamp()) AS at FROM budget
@@ -66,10 +70,11 @@ func (db *DB) ReserveSlot(ctx context.Context, r tenant.SlotRequest) (tenant.Slo
 				CASE WHEN NOT EXISTS (SELECT FROM corrected) THEN (`+nextSlot+`) - clock_timestamp() - $2::interval END,
 				(SELECT next_check_at - clock_timestamp() FROM refused),
 				(SELECT interval '5 seconds' FROM current_incarnation WHERE recovery = 'stopped' AND NOT $6),
+				(SELECT interval '1 second' FROM paused),
 				'1ms'),
 			'0', epoch, false, false, EXISTS (SELECT FROM refused)
 		FROM upstream_budget WHERE NOT EXISTS (SELECT FROM granted)`,
-		slotEvery(r.PerSecond), min(r.Patience, maxPatience), r.PAT, r.ChecksPAT, r.ProbeTimeout, r.Control, maxPatience).
+		slotEvery(r.PerSecond), min(r.Patience, maxPatience), r.PAT, r.ChecksPAT, r.ProbeTimeout, r.Control, maxPatience, r.Removes).
 		Scan(&s.Granted, &s.Wait, &s.ServerTime, &s.Epoch, &s.Probe, &s.Shaky, &s.PATRefused)
 	return s, translate("reserve an upstream call", err)
 }
@@ -233,6 +238,7 @@ func (db *DB) ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Dur
 func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error) {
 	var s tenant.UpstreamStatus
 	var paused, oldest *time.Time
+	var pause *tenant.UpstreamPause
 	err := db.pool.QueryRow(ctx, `
 		WITH RECURSIVE profiles AS (
 			(SELECT profile FROM tenants WHERE state = 'provisioning' ORDER BY profile LIMIT 1)
@@ -251,19 +257,28 @@ func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, 
 		)
 		SELECT greatest((`+nextSlot+`) - clock_timestamp(), '0'),
 			b.pauses, CASE WHEN b.pauses > 0 THEN b.paused_until END, b.pause_reason,
-			(SELECT problem FROM refused_pats WHERE fingerprint = $1),
+			refused.problem, coalesce(`+workProblem+`, (SELECT `+recoveryProblem+` FROM current_incarnation WHERE recovery = 'stopped'),
+				refused.problem, CASE WHEN b.pauses > 0 THEN b.pause_reason END),
 			q.waiting, q.oldest,
 			CASE WHEN q.more THEN greatest(q.importing, (SELECT n - q.waiting FROM (`+estimatedTenants+`) estimated WHERE state = 'provisioning'))
 				ELSE q.importing END,
 			`+countUpTo(`apps WHERE state = 'building'`)+`,
 			`+countUpTo(`keys WHERE state = 'revoking'`)+`,
 			`+countUpTo(`apps WHERE state = 'purging'`)+`,
-			(SELECT problem FROM apps WHERE state IN ('building', 'purging') AND problem IS NOT NULL
+			-- Of the account speak the pause and the PAT: what a row says of it may have passed.
+			(SELECT problem FROM apps WHERE state IN ('building', 'purging') AND problem->>'code' <> 'upstream_pat_refused'
+				AND ((`+failedInARow+`) > 0 OR problem->>'code' NOT IN ('upstream_unavailable', 'upstream_throttled'))
 				ORDER BY next_attempt_at DESC LIMIT 1),
-			clock_timestamp()
-		FROM upstream_budget b, queue q`, pat, mostCounted).
-		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Waiting, &oldest, &s.Importing, &s.Building, &s.Revoking,
-			&s.Purging, &s.LastProblem, &s.DatabaseTime)
+			`+manualPause+`, clock_timestamp()
+		FROM queue q, upstream_budget b LEFT JOIN (
+			-- It is checked again once a pause allows calls.
+			SELECT problem || jsonb_build_object('next_attempt_at', greatest(next_check_at, (SELECT paused_until FROM upstream_budget WHERE pauses > 0)))
+			FROM refused_pats WHERE fingerprint = $1) refused (problem) ON true`, pat, mostCounted).
+		Scan(&s.NextSlotIn, &s.Pauses, &paused, &s.PauseReason, &s.PATRefused, &s.Halted, &s.Waiting, &oldest, &s.Importing, &s.Building, &s.Revoking,
+			&s.Purging, &s.LastProblem, &pause, &s.DatabaseTime)
 	s.PausedUntil, s.OldestSince = orZero(paused), orZero(oldest)
+	if pause != nil {
+		s.Pause = *pause
+	}
 	return s, translate("read upstream status", err)
 }

@@ -14,15 +14,20 @@ import (
 
 const campaignColumns = `c.id, c.kind, c.state, c.filter, coalesce(c.overlap, '0'), coalesce(c.revision, ''),
 	(SELECT shape FROM profile_revisions r WHERE r.revision = c.revision), c.created_by, c.created_at, c.ended_at,
-	c.counted, c.total, c.done, c.skipped, c.failed, c.under_way, c.walked, c.attempts, c.problem, c.leased_until`
+	c.counted, c.total, c.done, c.skipped, c.failed, c.under_way, c.walked, c.attempts, c.problem, c.leased_until,
+	CASE WHEN c.ended_at IS NULL AND c.state = 'running' THEN coalesce(` + recoveryProblem + `, ` + upstreamHalted + `) END`
 
 func scanCampaign(row pgx.CollectableRow) (tenant.Campaign, error) {
 	var c tenant.Campaign
 	var shape *tenant.Shape
 	var ended *time.Time
 	var leased any // may be -infinity
+	var halted *tenant.Problem
 	err := row.Scan(&c.ID, &c.Kind, &c.State, &c.Filter, &c.Overlap, &c.Revision, &shape, &c.CreatedBy, &c.CreatedAt, &ended,
-		&c.Counted, &c.Total, &c.Done, &c.Skipped, &c.Failed, &c.UnderWay, &c.Walked, &c.Attempts, &c.Problem, &leased)
+		&c.Counted, &c.Total, &c.Done, &c.Skipped, &c.Failed, &c.UnderWay, &c.Walked, &c.Attempts, &c.Problem, &leased, &halted)
+	if halted != nil {
+		c.Problem, c.Halted = halted, true
+	}
 	if shape != nil {
 		c.Shape = *shape
 	}
@@ -205,7 +210,7 @@ func (db *DB) ChangeCampaign(ctx context.Context, id uuid.UUID, change tenant.Ca
 
 // dueCampaign selects the campaigns that there is work on. In recovery mode campaigns wait.
 const dueCampaign = `ended_at IS NULL AND (state = 'running' OR under_way > 0 OR state = 'stopped') AND next_attempt_at <= now() AND leased_until < now()
-	AND NOT ` + inRecovery
+	AND NOT ` + inRecovery + ` AND NOT ` + workPaused
 
 // LeaseCampaigns leases those of the campaigns that there is work on, for at most lease.
 func (db *DB) LeaseCampaigns(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Campaign, error) {

@@ -85,15 +85,20 @@ func (db *DB) Recovery(ctx context.Context) (tenant.Recovery, error) {
 // A Health says what the database can be used for.
 type Health struct {
 	Recovery tenant.Recovery
-	ReadOnly bool // it takes no change
+	Pause    tenant.UpstreamPause // by an operator
+	ReadOnly bool                 // it takes no change
 }
 
 // Health reads the health of the database over a connection as requests use it.
 func (db *DB) Health(ctx context.Context) (Health, error) {
 	var h Health
 	var err error
+	var pause *tenant.UpstreamPause
 	h.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
-		SELECT `+recoveryColumns+`, current_setting('transaction_read_only')::boolean FROM current_incarnation`), &h.ReadOnly)
+		SELECT `+recoveryColumns+`, current_setting('transaction_read_only')::boolean, `+manualPause+` FROM current_incarnation`), &h.ReadOnly, &pause)
+	if pause != nil {
+		h.Pause = *pause
+	}
 	if err == nil && h.ReadOnly && !db.sessions.standby {
 		// A session stays read-only when the database is not any more. Without writes, which fail, no
 		// statement would replace it.

@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -11,8 +12,13 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-const keyColumns = `k.id, k.app_id, k.name, k.state, k.hint, k.scopes, k.created_at, k.activated_at, k.revoked_at, k.expires_at,
+const activeKeyColumns = `k.id, k.app_id, k.name, k.state, k.hint, k.scopes, k.created_at, k.activated_at, k.revoked_at, k.expires_at,
 	CASE WHEN k.state = 'retiring' THEN k.retires_at END, k.fingerprint, coalesce(k.end_reason, ''), k.problem`
+
+// keyColumns are activeKeyColumns of a key in any state. One that is being created or revoked shows why
+// all upstream work stands still.
+var keyColumns = strings.TrimSuffix(activeKeyColumns, `k.problem`) + `CASE WHEN k.state IN ('creating', 'revoking')
+	THEN coalesce(` + upstreamHalted + `, CASE WHEN ` + ofRow("k") + ` THEN k.problem END) ELSE k.problem END`
 
 func keyFields(k *tenant.Key) ([]any, func()) {
 	var activated, revoked, expires, retires *time.Time
@@ -69,7 +75,7 @@ func (db *DB) reveal(ctx context.Context, id tenant.ID, which string, arg any, a
 			INSERT INTO audit_events (actor, request_id, action, tenant_id, app_id, key_id, detail)
 			SELECT $3, nullif($4, ''), 'key.revealed', $1, app_id, id, jsonb_build_object('name', name) FROM key
 		)
-		SELECT `+keyColumns+`, k.ciphertext FROM key k`,
+		SELECT `+activeKeyColumns+`, k.ciphertext FROM key k`,
 		id, arg, actor.Name, actor.RequestID, scopeSQL(actor)).Scan(append(fields, &ciphertext)...)
 	done()
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -134,7 +140,7 @@ func (db *DB) Identify(ctx context.Context, what tenant.Suspect, actor tenant.Ac
 //     after recovery mode.
 //
 // No key is created before the app's ownership tag says that the app is not to be removed.
-const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND (
+const dueKey = `k.leased_until < now() AND k.next_attempt_at <= now() AND NOT ` + workPaused + ` AND (
 	k.state = 'revoking' AND (NOT ` + watching + ` OR k.incarnation <> (SELECT id FROM current_incarnation) OR k.end_reason IS NULL
 		OR k.end_reason NOT IN ('suspended', 'deleted', 'revoked')
 		OR (SELECT a.incarnation = ` + currentIncarnation + ` FROM apps a WHERE a.id = k.app_id))

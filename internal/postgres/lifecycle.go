@@ -408,7 +408,7 @@ func purgeWait(ctx context.Context, q querier, perHour int) (wait time.Duration,
 func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor tenant.Actor) (wait time.Duration, err error) {
 	err = db.inTx(ctx, func(tx pgx.Tx) error {
 		// Two at once would each count what the other is about to remove for nothing.
-		if _, err := tx.Exec(ctx, `SELECT pg_advisory_xact_lock(hashtext('purge apps'))`); err != nil {
+		if _, err := tx.Exec(ctx, noRemoval); err != nil {
 			return err
 		}
 		if wait, err = purgeWait(ctx, tx, perHour); err != nil || wait > 0 {

@@ -222,7 +222,7 @@ func takeOut(ctx context.Context, tx pgx.Tx, why tenant.PoolEnd, most int, actor
 	// find as many again each time.
 	_, err := tx.Exec(ctx, `
 		WITH picked AS MATERIALIZED (
-			SELECT id FROM apps WHERE `+where+` AND incarnation = `+currentIncarnation+`
+			SELECT id FROM apps WHERE `+where+` AND incarnation = `+currentIncarnation+` AND NOT `+removalsPaused+`
 			ORDER BY ready_at, id LIMIT `+place(1)+` FOR UPDATE SKIP LOCKED
 		), gone AS (
 			UPDATE apps

@@ -15,7 +15,8 @@ import (
 )
 
 const reconciliationColumns = `r.id, r.kind, r.decisions, r.report_id, r.requested_by, r.state = 'done', r.phase, r.page, r.per_page,
-	r.apps_seen, r.keys_seen, r.foreign_apps, coalesce(r.token, ''), r.attempts, r.problem, r.created_at, r.finished_at, r.leased_until`
+	r.apps_seen, r.keys_seen, r.foreign_apps, coalesce(r.token, ''), r.attempts,
+	coalesce(CASE WHEN r.state = 'running' THEN coalesce(` + upstreamHalted + `) END, r.problem), r.created_at, r.finished_at, r.leased_until`
 
 func scanReconciliation(row pgx.CollectableRow) (tenant.Reconciliation, error) {
 	var r tenant.Reconciliation
@@ -232,7 +233,7 @@ func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, add fu
 }
 
 // dueReconciliation selects the reconciliations that there is work on.
-const dueReconciliation = `state = 'running' AND leased_until < now() AND next_attempt_at <= now()`
+const dueReconciliation = `state = 'running' AND leased_until < now() AND next_attempt_at <= now() AND NOT ` + workPaused
 
 // LeaseReconciliations leases those of the reconciliations that there is work on, for at most lease.
 func (db *DB) LeaseReconciliations(ctx context.Context, ids []uuid.UUID, lease time.Duration) ([]tenant.Reconciliation, error) {

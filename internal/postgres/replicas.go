@@ -57,6 +57,7 @@ func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 		compared = cmp.Or(db.compared.Load(), &uuid.Nil)
 	}
 	var died []uuid.UUID
+	var pause *tenant.UpstreamPause
 	b.Recovery, err = scanRecovery(db.pool.QueryRow(ctx, `
 		WITH seen AS (
 			INSERT INTO replicas AS r (id, incarnation, pat)
@@ -68,9 +69,12 @@ func (db *DB) Beat(ctx context.Context, pat []byte) (tenant.Beat, error) {
 				AND NOT EXISTS (SELECT FROM replicas p WHERE p.pat = r.fingerprint AND `+liveReplica+`)
 		)
 		SELECT `+recoveryColumns+`, `+controlDue+`, retiring,
-			ARRAY(SELECT id FROM replicas WHERE NOT leases_freed AND last_seen_at < now() - $4::interval AND id <> $1)
+			ARRAY(SELECT id FROM replicas WHERE NOT leases_freed AND last_seen_at < now() - $4::interval AND id <> $1), `+manualPause+`
 		FROM current_incarnation`, db.replica, beatEvery, compared, leaseTimeout, pat, replicaTimeout),
-		&b.ControlDue, &b.Retiring, &died)
+		&b.ControlDue, &b.Retiring, &died, &pause)
+	if pause != nil {
+		b.Pause = *pause
+	}
 	if err == nil && len(died) > 0 {
 		err = db.freeLeases(ctx, died)
 	}

@@ -401,7 +401,7 @@ func (db *DB) LeaseQuarantine(ctx context.Context, lease time.Duration) (tenant.
 	var k tenant.UnknownKey
 	err := db.pool.QueryRow(ctx, `
 		UPDATE quarantines SET leased_until = now() + $1
-		WHERE id = (SELECT id FROM quarantines WHERE state = 'checking' AND leased_until < now() AND next_attempt_at <= now()
+		WHERE id = (SELECT id FROM quarantines WHERE state = 'checking' AND leased_until < now() AND next_attempt_at <= now() AND NOT `+workPaused+`
 			ORDER BY next_attempt_at LIMIT 1 FOR UPDATE SKIP LOCKED)
 		RETURNING id, ciphertext, fingerprint, requested_by, coalesce(request_id, ''), attempts, problem, leased_until, state`, lease).
 		Scan(&k.ID, &k.Ciphertext, &k.Fingerprint, &k.RequestedBy.Name, &k.RequestedBy.RequestID, &k.Attempts, &k.Problem, &k.LeasedUntil, &k.State)

@@ -18,21 +18,30 @@ import (
 // be its own: it shows why all upstream work stands still, or the problem of a build
 // that could serve it. One that changes shows what stands in the way of its keys and
 // its app.
-const problemSQL = `coalesce(t.problem, CASE
+var problemSQL = `coalesce(t.problem, CASE
 	WHEN t.state IN ('active', 'deleted') THEN NULL
 	WHEN t.state = 'provisioning' THEN coalesce(
 		(SELECT ` + recoveryProblem + ` FROM current_incarnation WHERE recovery = 'stopped'),
 		` + upstreamHalted + `,
 		(SELECT a.problem FROM apps a
-		WHERE a.state = 'building' AND a.profile = t.profile AND a.problem IS NOT NULL
+		WHERE a.state = 'building' AND a.profile = t.profile AND ` + ofRow("a") + `
 		ORDER BY a.next_attempt_at LIMIT 1))
 	ELSE coalesce(
 		CASE WHEN ` + waitsForRecovery + ` THEN ` + recoveryProblem + ` END,
-		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') THEN coalesce(` + upstreamHalted + `) END,
-		(SELECT a.problem FROM apps a WHERE a.id = t.app_id),
+		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') OR t.state = 'deleting' AND (` + waitsForPurge + ` OR NOT ` + keysDead + `)
+			THEN coalesce(` + upstreamHalted + `) END,
+		CASE WHEN t.state = 'purging' OR t.state = 'deleting' AND ` + waitsForPurge + ` THEN ` + pauseProblem + ` END,
+		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND ` + ofRow("a") + `),
 		(SELECT k.problem FROM keys k
-		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND k.problem IS NOT NULL
+		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND ` + ofRow("k") + `
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`
+
+// ofRow says that a row has a problem of its own. That the PAT is rejected is none: upstreamHalted says so for
+// as long as it is true.
+func ofRow(row string) string { return row + `.problem->>'code' <> 'upstream_pat_refused'` }
+
+// waitsForPurge says of the tenant t, which is deleting, that the removal of its app is due.
+const waitsForPurge = `(SELECT a.purge_after <= now() FROM apps a WHERE a.id = t.app_id)`
 
 // waitsForRecovery says of the tenant t that its change in progress waits for the end of
 // recovery mode, or of the watch.
@@ -41,7 +50,8 @@ const waitsForRecovery = `(t.state IN ('purging', 'resuming') AND ` + inRecovery
 
 // upstreamHalted is why no upstream work is done at all; null while it is. A rejected PAT halts it if no
 // live replica uses another one.
-const upstreamHalted = `(SELECT problem FROM refused_pats r
+const upstreamHalted = workProblem + `,
+	(SELECT problem FROM refused_pats r
 		WHERE EXISTS (SELECT FROM replicas p WHERE p.pat = r.fingerprint AND ` + liveReplica + `)
 			AND NOT EXISTS (SELECT FROM replicas p LEFT JOIN refused_pats o ON o.fingerprint = p.pat
 				WHERE ` + liveReplica + ` AND p.pat IS NOT NULL AND o.fingerprint IS NULL)
@@ -54,7 +64,7 @@ const upstreamHalted = `(SELECT problem FROM refused_pats r
 const keysDead = `((SELECT true FROM keys k WHERE k.app_id = t.app_id AND k.state IN ('creating', 'active', 'retiring', 'revoking') LIMIT 1) IS NULL
 	AND (SELECT end_unknown_keys FROM apps WHERE id = t.app_id) IS NOT TRUE)`
 
-const tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), coalesce(t.app_user_id, ''), t.display_name, t.labels,
+var tenantColumns = `t.id, t.generation, t.state, t.profile, coalesce(t.app_id, ''), coalesce(t.app_user_id, ''), t.display_name, t.labels,
 	t.deletion_protection, CASE WHEN t.state = 'deleting' THEN (SELECT a.purge_after FROM apps a WHERE a.id = t.app_id) END,
 	t.state = 'deleting' AND ` + keysDead + `, ` + problemSQL + `, t.version, t.created_at, t.updated_at`
 
@@ -337,7 +347,7 @@ const signUpFromPoolSQL = `
 		SELECT actor, nullif(asked.request_id, ''), 'key.revealed', r.tenant_id, r.app_id, r.id, jsonb_build_object('name', name)
 		FROM revealed r JOIN asked ON asked.id = r.tenant_id
 	)
-	SELECT m.id, m.app_id, m.generation, m.version, m.created_at, ` + keyColumns + `, k.ciphertext
+	SELECT m.id, m.app_id, m.generation, m.version, m.created_at, ` + activeKeyColumns + `, k.ciphertext
 	FROM made m JOIN revealed k ON k.tenant_id = m.id`
 
 // readySince and waitingSince say of apps that are ready, or of tenants that wait, that

@@ -349,8 +349,11 @@ func (s *Service) purge(ctx context.Context, a tenant.App) error {
 	if gone {
 		return s.Store.AppDeleted(ctx, a, workerOf(ctx))
 	}
-	err = s.call(ctx, background, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) })
+	t, err := s.turnTo(ctx, background, true)
 	if err != nil {
+		return err
+	}
+	if err := s.send(ctx, t, func(ctx context.Context) error { return s.Upstream.DeleteApp(ctx, a.ID) }); err != nil {
 		return err
 	}
 	// Clarifai may accept a removal and carry it out later: only a look that

@@ -20,6 +20,7 @@ type Metrics struct {
 	retired       *prometheus.GaugeVec
 	controlFails  prometheus.Gauge
 	paused        prometheus.Gauge
+	manualPause   *prometheus.GaugeVec
 	patRefused    prometheus.Gauge
 	findings      *prometheus.GaugeVec
 	reportedAt    prometheus.Gauge
@@ -64,6 +65,9 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 	reg.MustRegister(m.recovery, m.undecided, m.retired, m.controlFails)
 	m.paused = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_upstream_paused", Help: "1 while no call is made because Clarifai fails or throttles."})
+	m.manualPause = prometheus.NewGaugeVec(prometheus.GaugeOpts{
+		Name: "tenantry_upstream_manual_pause", Help: "1 for the scope of a pause by an operator: all work at Clarifai, or removals. It lasts until tenantry upstream resume."}, []string{"scope"})
+	reg.MustRegister(m.manualPause)
 	m.patRefused = prometheus.NewGauge(prometheus.GaugeOpts{
 		Name: "tenantry_upstream_pat_refused", Help: "1 while Clarifai refuses the operator's PAT."})
 	m.findings = prometheus.NewGaugeVec(prometheus.GaugeOpts{
@@ -150,6 +154,9 @@ func (s *Service) measure(ctx context.Context) error {
 		return err
 	}
 	s.Metrics.paused.Set(oneIf(upstream.Pauses > 0))
+	for _, scope := range tenant.PauseScopes {
+		s.Metrics.manualPause.WithLabelValues(string(scope)).Set(oneIf(upstream.Pause.Scope == scope))
+	}
 	s.Metrics.patRefused.Set(oneIf(pat.State == PATRefused))
 	s.Metrics.importing.Set(float64(upstream.Importing))
 	campaigns, err := s.Store.CountCampaigns(ctx)

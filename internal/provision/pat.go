@@ -201,7 +201,7 @@ func (s *Service) confirmRefusal(ctx context.Context, used turn, refusal *tenant
 		return err
 	}
 	if used.Probe {
-		s.Log.Info(clarifaiAnswers)
+		s.logAnswers()
 	}
 	return refusedThough(refusal)
 }

@@ -204,6 +204,8 @@ func reasonOf(pool tenant.Pool, p tenant.Profile, load tenant.PoolLoad, recovery
 	switch {
 	case recovery.State == tenant.Stopped:
 		return &PoolReason{tenant.ErrAnotherDatabase.Code, tenant.ErrAnotherDatabase.Detail}
+	case upstream.Pause.Scope == tenant.PauseAll:
+		return &PoolReason{upstream.Halted.Code, upstream.Halted.Detail}
 	case upstream.PATRefused != nil:
 		return &PoolReason{upstream.PATRefused.Code, upstream.PATRefused.Detail}
 	case upstream.Pauses > 0 && upstream.PauseReason != nil:

@@ -364,7 +364,8 @@ type Service struct {
 	keys       gatherer[tenant.NewKey, tenant.Secret]
 
 	recoveryMu sync.Mutex
-	recovery   tenant.Recovery // as it was last logged; guarded by recoveryMu
+	recovery   tenant.Recovery      // as it was last logged; guarded by recoveryMu
+	pause      tenant.UpstreamPause // the same
 
 	drainOnce sync.Once
 	draining  chan struct{} // closed by Drain
@@ -643,8 +644,12 @@ func (s *Service) UpstreamStatus(ctx context.Context) (tenant.UpstreamStatus, PA
 	_, fingerprint, _ := s.PAT.current()
 	status, err := s.Store.Upstream(ctx, fingerprint)
 	health := s.PAT.Health()
-	if status.PATRefused != nil && health.State != PATForeign {
+	switch {
+	case health.State == PATForeign:
+	case status.PATRefused != nil:
 		health.State, health.Since = PATRefused, status.PATRefused.Since
+	case health.State == PATRefused, status.PauseReason != nil && status.PauseReason.Code == problems[tenant.UpstreamPAT].code:
+		health.State = PATUnknown // it is being checked
 	}
 	return status, health, err
 }

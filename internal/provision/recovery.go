@@ -29,6 +29,7 @@ func (s *Service) beat(ctx context.Context) error {
 		return err
 	}
 	s.logRecovery(b.Recovery)
+	s.logPause(b.Pause)
 	if b.ClockStep > 0 {
 		s.Log.Warn("clock of the database was set back; the times of all work were corrected", zap.Duration("by", b.ClockStep))
 	}
@@ -75,6 +76,37 @@ func (s *Service) logRecovery(is tenant.Recovery) {
 	case tenant.NotRecovering:
 		s.Log.Info("recovery mode has ended", fields...)
 	}
+}
+
+// logPause logs once in this replica that an operator has paused work at Clarifai, changed the pause or
+// ended it.
+func (s *Service) logPause(is tenant.UpstreamPause) {
+	s.recoveryMu.Lock()
+	was := s.pause
+	s.pause = is
+	s.recoveryMu.Unlock()
+	fields := func(p tenant.UpstreamPause) []zap.Field {
+		return []zap.Field{zap.String("scope", string(p.Scope)), zap.String("reason", p.Reason), zap.String("paused_by", p.By), zap.Time("since", p.Since)}
+	}
+	switch {
+	case was.Scope == is.Scope && was.Reason == is.Reason:
+	case is.Scope == "":
+		s.Log.Info("pause of upstream work ended by an operator", fields(was)...)
+	default:
+		s.Log.Warn("upstream work paused by an operator", fields(is)...)
+	}
+}
+
+// logAnswers logs the end of a pause that began since Clarifai failed.
+func (s *Service) logAnswers() {
+	s.recoveryMu.Lock()
+	paused := s.pause.Scope == tenant.PauseAll
+	s.recoveryMu.Unlock()
+	if paused {
+		s.Log.Info("Clarifai answers again; upstream work stays paused by an operator")
+		return
+	}
+	s.Log.Info("Clarifai answers again; upstream work goes on")
 }
 
 // incarnation is the current incarnation as this replica last saw it, for ownership tags.

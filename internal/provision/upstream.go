@@ -39,6 +39,7 @@ type turn struct {
 	pat       []byte // fingerprint of the PAT in use when it was given
 	checksPAT bool
 	control   bool // a stopped database makes this call, too
+	removes   bool
 	// interrupts says that other calls wait for this check of the PAT.
 	interrupts bool
 }
@@ -57,6 +58,11 @@ func (s *Service) call(ctx context.Context, p tenant.Priority, f func(context.Co
 
 // turn waits until an upstream call may be made with a PAT that is verified.
 func (s *Service) turn(ctx context.Context, p tenant.Priority) (turn, error) {
+	return s.turnTo(ctx, p, false)
+}
+
+// turnTo is turn, for a call that removes an app if removes is set.
+func (s *Service) turnTo(ctx context.Context, p tenant.Priority, removes bool) (turn, error) {
 	_, fingerprint, verified := s.PAT.current()
 	if !verified {
 		if err := s.verifyPAT(ctx); err != nil {
@@ -64,7 +70,7 @@ func (s *Service) turn(ctx context.Context, p tenant.Priority) (turn, error) {
 		}
 		_, fingerprint, _ = s.PAT.current()
 	}
-	return s.takeSlot(ctx, p, tenant.SlotRequest{PAT: fingerprint})
+	return s.takeSlot(ctx, p, tenant.SlotRequest{PAT: fingerprint, Removes: removes})
 }
 
 // patience is how long a call may wait for its slot and still have its time.
@@ -120,7 +126,7 @@ func (s *Service) takeSlot(ctx context.Context, p tenant.Priority, r tenant.Slot
 			return turn{}, err
 		}
 		if !due.IsZero() {
-			return turn{Slot: slot, due: due, priority: p, pat: r.PAT, checksPAT: r.ChecksPAT, control: r.Control}, nil
+			return turn{Slot: slot, due: due, priority: p, pat: r.PAT, checksPAT: r.ChecksPAT, control: r.Control, removes: r.Removes}, nil
 		}
 		if slot.PATRefused {
 			s.PAT.found(r.PAT, PATRefused)
@@ -178,17 +184,13 @@ func sleep(ctx context.Context, d time.Duration) bool {
 	}
 }
 
-// clarifaiAnswers is the log message for the end of a pause. It is not logged while Clarifai rejects the
-// PAT.
-const clarifaiAnswers = "Clarifai answers again; upstream work goes on"
-
 // send makes a call whose turn has come, and records what it says of Clarifai and
 // of the PAT. A turn that has passed, because what was written down in between took
 // long, is taken anew.
 func (s *Service) send(ctx context.Context, t turn, f func(context.Context) error) error {
 	if late(t.due, s.Rate) {
 		var err error
-		if t, err = s.takeSlot(ctx, t.priority, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT, Control: t.control}); err != nil {
+		if t, err = s.takeSlot(ctx, t.priority, tenant.SlotRequest{PAT: t.pat, ChecksPAT: t.checksPAT, Control: t.control, Removes: t.removes}); err != nil {
 			return err
 		}
 	}
@@ -209,7 +211,7 @@ func (s *Service) send(ctx context.Context, t turn, f func(context.Context) erro
 			s.Log.Warn("record that Clarifai works", zap.Error(failed))
 		}
 		if resumed && !rejected && !t.interrupts {
-			s.Log.Info(clarifaiAnswers)
+			s.logAnswers()
 		}
 	}
 	if rejected && !t.checksPAT {

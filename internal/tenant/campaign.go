@@ -36,6 +36,7 @@ type Campaign struct {
 
 	Attempts    int // tries in a row that failed
 	Problem     *Problem
+	Halted      bool      // Problem holds up all work, so that nobody knows when this ends
 	LeasedUntil time.Time // as App.LeasedUntil
 }
 

@@ -43,8 +43,9 @@ func (r Recovery) Active() bool { return r.State != NotRecovering }
 // A Beat is the state of recovery at a pass of a replica's sweep.
 type Beat struct {
 	Recovery
-	ControlDue bool // the control record must be read
-	Retiring   bool // apps of earlier incarnations must still be marked as retired
+	ControlDue bool          // the control record must be read
+	Retiring   bool          // apps of earlier incarnations must still be marked as retired
+	Pause      UpstreamPause // by an operator
 	// ClockStep is by how much the clock of the database was found to be set back; times were corrected.
 	ClockStep time.Duration
 }

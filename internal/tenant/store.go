@@ -120,6 +120,8 @@ type SlotRequest struct {
 	// Control says that the call reads or writes the control record. A stopped database makes
 	// such calls, too.
 	Control bool
+	// Removes says that the call removes an app. An operator can pause such calls alone.
+	Removes bool
 	// ProbeTimeout is when a probe that nobody has heard of again counts as failed.
 	ProbeTimeout time.Duration
 }
@@ -158,6 +160,8 @@ type UpstreamFailure struct {
 
 // An UpstreamStatus is what the database knows of the work upstream.
 type UpstreamStatus struct {
+	Pause        UpstreamPause // by an operator
+	Halted       *Problem      // why no work is done at all; nil while it is
 	NextSlotIn   time.Duration // until the next free call; 0 means now
 	Pauses       int           // in a row; 0 while calls flow
 	PausedUntil  time.Time     // when one call tries whether Clarifai is back; zero while calls flow

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/json"
 	"io"
 	"maps"
 	"slices"
@@ -106,7 +107,8 @@ type Tenant struct {
 	UpdatedAt  time.Time
 }
 
-// A Problem says why something does not move, and when it is tried again.
+// A Problem says why something does not move, and when it is tried again. Read from JSON, it has no
+// NextAttemptAt that has passed: the attempt is due, or something else holds it up.
 type Problem struct {
 	Code              string    `json:"code"`
 	Detail            string    `json:"detail"`
@@ -114,6 +116,18 @@ type Problem struct {
 	UpstreamRequestID string    `json:"upstream_request_id,omitempty"`
 	Since             time.Time `json:"since"`
 	NextAttemptAt     time.Time `json:"next_attempt_at,omitzero"`
+}
+
+// UnmarshalJSON reads a problem as it is stored.
+func (p *Problem) UnmarshalJSON(text []byte) error {
+	type stored Problem
+	if err := json.Unmarshal(text, (*stored)(p)); err != nil {
+		return err
+	}
+	if !p.NextAttemptAt.After(time.Now()) {
+		p.NextAttemptAt = time.Time{}
+	}
+	return nil
 }
 
 // An App is an app that a worker has leased: one that is building or purging, that

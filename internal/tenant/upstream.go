@@ -54,6 +54,32 @@ type UpstreamApp struct {
 	Inputs *int    // nil if Clarifai does not say
 }
 
+// A PauseScope says which work at Clarifai an operator has paused.
+type PauseScope string
+
+// The scopes of a pause by an operator.
+const (
+	PauseAll      PauseScope = "all"
+	PauseRemovals PauseScope = "removals" // of apps; keys still end
+)
+
+// PauseScopes lists the scopes.
+var PauseScopes = []PauseScope{PauseAll, PauseRemovals}
+
+// The codes of the problems of work that an operator has paused.
+const (
+	WorkPaused     = "upstream_paused"
+	RemovalsPaused = "removals_paused"
+)
+
+// An UpstreamPause is a pause of work at Clarifai by an operator. It has no end of its own.
+type UpstreamPause struct {
+	Scope  PauseScope `json:"scope"` // empty if nothing is paused
+	Reason string     `json:"reason"`
+	By     string     `json:"paused_by"` // as Actor.Name
+	Since  time.Time  `json:"since"`     // of the scope
+}
+
 // A Page is a page of a listing, counted from 1. A page after the last is empty.
 type Page struct {
 	Number, Size int
