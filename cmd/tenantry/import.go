@@ -254,10 +254,10 @@ func (r *importRun) plan(u client.Upstream) string {
 	if n > 0 {
 		text += fmt.Sprintf("; tagging the apps with their tenants takes 2 calls each, and ends about %s later", roughly(callsTake(2*n, rate)))
 	}
-	if u.Breaker.State != "closed" {
-		text += "; all upstream work is paused now"
-		if u.Breaker.Reason != nil {
-			text += ": " + u.Breaker.Reason.Detail
+	if halted(u) {
+		text += "; no work is done at Clarifai now"
+		if u.Problem != nil {
+			text += ": " + u.Problem.Detail
 		}
 	}
 	if u.Recovery != nil && u.Recovery.State == client.UpstreamRecoveryStateStopped {
@@ -555,19 +555,22 @@ func (r *importRun) pace(u client.Upstream, left int, passed time.Duration, serv
 	if passed > time.Second && served > 0 {
 		text += fmt.Sprintf(", %.1f/s", float64(served)/passed.Seconds())
 	}
+	if halted(u) {
+		text += "; paused"
+		if u.Problem != nil {
+			text += ": " + u.Problem.Detail
+		}
+		return text
+	}
 	text += ", "
 	if u.Budget.ItemsPerCall > 1 {
 		text += "at most "
 	}
-	text += "about " + roughly(callsTake(2*(left+u.Queue.WaitingTenants), rate)) + " to go"
-	if u.Breaker.State != "closed" {
-		text += "; paused"
-		if u.Breaker.Reason != nil {
-			text += ": " + u.Breaker.Reason.Detail
-		}
-	}
-	return text
+	return text + "about " + roughly(callsTake(2*(left+u.Queue.WaitingTenants), rate)) + " to go"
 }
+
+// halted says that no work is done at Clarifai, so that nobody knows how long it takes.
+func halted(u client.Upstream) bool { return u.Queue.EtaSeconds == nil }
 
 // show shows how far it is; done of less than 0 means that it is not known anew.
 func (r *importRun) show(done int, text string) {

@@ -129,6 +129,21 @@ func TestTenantCommands(t *testing.T) {
 	var up struct{ Operator string }
 	ops.read(&up, "upstream")
 
+	admin.exits(2, words("upstream pause"), "--reason")
+	admin.exits(2, words("upstream pause some --reason x"), "all", "removals")
+	ops.exits(5, words("upstream pause --reason x"), "role_forbidden")
+	_, log = admin.exits(0, words("upstream pause --reason incident-7"))
+	if !strings.Contains(log, "incident-7") || !strings.Contains(log, "go on working") {
+		t.Errorf("pause says %q", log)
+	}
+	ops.exits(0, words("upstream"), "paused by an operator", "all work", "incident-7", "unknown: no work is done at Clarifai")
+	admin.exits(0, words("upstream pause removals --reason incident-7"))
+	ops.exits(0, words("upstream"), "removals since")
+	admin.exits(0, words("upstream resume"))
+	if out, _ := ops.exits(0, words("upstream")); strings.Contains(out, "incident-7") {
+		t.Errorf("after resume, upstream shows\n%s", out)
+	}
+
 	saas.exits(0, words("tenant create user_2"))
 	if out, log := ops.exits(0, words("tenant list --limit 1")); strings.Count(out, "\n") != 2 || !strings.Contains(out, "user_1") || !strings.Contains(log, "there are more") {
 		t.Errorf("list --limit 1 prints\n%s%s", out, log)

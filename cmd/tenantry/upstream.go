@@ -93,8 +93,18 @@ func shownPause(p client.UpstreamPause, now time.Time) string {
 type upstreamPauseCmd struct {
 	apiFlags
 	outputFlags
-	Scope  client.UpstreamPauseScope `arg:"" optional:"" enum:"all,removals" default:"all" help:"What to pause: ${enum}. Removals are those of apps; keys still end."`
-	Reason string                    `required:"" placeholder:"TEXT" help:"Why; shown wherever work waits, and kept in the audit log."`
+	Scope  pauseScope `arg:"" optional:"" default:"all" help:"What to pause: all or removals. Removals are those of apps; keys still end."`
+	Reason string     `required:"" placeholder:"TEXT" help:"Why; shown wherever work waits, and kept in the audit log."`
+}
+
+// A pauseScope refuses what is none: the parser takes the default for an argument that is in no enum.
+type pauseScope client.UpstreamPauseScope
+
+func (s *pauseScope) UnmarshalText(text []byte) error {
+	if *s = pauseScope(text); !client.UpstreamPauseScope(*s).Valid() {
+		return fmt.Errorf("%q is not all or removals", text)
+	}
+	return nil
 }
 
 func (upstreamPauseCmd) Help() string {
@@ -108,7 +118,7 @@ func (c upstreamPauseCmd) Run(ctx context.Context, e env) error {
 	if err != nil {
 		return err
 	}
-	got, err := answer[client.UpstreamPauseChange](api.PauseUpstream(ctx, client.UpstreamPauseRequest{Scope: &c.Scope, Reason: c.Reason}))
+	got, err := answer[client.UpstreamPauseChange](api.PauseUpstream(ctx, client.UpstreamPauseRequest{Scope: new(client.UpstreamPauseScope(c.Scope)), Reason: c.Reason}))
 	if err != nil {
 		return err
 	}

@@ -379,6 +379,8 @@ func TestRoles(t *testing.T) {
 		{"POST", "/v1/keys/identify", `{"key":"x"}`, all},
 		{"POST", "/v1/keys/quarantine", `{"key":"x"}`, managers},
 		{"GET", "/v1/upstream", "", all},
+		{"POST", "/v1/upstream/pause", "", []tenant.Role{tenant.Admin}},
+		{"POST", "/v1/upstream/resume", "", []tenant.Role{tenant.Admin}},
 		{"GET", "/v1/profiles", "", all},
 		{"GET", "/v1/pool", "", all},
 	} {
