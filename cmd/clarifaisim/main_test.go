@@ -71,7 +71,7 @@ func start(t *testing.T, args ...string) (url string, stop func() error) {
 	t.Cleanup(func() { _ = stop() })
 	line, err := bufio.NewReader(out).ReadString('\n')
 	if err != nil {
-		t.Fatalf("no line was printed: %v, %v", err, <-ended)
+		t.Fatalf("no line was printed: %v, %v", err, stop())
 	}
 	data, err := os.ReadFile(addrFile)
 	if err != nil {

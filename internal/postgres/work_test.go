@@ -30,8 +30,8 @@ func TestTurns(t *testing.T) {
 			revoking('d', 0, 1, '1 second'), revoking('a', 0, 5, '-1 hour'), revoking('a', 3, 5, '1 hour');
 		INSERT INTO apps (id, profile, profile_revision, state, incarnation)
 		SELECT 'building-' || i, 'default', 'x', 'building', id FROM current_incarnation, generate_series(1, 30) i;
-		INSERT INTO apps (id, profile, profile_revision, state, incarnation, tagging, pending)
-		SELECT 'held-' || i, 'default', 'x', 'held', id, true, true FROM current_incarnation, generate_series(1, 30) i`)
+		INSERT INTO apps (id, profile, profile_revision, state, incarnation, made_at, ready_at, tenant_id, tenant_generation, tagging, pending)
+		SELECT 'held-' || i, 'default', 'x', 'held', id, now(), now(), 'u' || i, 1, true, true FROM current_incarnation, generate_series(1, 30) i`)
 	due := func(slots [tenant.Priorities]int) (is []string) {
 		t.Helper()
 		rows, err := db.DueWork(t.Context(), tenant.KeyWork, slots)
