@@ -10,18 +10,22 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // How often a life begins, and how many changes it is asked for. Every adoptEvery-th
 // tenant takes over an app that was made by hand; rotatedTenants have their keys rotated
-// by one campaign after the other.
+// by one campaign after the other; suspendedTenants are suspended at once, massEvery after they have
+// gone on.
 const (
-	lifeEvery      = 3 * time.Second
-	mostChanges    = 8
-	adoptEvery     = 3
-	appsByHand     = 12
-	rotatedTenants = 4
+	lifeEvery        = 3 * time.Second
+	mostChanges      = 8
+	adoptEvery       = 3
+	appsByHand       = 12
+	rotatedTenants   = 4
+	suspendedTenants = 20
+	massEvery        = 20 * time.Second
 )
 
 // A life is a tenant that one caller takes through changes, one after the other, each
@@ -51,6 +55,8 @@ func (l *load) live(ctx context.Context, r *rand.Rand) {
 	defer all.Wait()
 	campaigns := rand.New(rand.NewPCG(r.Uint64(), 6))
 	all.Go(func() { l.rotateMany(ctx, campaigns) })
+	suspensions := rand.New(rand.NewPCG(r.Uint64(), 8))
+	all.Go(func() { l.suspendMany(ctx, suspensions) })
 	batches := rand.New(rand.NewPCG(r.Uint64(), 7))
 	all.Go(func() { l.importMany(ctx, batches) })
 	ticker := time.NewTicker(lifeEvery)
@@ -254,6 +260,55 @@ func (l *load) rotateMany(ctx context.Context, r *rand.Rand) {
 			one.dead = append(one.dead, was)
 		}
 		l.count("campaigns of rotations")
+	}
+}
+
+// suspendMany suspends many tenants at once again and again, quarantines the key of another in the middle of
+// it, and lets all go on.
+func (l *load) suspendMany(ctx context.Context, r *rand.Rand) {
+	many := make([]*life, suspendedTenants)
+	for i := range many {
+		many[i] = l.begin(r, fmt.Sprintf("suspended_%02d", i))
+	}
+	each := func(change func(i int, one *life) bool) bool {
+		var all sync.WaitGroup
+		var failed atomic.Bool
+		for i, one := range many {
+			all.Go(func() {
+				if !change(i, one) {
+					failed.Store(true)
+				}
+			})
+		}
+		all.Wait()
+		return !failed.Load()
+	}
+	if !each(func(_ int, one *life) bool {
+		if !one.signUp(ctx, "") {
+			return false
+		}
+		one.arrives()
+		return true
+	}) {
+		return
+	}
+	for {
+		if !each(func(i int, one *life) bool {
+			if i == len(many)/2 {
+				return one.quarantine(ctx)
+			}
+			return one.suspend(ctx)
+		}) {
+			return
+		}
+		l.count("mass suspensions with a quarantine")
+		select {
+		case <-ctx.Done():
+			return
+		case <-l.stop:
+			return
+		case <-time.After(massEvery):
+		}
 	}
 }
 

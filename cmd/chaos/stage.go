@@ -49,6 +49,7 @@ type stage struct {
 	clarifai *program
 	running  []*program // replicas
 	pat      string
+	pats     []string // all that there were
 	token    string   // of a provisioner
 	env      []string // of Tenantry
 	admin    string
@@ -143,9 +144,8 @@ func raise(ctx context.Context, dir string, set setting) (s *stage, err error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, err
 	}
-	secret := make([]byte, 16)
-	_, _ = rand.Read(secret) // never fails
-	s = &stage{setting: set, dir: dir, bin: filepath.Dir(self), pat: hex.EncodeToString(secret)}
+	s = &stage{setting: set, dir: dir, bin: filepath.Dir(self)}
+	s.newPAT()
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, s.strike())
@@ -162,6 +162,14 @@ func raise(ctx context.Context, dir string, set setting) (s *stage, err error) {
 		return s, err
 	}
 	return s, s.startTenantry(ctx)
+}
+
+// newPAT makes another PAT.
+func (s *stage) newPAT() {
+	secret := make([]byte, 16)
+	_, _ = rand.Read(secret) // never fails
+	s.pat = hex.EncodeToString(secret)
+	s.pats = append(s.pats, s.pat)
 }
 
 func (s *stage) file(name string) string { return filepath.Join(s.dir, name) }

@@ -70,7 +70,7 @@ func (f *figures) print(out io.Writer) {
 // verify waits until nothing is under way, and takes the figures from Postgres,
 // from the simulator and from what callers were told. It fails if one cannot be
 // taken.
-func (s *stage) verify(ctx context.Context, l *load, n injected, say func(string, ...any)) (*figures, error) {
+func (s *stage) verify(ctx context.Context, l *load, injected map[string]int, say func(string, ...any)) (*figures, error) {
 	restErr := s.rest(ctx)
 	if restErr != nil {
 		say("not everything has come to rest: %v", restErr)
@@ -79,12 +79,10 @@ func (s *stage) verify(ctx context.Context, l *load, n injected, say func(string
 	defer cancel()
 	s.keepCalls(taking) // before our own calls
 	f := &figures{}
-	f.did("replicas killed with kill -9", n.kills)
-	f.did("replicas told to end and started again", n.rolls)
-	f.did("Clarifai restarted", n.clarifaiRestarts)
-	f.did("Clarifai killed", n.clarifaiKills)
-	f.did("Postgres crashed", n.postgresCrashes)
-	f.did("keys that seal the keyset got anew", n.rekeys)
+	for _, i := range injections {
+		f.did(i.name, injected[i.name])
+	}
+	f.did(keysetRotated, injected[keysetRotated])
 	faults := map[string]int{}
 	throttled := 0
 	for _, c := range s.calls {
@@ -440,7 +438,10 @@ func (s *stage) keyring() (*keyring.Keyring, error) { return keyring.Load(s.file
 
 // verifyLogs looks for secrets in what the programs printed.
 func (s *stage) verifyLogs(f *figures, l *load) error {
-	secrets := map[string]string{s.pat: "the PAT", s.token: "a token", s.admin: "a token"}
+	secrets := map[string]string{s.token: "a token", s.admin: "a token"}
+	for _, pat := range s.pats {
+		secrets[pat] = "a PAT"
+	}
 	for id, a := range l.accounts {
 		secrets[a.key] = "the key of " + id
 	}
