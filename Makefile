@@ -5,7 +5,7 @@ GO ?= go
 TOOL := $(GO) tool -modfile=tools.mod
 FUZZTIME ?= 20s
 HISTORIES ?= 300
-SERIES := ^(TestCrash|TestHistories|TestLostAnswers|TestSharedCallsThatFail|TestBuildSurvivesFaults)$$
+SERIES := ^(TestCrash|TestHistories|TestAnyOrder|TestLostAnswers|TestSharedCallsThatFail|TestBuildSurvivesFaults)$$
 BASE ?= HEAD~1
 BENCH ?= LookUp|SignUpPooled|Layers
 BENCHTIME ?= 1000x
