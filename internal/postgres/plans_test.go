@@ -275,7 +275,7 @@ func hotPaths(n int) []hotPath {
 		}},
 		{name: "measure", do: func(ctx context.Context, db *postgres.DB) error {
 			_, _, err := db.Pools(ctx, []string{"default", "pro"})
-			return errors.Join(err, ignore(db.CountTenants(ctx)), ignore(db.RecoveryStatus(ctx)), ignore(db.Upstream(ctx, []byte("pat"))),
+			return errors.Join(err, ignore(db.TenantCounts(ctx)), db.FoldTenantCounts(ctx), ignore(db.RecoveryStatus(ctx)), ignore(db.Upstream(ctx, []byte("pat"))),
 				ignore(db.CountCampaigns(ctx)), ignore(db.LiveProfiles(ctx)))
 		}},
 		{name: "follow", do: func(ctx context.Context, db *postgres.DB) error {
