@@ -99,7 +99,7 @@ func insertCampaign(ctx context.Context, tx pgx.Tx, n tenant.NewCampaign, actor 
 			FROM inserted
 		)
 		SELECT * FROM inserted`,
-		append([]any{n.ID, n.Kind, n.Filter, overlap, n.Revision, actor.Name, actor.RequestID, n.Filter.Fields()}, args...)...)
+		append([]any{planForValues, n.ID, n.Kind, n.Filter, overlap, n.Revision, actor.Name, actor.RequestID, n.Filter.Fields()}, args...)...)
 	return oneCampaign(rows)
 }
 

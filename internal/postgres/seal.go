@@ -87,12 +87,14 @@ func (db *DB) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.
 // pending, whatever for. It returns how many it gave.
 func (db *DB) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
 	// One condition at a time: with both the planner may read all held apps for the few that are left.
-	const upTo = `LIMIT greatest(0, $2 - (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'held' AND pending LIMIT $2) busy)) FOR UPDATE SKIP LOCKED`
+	const left = `$2 - (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'held' AND pending LIMIT $2) busy)`
 	tag, err := db.pool.Exec(ctx, `
 		WITH older AS MATERIALIZED (
-			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id = ANY ($1::bigint[]) ORDER BY marker_key_id `+upTo+`
+			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id = ANY ($1::bigint[]) ORDER BY marker_key_id
+			LIMIT greatest(0, `+left+`) FOR UPDATE SKIP LOCKED
 		), unknown AS MATERIALIZED (
-			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id IS NULL AND NOT EXISTS (SELECT FROM older) `+upTo+`
+			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id IS NULL
+			LIMIT greatest(0, `+left+` - (SELECT count(*) FROM older)) FOR UPDATE SKIP LOCKED
 		)
 		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()
 		WHERE id = ANY (ARRAY(SELECT id FROM older UNION ALL SELECT id FROM unknown)) AND marked_at IS NOT NULL`, planForValues, bigints(by), most)

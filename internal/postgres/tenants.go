@@ -31,7 +31,7 @@ var problemSQL = `coalesce(t.problem, CASE
 		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') OR t.state = 'deleting' AND (` + waitsForPurge + ` OR NOT ` + keysDead + `)
 			THEN coalesce(` + upstreamHalted + `) END,
 		CASE WHEN t.state = 'purging' OR t.state = 'deleting' AND ` + waitsForPurge + ` THEN ` + pauseProblem + ` END,
-		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND ` + ofRow("a") + `),
+		(SELECT CASE WHEN ` + ofRow("a") + ` THEN a.problem END FROM apps a WHERE a.id = t.app_id),
 		(SELECT k.problem FROM keys k
 		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND ` + ofRow("k") + `
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`
