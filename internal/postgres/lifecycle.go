@@ -522,14 +522,16 @@ func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 // settled in the transaction that ends the key. Otherwise the other transaction settles the tenant, or a
 // later call ends the key. It waits for no lock, and so may lock keys before tenants.
 func lockDueKeys(ctx context.Context, tx pgx.Tx, where string) (ids []uuid.UUID, owners []tenant.ID, err error) {
-	rows, _ := tx.Query(ctx, `SELECT id, app_id, state FROM keys WHERE `+where+` LIMIT $1 FOR UPDATE SKIP LOCKED`, maxDueKeys)
+	rows, _ := tx.Query(ctx, `
+		SELECT id, app_id, state = 'creating' AND EXISTS (SELECT FROM tenants t WHERE t.app_id = keys.app_id)
+		FROM keys WHERE `+where+` LIMIT $1 FOR UPDATE SKIP LOCKED`, maxDueKeys)
 	creating := map[tenant.AppID][]uuid.UUID{}
 	var apps []tenant.AppID
 	var id uuid.UUID
 	var app tenant.AppID
-	var state tenant.KeyState
-	if _, err := pgx.ForEachRow(rows, []any{&id, &app, &state}, func() error {
-		if state == tenant.KeyCreating {
+	var waitedFor bool
+	if _, err := pgx.ForEachRow(rows, []any{&id, &app, &waitedFor}, func() error {
+		if waitedFor {
 			creating[app], apps = append(creating[app], id), append(apps, app)
 		} else {
 			ids = append(ids, id)
