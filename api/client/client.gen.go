@@ -1956,7 +1956,7 @@ type Upstream struct {
 		// ImportEtaSeconds The same with those that wait in the background, if each call makes one app or one key. Missing while no work is done.
 		ImportEtaSeconds *float32 `json:"import_eta_seconds,omitempty"`
 
-		// ImportingTenants Tenants beside those that wait in the background, from batches. If more than 10,000 of a profile wait, an estimate.
+		// ImportingTenants Tenants beside those that wait in the background, from batches.
 		ImportingTenants   int        `json:"importing_tenants"`
 		OldestWaitingSince *time.Time `json:"oldest_waiting_since,omitempty"`
 
@@ -2700,9 +2700,9 @@ type ClientInterface interface {
 
 	// ListProfiles The profiles, and how many tenants are on which revision
 	//
-	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
-	// counted. Roles: all.
+	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`.
+	// A tenant whose app is still being built is `waiting`; a tenant that is deleted is not counted. Until `tenantry
+	// migrate up` has counted the existing tenants after an upgrade: 503 `counting`. Roles: all.
 	//
 	// Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
 	ListProfiles(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error)
@@ -3647,9 +3647,9 @@ func (c *Client) ListPools(ctx context.Context, reqEditors ...RequestEditorFn) (
 
 // ListProfiles The profiles, and how many tenants are on which revision
 //
-// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
-// counted. Roles: all.
+// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`.
+// A tenant whose app is still being built is `waiting`; a tenant that is deleted is not counted. Until `tenantry
+// migrate up` has counted the existing tenants after an upgrade: 503 `counting`. Roles: all.
 //
 // Corresponds with GET /v1/profiles (the `ListProfiles` operationId).
 func (c *Client) ListProfiles(ctx context.Context, reqEditors ...RequestEditorFn) (*http.Response, error) {
@@ -7803,9 +7803,9 @@ type ClientWithResponsesInterface interface {
 
 	// ListProfilesWithResponse The profiles, and how many tenants are on which revision
 	//
-	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-	// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
-	// counted. Roles: all.
+	// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`.
+	// A tenant whose app is still being built is `waiting`; a tenant that is deleted is not counted. Until `tenantry
+	// migrate up` has counted the existing tenants after an upgrade: 503 `counting`. Roles: all.
 	//
 	// Returns a wrapper object for the known response body format(s).
 	//
@@ -17880,9 +17880,9 @@ func (c *ClientWithResponses) ListPoolsWithResponse(ctx context.Context, reqEdit
 
 // ListProfilesWithResponse The profiles, and how many tenants are on which revision
 //
-// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`:
-// every replica counts at most once in 15 seconds, and the more seldom the longer it takes. A tenant whose app is still being built is `waiting`; a tenant that is deleted is not
-// counted. Roles: all.
+// The profiles that the replica that answers was started with, by name. The counts are exact as of `counted_at`.
+// A tenant whose app is still being built is `waiting`; a tenant that is deleted is not counted. Until `tenantry
+// migrate up` has counted the existing tenants after an upgrade: 503 `counting`. Roles: all.
 //
 // Returns a wrapper object for the known response body format(s).
 //

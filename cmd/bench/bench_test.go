@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"encoding/csv"
 	"encoding/json"
 	"encoding/xml"
@@ -114,6 +115,31 @@ func TestReport(t *testing.T) {
 }
 
 // What is sent is one request of the length that it says, whichever tool sends it.
+// A failed row is reported, and the run goes on: the files have the other rows.
+func TestFailedRow(t *testing.T) {
+	t.Parallel()
+	var out bytes.Buffer
+	b := &bench{out: &out}
+	if err := b.failed(t.Context(), "reveal", io.ErrUnexpectedEOF); err != nil || len(b.failures) != 1 || !strings.Contains(out.String(), "reveal") {
+		t.Errorf("a failed row: %v, %v, %q", err, b.failures, out.String())
+	}
+	stopped, stop := context.WithCancel(t.Context())
+	stop()
+	if err := b.failed(stopped, "reveal", io.ErrUnexpectedEOF); !errors.Is(err, io.ErrUnexpectedEOF) {
+		t.Errorf("a row of a run that was stopped: %v", err)
+	}
+	rows := []row{{name: bare}, {name: "reveal", against: pgRead, target: 1, targetOf: bare}}
+	all := samples{{row: rows[0], connections: targetAt, round: 1, requests: 100, perSecond: 12}}
+	all.table(&out, rows, targetAt)
+	name := filepath.Join(t.TempDir(), "bench")
+	if err := all.writeFiles(name, "wrk", rows); err != nil {
+		t.Fatal(err)
+	}
+	if plot, err := os.ReadFile(name + ".svg"); err != nil || strings.Contains(string(plot), "NaN") {
+		t.Errorf("the plot: %v, %s", err, plot)
+	}
+}
+
 func TestRequests(t *testing.T) {
 	t.Parallel()
 	for name, r := range map[string]requests{

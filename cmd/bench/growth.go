@@ -78,7 +78,10 @@ func (b *bench) measureGrowth(ctx context.Context, many int) error {
 				for _, g := range sizes {
 					got, err := b.measure(ctx, g.rows[i], n, b.during(targetAt))
 					if err != nil {
-						return fmt.Errorf("%s with %d tenants at %d connections: %w", g.rows[i].name, g.tenants, n, err)
+						if err := b.failed(ctx, fmt.Sprintf("%s with %d tenants at %d connections", g.rows[i].name, g.tenants, n), err); err != nil {
+							return err
+						}
+						continue
 					}
 					got.row, got.connections, got.round, got.tenants = g.rows[i], n, round+1, g.tenants
 					taken = append(taken, got)

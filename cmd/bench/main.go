@@ -51,15 +51,27 @@ const (
 
 // A bench is one run: how it measures, and what.
 type bench struct {
-	short   bool
-	tool    loader
-	pgbench string
-	results string // how the files are named that it writes
-	profile bool
-	only    *regexp.Regexp // the rows that are measured, besides the baselines
-	out     io.Writer
-	stage   *stage
-	figures []figure
+	short    bool
+	tool     loader
+	pgbench  string
+	results  string // how the files are named that it writes
+	profile  bool
+	only     *regexp.Regexp // the rows that are measured, besides the baselines
+	out      io.Writer
+	stage    *stage
+	figures  []figure
+	failures []error // of rows
+}
+
+// failed reports a row that failed. The run goes on, unless it was stopped: then failed returns err.
+func (b *bench) failed(ctx context.Context, what string, err error) error {
+	err = fmt.Errorf("%s: %w", what, err)
+	if ctx.Err() != nil {
+		return err
+	}
+	b.say("FAILED: %v", err)
+	b.failures = append(b.failures, err)
+	return nil
 }
 
 func (b *bench) say(format string, args ...any) { _, _ = fmt.Fprintf(b.out, format+"\n", args...) }
@@ -136,7 +148,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, out io.
 	if err != nil {
 		return err
 	}
-	return measure(ctx)
+	err = measure(ctx)
+	return errors.Join(append(b.failures, err)...)
 }
 
 // lastLine is where programs say what went wrong.

@@ -169,7 +169,9 @@ func (all samples) plot(rows []row) string {
 	}
 	for _, r := range rows {
 		for _, n := range connections {
-			most, least = max(most, rate(r, n)), min(least, rate(r, n))
+			if v := rate(r, n); v > 0 { // not NaN: the row has not failed
+				most, least = max(most, v), min(least, v)
+			}
 			if v := ratio(r, n); v > highest {
 				highest = v
 			}

@@ -56,7 +56,9 @@ func (b *bench) measureRows(ctx context.Context) error {
 		return err
 	}
 	if err := b.measureStart(ctx, main); err != nil {
-		return fmt.Errorf("measure the start: %w", err)
+		if err := b.failed(ctx, "measure the start", err); err != nil {
+			return err
+		}
 	}
 	rows, closeBare, err := b.rows(ctx, main)
 	if err != nil {
@@ -69,13 +71,17 @@ func (b *bench) measureRows(ctx context.Context) error {
 
 	b.say("%d cores, shared with the load: %s and pgbench; %d round(s) of %s each at %d connections", runtime.NumCPU(), b.tool, b.rounds(), b.during(targetAt), targetAt)
 	for _, r := range rows { // once unseen: connections are opened, statements prepared, pages read
+		var err error
 		if r.warm != nil {
-			if err := r.warm(ctx); err != nil {
-				return fmt.Errorf("%s: %w", r.name, err)
-			}
+			err = r.warm(ctx)
 		}
-		if _, err := b.measure(ctx, r, 8, time.Second); err != nil {
-			return fmt.Errorf("%s: %w", r.name, err)
+		if err == nil {
+			_, err = b.measure(ctx, r, 8, time.Second)
+		}
+		if err != nil {
+			if err := b.failed(ctx, r.name, err); err != nil {
+				return err
+			}
 		}
 	}
 	var taken samples
@@ -89,7 +95,10 @@ func (b *bench) measureRows(ctx context.Context) error {
 				got, err := b.measure(ctx, r, n, b.during(n))
 				profiled()
 				if err != nil {
-					return fmt.Errorf("%s at %d connections: %w", r.name, n, err)
+					if err := b.failed(ctx, fmt.Sprintf("%s at %d connections", r.name, n), err); err != nil {
+						return err
+					}
+					continue
 				}
 				got.row, got.connections, got.round = r, n, round+1
 				taken = append(taken, got)
@@ -104,11 +113,15 @@ func (b *bench) measureRows(ctx context.Context) error {
 		}
 	}
 	if err := b.measureThrottled(ctx, main); err != nil {
-		return fmt.Errorf("measure sign-ups while Clarifai is slow: %w", err)
+		if err := b.failed(ctx, "measure sign-ups while Clarifai is slow", err); err != nil {
+			return err
+		}
 	}
 	if !b.short {
 		if err := b.measureMemory(ctx, main); err != nil {
-			return fmt.Errorf("measure the memory: %w", err)
+			if err := b.failed(ctx, "measure the memory", err); err != nil {
+				return err
+			}
 		}
 	}
 	return b.finish(taken, rows)

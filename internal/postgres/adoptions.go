@@ -231,7 +231,7 @@ func (db *DB) HoldAdopted(ctx context.Context, a tenant.LeasedAdoption, key tena
 			INSERT INTO apps AS a (id, user_id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, pending)
 			VALUES ($1, nullif($2, ''), $3, $4, 'held', $5, $6, now(), now(), true)
 			ON CONFLICT (id) DO UPDATE
-			SET state = 'held', tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation, made_at = coalesce(a.made_at, now()),
+			SET state = 'held', profile = excluded.profile, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation, made_at = coalesce(a.made_at, now()),
 				ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL, pending = true, attempts = 0, problem = NULL, next_attempt_at = now(), updated_at = now()
 			WHERE a.state = 'retired'`,
 			a.AppID, a.AppUserID, a.Profile, tenant.AdoptedRevision, a.TenantID, generation)

@@ -234,7 +234,7 @@ func (db *DB) ClaimPATCheck(ctx context.Context, fingerprint []byte, in time.Dur
 
 // Upstream reads the budget and what is queued for it, as a replica with the PAT
 // of that fingerprint sees it. It counts up to mostCounted of each: of tenants, in each profile. If more
-// tenants wait in the background, it estimates them.
+// tenants wait in the background, their number is that of tenant_counts.
 func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, error) {
 	var s tenant.UpstreamStatus
 	var paused, oldest *time.Time
@@ -260,8 +260,8 @@ func (db *DB) Upstream(ctx context.Context, pat []byte) (tenant.UpstreamStatus, 
 			refused.problem, coalesce(`+workProblem+`, (SELECT `+recoveryProblem+` FROM current_incarnation WHERE recovery = 'stopped'),
 				refused.problem, CASE WHEN b.pauses > 0 THEN b.pause_reason END),
 			q.waiting, q.oldest,
-			CASE WHEN q.more THEN greatest(q.importing, (SELECT n - q.waiting FROM (`+estimatedTenants+`) estimated WHERE state = 'provisioning'))
-				ELSE q.importing END,
+			CASE WHEN q.more THEN greatest(q.importing, (SELECT sum(n) FROM tenant_counts WHERE state = 'provisioning' AND background))
+				ELSE q.importing END::bigint,
 			`+countUpTo(`apps WHERE state = 'building'`)+`,
 			`+countUpTo(`keys WHERE state = 'revoking'`)+`,
 			`+countUpTo(`apps WHERE state = 'purging'`)+`,

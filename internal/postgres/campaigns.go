@@ -3,6 +3,7 @@ package postgres
 import (
 	"context"
 	"errors"
+	"strings"
 	"time"
 
 	"github.com/google/uuid"
@@ -98,21 +99,28 @@ func insertCampaign(ctx context.Context, tx pgx.Tx, n tenant.NewCampaign, actor 
 			FROM inserted
 		)
 		SELECT * FROM inserted`,
-		append([]any{n.ID, n.Kind, n.Filter, overlap, n.Revision, actor.Name, actor.RequestID, n.Filter.Fields()}, args...)...)
+		append([]any{planForValues, n.ID, n.Kind, n.Filter, overlap, n.Revision, actor.Name, actor.RequestID, n.Filter.Fields()}, args...)...)
 	return oneCampaign(rows)
 }
 
+// rotationRetry is how long a key that is too old is left alone after its rotation came to nothing.
+const rotationRetry = 24 * time.Hour
+
+// sweeper is who creates the campaigns of StartDueRotation.
+const sweeper = "worker"
+
 // StartDueRotation begins a rotation of the keys that are too old, unless there is
-// none or such a campaign is open. It reports whether it did.
+// none or such a campaign is open. It reports whether it did. It reads no keys of other profiles.
 func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (bool, error) {
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
 		_, err := insertCampaign(ctx, tx, n, actor, `
 			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
 			AND EXISTS (
 				SELECT FROM keys k JOIN tenants t ON t.app_id = k.app_id
-				WHERE k.state = 'active' AND k.activated_at <= now() - $9::interval AND t.profile = $10 AND t.state = 'active' AND t.app_user_id IS NULL
-					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND o.state IN ('creating', 'retiring')))`,
-			n.Filter.OlderThan, n.Filter.Profile)
+				WHERE k.state = 'active' AND k.profile = $10 AND k.activated_at <= now() - $9::interval AND t.profile = $10 AND t.state = 'active'
+					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND (o.state IN ('creating', 'retiring')
+						OR o.replaces = k.id AND o.updated_at > now() - $11::interval)))`,
+			n.Filter.OlderThan, n.Filter.Profile, rotationRetry)
 		return err
 	})
 	if errors.Is(err, tenant.NotFound) {
@@ -240,24 +248,32 @@ type walkedKey struct {
 }
 
 // walk reads up to limit keys of the window after a key. Keys that were activated
-// after before are not selected.
-func (db *DB) walk(ctx context.Context, f tenant.KeyFilter, before time.Time, after string, limit int) (w window, err error) {
+// after before are not selected. If due is set, the filter is that of StartDueRotation: walk reads only keys
+// of that profile and age, the oldest first.
+func (db *DB) walk(ctx context.Context, f tenant.KeyFilter, due bool, before time.Time, after string, limit int) (w window, err error) {
 	labels := f.Labels
 	if labels == nil {
 		labels = map[string]string{}
 	}
+	const last = `coalesce(nullif($1, '')::uuid, '00000000-0000-0000-0000-000000000000')`
+	where, order := `id > `+last, `id`
+	if due {
+		order = `activated_at, id`
+		where = `state = 'active' AND profile = $6 AND activated_at <= $3::timestamptz - $4::interval
+			AND (activated_at, id) > (coalesce((SELECT activated_at FROM keys WHERE id = nullif($1, '')::uuid), '-infinity'), ` + last + `)`
+	}
 	rows, _ := db.pool.Query(ctx, `
 		WITH seen AS MATERIALIZED (
-			SELECT id, app_id, name, state, activated_at FROM keys
-			WHERE id > coalesce(nullif($1, '')::uuid, '00000000-0000-0000-0000-000000000000') ORDER BY id LIMIT $2
+			SELECT id, app_id, name, state, activated_at FROM keys WHERE `+where+` ORDER BY `+order+` LIMIT $2
 		), selected AS (
-			SELECT s.id, s.app_id, s.name FROM seen s JOIN tenants t ON t.app_id = s.app_id
+			SELECT s.* FROM seen s JOIN tenants t ON t.app_id = s.app_id
 			WHERE s.state = 'active' AND s.activated_at <= $3::timestamptz - $4::interval AND ($5 = '' OR s.name = $5)
 				AND ($6 = '' OR t.profile = $6) AND t.labels @> $7::jsonb
 		)
-		SELECT coalesce((SELECT id::text FROM seen ORDER BY id DESC LIMIT 1), ''), (SELECT count(*) FROM selected), few.*
-		FROM (SELECT) one LEFT JOIN (SELECT * FROM selected ORDER BY id LIMIT $8) few ON true ORDER BY few.id`,
-		after, walkWindow, before, f.OlderThan, f.KeyName, f.Profile, labels, limit)
+		SELECT coalesce((SELECT id::text FROM seen ORDER BY `+strings.ReplaceAll(order, ",", " DESC,")+` DESC LIMIT 1), ''), (SELECT count(*) FROM selected),
+			few.id, few.app_id, few.name
+		FROM (SELECT) one LEFT JOIN (SELECT * FROM selected ORDER BY `+order+` LIMIT $8) few ON true ORDER BY `+order,
+		planForValues, after, walkWindow, before, f.OlderThan, f.KeyName, f.Profile, labels, limit)
 	var id *uuid.UUID
 	var app *tenant.AppID
 	var name *string
@@ -278,7 +294,7 @@ func (db *DB) CountKeys(ctx context.Context, f tenant.KeyFilter) (int, error) {
 	}
 	total := 0
 	for after := ""; ; {
-		w, err := db.walk(ctx, f, now, after, 0)
+		w, err := db.walk(ctx, f, false, now, after, 0)
 		if err != nil || w.last == "" {
 			return total, err
 		}
@@ -296,7 +312,7 @@ func (db *DB) CountCampaign(ctx context.Context, c tenant.Campaign) (tenant.Camp
 	}
 	var w window
 	if c.Kind == tenant.RotateKeys {
-		if w, err = db.walk(ctx, c.Filter, c.CreatedAt, after, 0); err != nil {
+		if w, err = db.walk(ctx, c.Filter, c.CreatedBy == sweeper, c.CreatedAt, after, 0); err != nil {
 			return c, err
 		}
 	} else if err := db.pool.QueryRow(ctx, `
@@ -396,7 +412,7 @@ func (db *DB) RotateSome(ctx context.Context, c tenant.Campaign, ids []uuid.UUID
 	if err := db.pool.QueryRow(ctx, `SELECT cursor FROM campaigns WHERE id = $1`, c.ID).Scan(&after); err != nil {
 		return c, translate("read campaign", err)
 	}
-	w, err := db.walk(ctx, c.Filter, c.CreatedAt, after, len(ids))
+	w, err := db.walk(ctx, c.Filter, c.CreatedBy == sweeper, c.CreatedAt, after, len(ids))
 	if err != nil {
 		return c, err
 	}

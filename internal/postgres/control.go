@@ -289,7 +289,8 @@ func (db *DB) changeRecovery(ctx context.Context, what string, change func(pgx.T
 	return is, translate(what, err)
 }
 
-// RecoveryStatus is Recovery, with counts of the work that waits for its end.
+// RecoveryStatus is Recovery, with counts of the work that waits for its end. Outside recovery mode no
+// work waits, and none is counted.
 func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 	var report *uuid.UUID
 	var undecided, removals, campaigns, keys int
@@ -299,17 +300,16 @@ func (db *DB) RecoveryStatus(ctx context.Context) (tenant.Recovery, error) {
 		SELECT `+recoveryColumns+`, (SELECT report.id FROM report),
 			EXISTS (SELECT FROM report JOIN reconciliations USING (id) WHERE state = 'done'),
 			(SELECT count(*) FROM reconciliation_items i JOIN report ON report.id = i.reconciliation_id WHERE i.action = 'decide' AND i.state = 'open'),
-			(SELECT count(*) FROM apps a WHERE a.state = 'retained' AND a.purge_after <= now()) + (SELECT count(*) FROM apps a WHERE a.state = 'purging' AND a.tenant_id IS NOT NULL),
-			(SELECT count(*) FROM campaigns WHERE ended_at IS NULL),
-			(SELECT count(*) FROM keys k JOIN apps a ON a.id = k.app_id
-				WHERE k.state = 'creating' AND k.incarnation <> current_incarnation.id AND a.state = 'held')
+			CASE WHEN recovery IS NULL THEN 0 ELSE (SELECT count(*) FROM apps a WHERE a.state = 'retained' AND a.purge_after <= now())
+				+ (SELECT count(*) FROM apps a WHERE a.state = 'purging' AND a.tenant_id IS NOT NULL) END,
+			CASE WHEN recovery IS NULL THEN 0 ELSE (SELECT count(*) FROM campaigns WHERE ended_at IS NULL) END,
+			CASE WHEN recovery IS NULL THEN 0 ELSE (SELECT count(*) FROM keys k JOIN apps a ON a.id = k.app_id
+				WHERE k.state = 'creating' AND k.incarnation <> current_incarnation.id AND a.state = 'held') END
 		FROM current_incarnation`), &report, &done, &undecided, &removals, &campaigns, &keys)
 	if report != nil {
 		r.Report = *report
 	}
 	r.ReportDone, r.Undecided = done, undecided
-	if r.Active() {
-		r.Waiting = tenant.RecoveryWaiting{Removals: removals, Campaigns: campaigns, Keys: keys}
-	}
+	r.Waiting = tenant.RecoveryWaiting{Removals: removals, Campaigns: campaigns, Keys: keys}
 	return r, translate("read recovery mode", err)
 }

@@ -2,45 +2,174 @@ package postgres_test
 
 import (
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/tenantry/tenantry/internal/postgres"
 	"github.com/tenantry/tenantry/internal/postgres/pgtest"
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// Few tenants of a state are counted, many are estimated: within a tenth, which is more
-// than Postgres's sample is off.
-func TestCountTenants(t *testing.T) {
+// counted returns what TenantCounts must return, by reading all tenants.
+func counted(t *testing.T, conn *pgx.Conn) []tenant.TenantCount {
+	t.Helper()
+	rows, _ := conn.Query(t.Context(), `
+		SELECT t.profile, coalesce(a.profile_revision, ''), t.state, t.background, count(*)
+		FROM tenants t LEFT JOIN apps a ON a.id = t.app_id GROUP BY 1, 2, 3, 4 ORDER BY 1, 2, 3, 4`)
+	counts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.TenantCount])
+	if err != nil {
+		t.Fatal(err)
+	}
+	return counts
+}
+
+// The number of tenants is exact after each change, whoever makes it and whatever happens at the same time.
+func TestTenantCounts(t *testing.T) {
 	t.Parallel()
 	url := pgtest.URL(t)
 	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
-	if counts, err := db.CountTenants(t.Context()); err != nil || len(counts) != 0 {
-		t.Errorf("without tenants it counts %v, %v", counts, err)
-	}
-	add := func(from, to int) {
+	check := func(after string) {
 		t.Helper()
-		if _, err := conn.Exec(t.Context(), `
-			INSERT INTO tenants (id, profile, state, attributes_hash)
-			SELECT 'u' || i, 'default', CASE WHEN i % 20 = 0 THEN 'deleted' ELSE 'provisioning' END, decode(repeat('00', 64), 'hex')
-			FROM generate_series($1::int, $2) i`, from, to); err != nil {
-			t.Fatal(err)
+		counts, err := db.TenantCounts(t.Context())
+		if diff := cmp.Diff(counted(t, conn), counts, cmpopts.EquateEmpty()); err != nil || diff != "" {
+			t.Errorf("after %s: %v, (- counted, + got):\n%s", after, err, diff)
 		}
 	}
-	add(1, 40_000)
-	if _, err := conn.Exec(t.Context(), `ANALYZE tenants`); err != nil {
+	exec := func(sql string) {
+		t.Helper()
+		if _, err := conn.Exec(t.Context(), sql); err != nil {
+			t.Fatalf("%v: %s", err, sql)
+		}
+	}
+	check("nothing")
+	readyApps(t, conn, 3)
+	pooled := newTenant("pooled")
+	pooled.Profile.PoolMax = 20
+	exec(`INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses) VALUES ('default', 'x', 3, now(), 0, 0, 0)`)
+	for name, do := range map[string]func() error{
+		"a sign-up from the pool": func() error { return ignore(db.SignUp(t.Context(), pooled, actor)) },
+		"a sign-up":               func() error { return ignore(db.SignUp(t.Context(), newTenant("alone"), actor)) },
+		"an import": func() error {
+			batch := tenant.NewBatch{Tenants: []tenant.NewTenant{newTenant("import-1"), newTenant("import-2"), newTenant("pooled")}}
+			return ignore(db.SignUpMany(t.Context(), batch, actor))
+		},
+	} {
+		if err := do(); err != nil {
+			t.Fatal(err)
+		}
+		check(name)
+	}
+	for _, sql := range []string{
+		`UPDATE tenants SET background = NOT background WHERE id LIKE 'import-%'`,
+		`UPDATE apps SET profile_revision = 'y' WHERE tenant_id = 'pooled'`,
+		`UPDATE tenants SET state = 'suspending' WHERE id = 'pooled'`,
+		`UPDATE tenants SET state = 'deleted', app_id = NULL WHERE id = 'pooled'`,
+		`UPDATE tenants SET profile = 'narrow', display_name = 'x'`,
+		`DELETE FROM tenants WHERE id = 'import-1'`,
+	} {
+		exec(sql)
+		check(sql)
+	}
+
+	// What several callers do at once, while the changes are added up and all tenants are counted again.
+	const tenants = 20
+	for i := range tenants {
+		changing(t, conn, tenant.ID(fmt.Sprint("busy-", i)), tenant.Active)
+	}
+	var working sync.WaitGroup
+	for range 4 {
+		working.Go(func() {
+			for range 150 {
+				n := rand.IntN(tenants)
+				if err := db.InTx(t.Context(), func(tx pgx.Tx) error {
+					if _, err := tx.Exec(t.Context(), `SELECT FROM tenants WHERE id = $1 FOR UPDATE`, fmt.Sprint("busy-", n)); err != nil {
+						return err
+					}
+					if _, err := tx.Exec(t.Context(), `UPDATE apps SET profile_revision = $2 WHERE tenant_id = $1`, fmt.Sprint("busy-", n), fmt.Sprint(rand.IntN(3))); err != nil {
+						return err
+					}
+					_, err := tx.Exec(t.Context(), `UPDATE tenants SET state = $2 WHERE id = $1`, fmt.Sprint("busy-", n),
+						[]tenant.State{tenant.Active, tenant.Suspending, tenant.Suspended}[rand.IntN(3)])
+					return err
+				}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); working.Wait() }()
+	for working := true; working; {
+		select {
+		case <-done:
+			working = false
+		default:
+		}
+		if err := db.FoldTenantCounts(t.Context()); err != nil {
+			t.Error(err)
+		}
+		exec(`DELETE FROM tenant_counts WHERE state = ''`)
+		if err := postgres.MigrateUp(t.Context(), url); err != nil {
+			t.Error(err)
+		}
+	}
+	check("many changes at once")
+	if n := count(t, conn, `tenant_counts`); n > 600 {
+		t.Errorf("the changes are %d rows: they were not added up", n)
+	}
+}
+
+// Tenants from before the table are counted by `migrate up`, and until then no number is told.
+func TestCountOfExistingTenants(t *testing.T) {
+	t.Parallel()
+	url := pgtest.URL(t)
+	conn, db := pgtest.Conn(t, url), pgtest.OpenURL(t, url)
+	changing(t, conn, "old", tenant.Active)
+	if _, err := conn.Exec(t.Context(), `TRUNCATE tenant_counts`); err != nil {
 		t.Fatal(err)
 	}
-	add(40_001, 60_000) // since Postgres last looked
-	counts, err := db.CountTenants(t.Context())
-	if err != nil || counts[tenant.Deleted] != 3000 || len(counts) != 2 {
-		t.Errorf("it counts %v, %v; want 3000 that are deleted", counts, err)
+	changing(t, conn, "new", tenant.Suspended)
+	if counts, err := db.TenantCounts(t.Context()); !isCounting(err) {
+		t.Errorf("before the count the counts are %v, %v", counts, err)
 	}
-	if n := counts[tenant.Provisioning]; n < 51_300 || n > 62_700 {
-		t.Errorf("of 57000 that wait it estimates %d", n)
+	// The count has its snapshot, and waits for a lock, while another tenant signs up.
+	lock, err := pgtest.Conn(t, url).Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
 	}
+	if _, err := lock.Exec(t.Context(), `SELECT FROM tenant_counts FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	migrated := make(chan error, 1)
+	go func() { migrated <- postgres.MigrateUp(t.Context(), url) }()
+	for count(t, conn, `pg_stat_activity WHERE datname = current_database() AND wait_event = 'transactionid'`) == 0 {
+		select {
+		case err := <-migrated:
+			t.Fatalf("migrate up does not wait: %v", err)
+		default:
+		}
+	}
+	changing(t, conn, "during", tenant.Active)
+	if err := errors.Join(lock.Rollback(t.Context()), <-migrated); err != nil {
+		t.Fatal(err)
+	}
+	counts, err := db.TenantCounts(t.Context())
+	if diff := cmp.Diff(counted(t, conn), counts); err != nil || diff != "" || len(counts) != 2 {
+		t.Errorf("after migrate up: %v, (- counted, + got):\n%s", err, diff)
+	}
+}
+
+func isCounting(err error) bool {
+	e, ok := err.(*tenant.Error)
+	return ok && e.Kind == tenant.Unavailable && e.Code == "counting" && e.RetryAfter > time.Second
 }
 
 // What is counted for requests, for the metrics and with each end of a build does not grow with how many wait.

@@ -174,7 +174,7 @@ func adoptApp(ctx context.Context, tx pgx.Tx, a tenant.AdoptedApp, to tenant.Sta
 		INSERT INTO apps AS a (id, profile, profile_revision, state, tenant_id, tenant_generation, made_at, ready_at, purge_after, tagged_purge_after, pending)
 		VALUES ($1, $2, 'adopted', $3, $4, $5, now(), now(), $6, $7, true)
 		ON CONFLICT (id) DO UPDATE
-		SET state = excluded.state, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation,
+		SET state = excluded.state, profile = excluded.profile, tenant_id = excluded.tenant_id, tenant_generation = excluded.tenant_generation,
 			made_at = coalesce(a.made_at, now()), ready_at = coalesce(a.ready_at, now()), in_doubt_since = NULL,
 			purge_after = excluded.purge_after, tagged_purge_after = excluded.tagged_purge_after, tagging = false, tagging_purge_after = NULL, pending = true,
 			removal_confirmed = false, attempts = 0, problem = NULL, next_attempt_at = now(), leased_until = '-infinity', updated_at = now()

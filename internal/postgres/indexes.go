@@ -25,9 +25,31 @@ const missingAuditIndexes = `
 		WHERE p.inhparent = x.indexrelid AND part.indrelid = t.oid)
 	ORDER BY t.relname DESC, i.relname`
 
-// finishAuditIndexes builds the indexes of the audit log that migrations have declared, without stopping
-// inserts, and drops those that they replace. If it is stopped, the next call continues.
-func (db *DB) finishAuditIndexes(ctx context.Context, report func(line string)) error {
+// An index of a table that is not partitioned, which migrations leave to finishMigrations.
+type index struct{ name, definition string }
+
+// keysByAge is built when all keys have their profile.
+var keysByAge = index{"keys_by_profile_and_age", `keys (profile, activated_at, id) WHERE state = 'active' AND profile IS NOT NULL`}
+
+var lateIndexes = []index{
+	keysByAge,
+	// What `problem=true` lists.
+	{"apps_in_trouble", `apps (state, next_attempt_at) WHERE problem IS NOT NULL`},
+	{"keys_in_trouble", `keys (app_id) WHERE problem IS NOT NULL AND state IN ('creating', 'revoking', 'lost')`},
+	// apps_working has the apps that are removed, too.
+	{"apps_building", `apps (profile, incarnation) WHERE state = 'building'`},
+	{"adoptions_sealed_by", `adoptions (substring(ciphertext from 2 for 4)) WHERE ciphertext IS NOT NULL`},
+	{"quarantines_sealed_by", `quarantines (substring(ciphertext from 2 for 4)) WHERE ciphertext IS NOT NULL`},
+	{"reconciliation_items_open", `reconciliation_items (reconciliation_id, action, kind, state) WHERE state IN ('open', 'failed')`},
+}
+
+// replacedIndexes are the indexes that lateIndexes have replaced.
+const replacedIndexes = `keys_by_age`
+
+// finishMigrations does what would lock tables for long in a migration: it writes what older rows lack,
+// builds indexes without stopping inserts, and drops those that they replace. If it is stopped, the next
+// call continues.
+func (db *DB) finishMigrations(ctx context.Context, report func(line string)) error {
 	pooled, err := db.direct.Acquire(ctx)
 	if err != nil {
 		return translate("connect", err)
@@ -37,30 +59,54 @@ func (db *DB) finishAuditIndexes(ctx context.Context, report func(line string)) 
 	if _, err := conn.Exec(ctx, `SET lock_timeout = 0; SET statement_timeout = 0`); err != nil {
 		return translate("connect", err)
 	}
+	if err := finishAuditIndexes(ctx, conn, report); err != nil {
+		return err
+	}
+	if err := backfill(ctx, conn, report); err != nil {
+		return err
+	}
+	for _, i := range lateIndexes {
+		if err := buildIndex(ctx, conn, i, report); err != nil {
+			return err
+		}
+	}
+	return translate("drop replaced indexes", execBriefly(ctx, conn, `DROP INDEX IF EXISTS `+replacedIndexes))
+}
+
+// indexState reports whether an index is built, and whether its build was stopped.
+func indexState(ctx context.Context, conn *pgx.Conn, name string) (built, broken bool, err error) {
+	err = conn.QueryRow(ctx, `SELECT coalesce(bool_and(indisvalid), false), coalesce(bool_or(NOT indisvalid), false) FROM pg_index WHERE indexrelid = to_regclass($1)`,
+		name).Scan(&built, &broken)
+	return built, broken, translate("read index "+name, err)
+}
+
+// buildIndex builds an index concurrently, unless it is built.
+func buildIndex(ctx context.Context, conn *pgx.Conn, i index, report func(line string)) error {
+	built, broken, err := indexState(ctx, conn, i.name)
+	if err != nil || built {
+		return err
+	}
+	if broken {
+		if _, err := conn.Exec(ctx, `DROP INDEX CONCURRENTLY `+i.name); err != nil {
+			return translate("drop index "+i.name, err)
+		}
+	}
+	report("building the index " + i.name + "; this blocks nothing, and waits for transactions that are open, such as a dump's")
+	_, err = conn.Exec(ctx, `CREATE INDEX CONCURRENTLY `+i.name+` ON `+i.definition)
+	return translate("build index "+i.name, err)
+}
+
+// finishAuditIndexes builds the indexes of the audit log that migrations have declared.
+func finishAuditIndexes(ctx context.Context, conn *pgx.Conn, report func(line string)) error {
 	type part struct{ Name, Definition, Partition, Index string }
 	rows, _ := conn.Query(ctx, missingAuditIndexes)
 	parts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[part])
 	if err != nil {
 		return translate("read indexes of the audit log", err)
 	}
-	if len(parts) > 0 {
-		report(fmt.Sprintf("building indexes of the audit log (%d); this blocks nothing, and waits for transactions that are open, such as a dump's", len(parts)))
-	}
 	for _, p := range parts {
-		var built, broken bool // broken: the build was stopped
-		if err := conn.QueryRow(ctx, `SELECT coalesce(bool_and(indisvalid), false), coalesce(bool_or(NOT indisvalid), false) FROM pg_index WHERE indexrelid = to_regclass($1)`,
-			p.Name).Scan(&built, &broken); err != nil {
-			return translate("read index "+p.Name, err)
-		}
-		if broken {
-			if _, err := conn.Exec(ctx, `DROP INDEX CONCURRENTLY `+p.Name); err != nil {
-				return translate("drop index "+p.Name, err)
-			}
-		}
-		if !built {
-			if _, err := conn.Exec(ctx, fmt.Sprintf(`CREATE INDEX CONCURRENTLY %s ON %s %s`, p.Name, p.Partition, p.Definition)); err != nil {
-				return translate("build index "+p.Name, err)
-			}
+		if err := buildIndex(ctx, conn, index{p.Name, p.Partition + " " + p.Definition}, report); err != nil {
+			return err
 		}
 		if err := execBriefly(ctx, conn, fmt.Sprintf(`ALTER INDEX %s ATTACH PARTITION %s`, p.Index, p.Name)); err != nil {
 			return translate("attach index "+p.Name, err)

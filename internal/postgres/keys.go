@@ -373,6 +373,9 @@ func (db *DB) KeyNotReplaced(ctx context.Context, k tenant.LeasedKey, actor tena
 			detail: map[string]any{"name": k.Name, "reason": tenant.EndDead}}); err != nil {
 			return err
 		}
+		if err := settle(ctx, tx, owner, actor); err != nil {
+			return err
+		}
 		return addFinding(ctx, tx, tenant.Finding{Kind: tenant.FoundKeyGone, AppID: k.AppID, KeyID: k.Replaces, TenantID: owner})
 	})
 	db.changed(owner, "")

@@ -124,30 +124,59 @@ func settle(ctx context.Context, tx pgx.Tx, id tenant.ID, actor tenant.Actor) er
 	return err
 }
 
-// SettleTenants ends the changes of tenants whose keys are as they shall be, should
-// the transaction that made them so not have seen it.
+// maxSettled limits how many tenants of a state one call of SettleTenants reads.
+const maxSettled = 100
+
+// SettleTenants settles tenants that the transactions of their last keys have not settled, such as those
+// whose keys were changed by hand. Each call reads up to maxSettled tenants of each state, where the call
+// before has stopped: its cost does not grow with the tenants that wait for their keys.
 func (db *DB) SettleTenants(ctx context.Context, actor tenant.Actor) error {
-	rows, _ := db.pool.Query(ctx, `
-		SELECT id FROM tenants t WHERE state = 'suspending' AND `+keysDead+`
-			OR state = 'resuming' AND `+noneCreating+`
-		LIMIT 100`)
-	ids, err := pgx.CollectRows(rows, pgx.RowTo[tenant.ID])
-	if err != nil {
-		return translate("find tenants to settle", err)
-	}
-	for _, id := range ids {
-		err := db.inTx(ctx, func(tx pgx.Tx) error {
-			if _, err := tx.Exec(ctx, `SELECT FROM tenants WHERE id = $1 FOR UPDATE`, id); err != nil {
-				return err
-			}
-			return settle(ctx, tx, id, actor)
-		})
+	var failures []error
+	for _, state := range []tenant.State{tenant.Suspending, tenant.Resuming} {
+		ids, err := db.unsettled(ctx, state)
 		if err != nil {
-			return translate("settle tenant", err)
+			failures = append(failures, translate("find tenants to settle", err))
 		}
-		db.changed(id, "")
+		for _, id := range ids {
+			err := db.inTx(ctx, func(tx pgx.Tx) error {
+				if _, err := tx.Exec(ctx, `SELECT FROM tenants WHERE id = $1 FOR UPDATE`, id); err != nil {
+					return err
+				}
+				return settle(ctx, tx, id, actor)
+			})
+			if err != nil {
+				failures = append(failures, translate("settle tenant "+string(id), err))
+			}
+			db.changed(id, "")
+		}
 	}
-	return nil
+	return errors.Join(failures...)
+}
+
+// unsettled returns the tenants in a state that can leave it, of the next maxSettled.
+func (db *DB) unsettled(ctx context.Context, state tenant.State) (ids []tenant.ID, err error) {
+	db.settled.mu.Lock()
+	defer db.settled.mu.Unlock()
+	at := db.settled.up[state]
+	rows, _ := db.pool.Query(ctx, `
+		SELECT t.id, t.created_at, CASE WHEN t.state = 'suspending' THEN `+keysDead+` ELSE `+noneCreating+` END
+		FROM (SELECT * FROM tenants WHERE state = $1 AND (created_at, id) > ($2, $3) ORDER BY created_at, id LIMIT $4) t
+		ORDER BY t.created_at, t.id`, state, at.CreatedAt, at.ID, maxSettled)
+	var ends bool
+	tag, err := pgx.ForEachRow(rows, []any{&at.ID, &at.CreatedAt, &ends}, func() error {
+		if ends {
+			ids = append(ids, at.ID)
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
+		return nil, err
+	case tag.RowsAffected() < maxSettled:
+		at = Position{}
+	}
+	db.settled.up[state] = at
+	return ids, nil
 }
 
 // endKeys ends keys that work or are being made: those of k that where selects, whose
@@ -438,36 +467,86 @@ func (db *DB) BeginPurge(ctx context.Context, a tenant.App, perHour int, actor t
 	return wait, translate("begin to remove app", err)
 }
 
+// maxDueKeys limits how many keys one call of EndDueKeys ends for each reason.
+const maxDueKeys = 200
+
 // EndDueKeys ends the keys whose overlap is over and those that have expired.
 func (db *DB) EndDueKeys(ctx context.Context, actor tenant.Actor) error {
 	var ended int64
+	var settled []tenant.ID
 	err := db.inTx(ctx, func(tx pgx.Tx) error {
-		ended = 0
+		ended, settled = 0, nil
 		for _, due := range []struct {
 			reason tenant.EndReason
 			where  string
 		}{
-			{tenant.EndExpired, `k.id IN (SELECT id FROM keys
-				WHERE state IN ('creating', 'active', 'retiring') AND expires_at <= now() ORDER BY expires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
-			{tenant.EndRotated, `k.id IN (SELECT id FROM keys
-				WHERE state = 'retiring' AND retires_at <= now() ORDER BY retires_at LIMIT 200 FOR UPDATE SKIP LOCKED)`},
+			{tenant.EndExpired, `state IN ('creating', 'active', 'retiring') AND expires_at <= now() ORDER BY expires_at`},
+			{tenant.EndRotated, `state = 'retiring' AND retires_at <= now() ORDER BY retires_at`},
 		} {
-			n, err := endKeys(ctx, tx, actor, due.reason, tenant.Bulk, false, due.where)
+			ids, owners, err := lockDueKeys(ctx, tx, due.where)
+			if err != nil {
+				return err
+			}
+			if len(ids) == 0 {
+				continue
+			}
+			n, err := endKeys(ctx, tx, actor, due.reason, tenant.Bulk, false, `k.id = ANY ($6)`, ids)
 			if err != nil {
 				return err
 			}
 			ended += n
+			for _, id := range owners {
+				if err := settle(ctx, tx, id, actor); err != nil {
+					return err
+				}
+			}
+			settled = append(settled, owners...)
 		}
 		return nil
 	})
 	if err != nil {
 		return translate("end keys that are due", err)
 	}
+	for _, id := range settled {
+		db.changed(id, "")
+	}
 	if ended > 0 {
 		db.wakeFollowers()
 		db.wakeWorkers(tenant.AppWork, tenant.KeyWork)
 	}
 	return nil
+}
+
+// lockDueKeys locks up to maxDueKeys keys that where selects and orders. A resuming tenant waits for the keys
+// that are being created: such a key is returned only if its tenant could be locked too, which must be
+// settled in the transaction that ends the key. Otherwise the other transaction settles the tenant, or a
+// later call ends the key. It waits for no lock, and so may lock keys before tenants.
+func lockDueKeys(ctx context.Context, tx pgx.Tx, where string) (ids []uuid.UUID, owners []tenant.ID, err error) {
+	rows, _ := tx.Query(ctx, `
+		SELECT id, app_id, state = 'creating' AND EXISTS (SELECT FROM tenants t WHERE t.app_id = keys.app_id)
+		FROM keys WHERE `+where+` LIMIT $1 FOR UPDATE SKIP LOCKED`, maxDueKeys)
+	creating := map[tenant.AppID][]uuid.UUID{}
+	var apps []tenant.AppID
+	var id uuid.UUID
+	var app tenant.AppID
+	var waitedFor bool
+	if _, err := pgx.ForEachRow(rows, []any{&id, &app, &waitedFor}, func() error {
+		if waitedFor {
+			creating[app], apps = append(creating[app], id), append(apps, app)
+		} else {
+			ids = append(ids, id)
+		}
+		return nil
+	}); err != nil || len(apps) == 0 {
+		return ids, nil, err
+	}
+	rows, _ = tx.Query(ctx, `SELECT id, app_id FROM tenants WHERE app_id = ANY ($1) ORDER BY id FOR UPDATE SKIP LOCKED`, apps)
+	var owner tenant.ID
+	_, err = pgx.ForEachRow(rows, []any{&owner, &app}, func() error {
+		ids, owners = append(ids, creating[app]...), append(owners, owner)
+		return nil
+	})
+	return ids, owners, err
 }
 
 // AddExtraKeys writes down the further keys that the profile of a leased app's tenant

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/golang-migrate/migrate/v4"
 	migratepgx "github.com/golang-migrate/migrate/v4/database/pgx/v5"
@@ -22,6 +23,8 @@ import (
 
 // migrationLock keeps several replicas that migrate at once apart.
 const migrationLock = 0x74656e616e747279 // "tenantry"
+
+const migrationLockPoll = 100 * time.Millisecond
 
 // A SchemaStatus says how the database's schema stands to this binary.
 type SchemaStatus struct {
@@ -195,7 +198,7 @@ func MigrateUpAndReport(ctx context.Context, direct tenant.Secret, report func(l
 		if err := m.Up(); err != nil && !errors.Is(err, migrate.ErrNoChange) {
 			return explainDirty(err)
 		}
-		if err := db.finishAuditIndexes(ctx, report); err != nil {
+		if err := db.finishMigrations(ctx, report); err != nil {
 			return err
 		}
 		report(fmt.Sprintf("the schema is at version %d", s.Known))
@@ -248,8 +251,20 @@ func underMigrationLock(ctx context.Context, direct tenant.Secret, act func(*DB,
 	if _, err := conn.Exec(ctx, `SET lock_timeout = 0; SET statement_timeout = 0`); err != nil { // another process may migrate for long
 		return translate("connect", err)
 	}
-	if _, err := conn.Exec(ctx, `SELECT pg_advisory_lock($1)`, int64(migrationLock)); err != nil {
-		return translate("wait for the migration lock", err)
+	// Not in a statement that waits for the lock: it would have a snapshot, and indexes that are built
+	// concurrently wait for the end of older snapshots.
+	for locked := false; !locked; {
+		if err := conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1)`, int64(migrationLock)).Scan(&locked); err != nil {
+			return translate("wait for the migration lock", err)
+		}
+		if locked {
+			break
+		}
+		select {
+		case <-ctx.Done():
+			return translate("wait for the migration lock", ctx.Err())
+		case <-time.After(migrationLockPoll):
+		}
 	}
 
 	source, err := iofs.New(migrations.FS, ".")

@@ -40,6 +40,11 @@ type DB struct {
 	unsent  chan struct{}                     // holds one while other replicas are to be woken
 	workDue map[tenant.WorkKind]chan struct{} // each holds one while workers of this replica are to be woken
 
+	settled struct {
+		mu sync.Mutex
+		up map[tenant.State]Position // to which SettleTenants has read; guarded by mu
+	}
+
 	replica       uuid.UUID                 // of this process
 	follows       atomic.Bool               // a follower reads the change log
 	compared      atomic.Pointer[uuid.UUID] // the last incarnation in which the follower found all events that it had read
@@ -100,6 +105,7 @@ func Open(ctx context.Context, cfg Config) (*DB, error) {
 	for _, kind := range tenant.WorkKinds {
 		db.workDue[kind] = make(chan struct{}, 1)
 	}
+	db.settled.up = map[tenant.State]Position{}
 	return db, nil
 }
 

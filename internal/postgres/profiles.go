@@ -2,6 +2,7 @@ package postgres
 
 import (
 	"context"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 
@@ -24,14 +25,49 @@ func (db *DB) LiveProfiles(ctx context.Context) ([]string, error) {
 	return names, translate("list profiles in use", err)
 }
 
-// CountByRevision counts the tenants that are not deleted by their profile and by the
-// revision of it that their app was made of. It reads all of them.
-func (db *DB) CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error) {
+// tenantsCounted says that tenant_counts has the tenants from before the table, too. tenantCountsLock is the
+// advisory lock of who adds up its rows.
+const (
+	tenantsCounted   = `EXISTS (SELECT FROM tenant_counts WHERE state = '')`
+	tenantCountsLock = `hashtext('tenant counts')`
+)
+
+// TenantCounts returns the number of tenants by profile, revision of their apps and state. It reports
+// tenant.Unavailable until the first count after a migration is finished.
+func (db *DB) TenantCounts(ctx context.Context) ([]tenant.TenantCount, error) {
 	rows, _ := db.pool.Query(ctx, `
-		SELECT t.profile, coalesce(a.profile_revision, ''), count(*)
-		FROM tenants t LEFT JOIN apps a ON a.id = t.app_id
-		WHERE t.state <> 'deleted'
-		GROUP BY 1, 2 ORDER BY 1, 2`)
-	counts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.RevisionCount])
-	return counts, translate("count tenants by revision", err)
+		SELECT profile, revision, state, background, sum(n) FROM tenant_counts GROUP BY 1, 2, 3, 4 HAVING sum(n) <> 0 OR state = ''
+		ORDER BY 1, 2, 3, 4`)
+	counts, err := pgx.CollectRows(rows, pgx.RowToStructByPos[tenant.TenantCount])
+	if err != nil {
+		return nil, translate("count tenants", err)
+	}
+	if len(counts) == 0 || counts[0].State != "" {
+		return nil, &tenant.Error{Kind: tenant.Unavailable, Code: "counting", RetryAfter: 10 * time.Second,
+			Detail: "the tenants are not counted yet; `tenantry migrate up` counts them"}
+	}
+	return counts[1:], nil
+}
+
+// foldedFrom is how many more rows than counts make FoldTenantCounts add them up.
+const foldedFrom = 500
+
+// FoldTenantCounts adds up the changes of the number of tenants, so that TenantCounts reads few rows.
+func (db *DB) FoldTenantCounts(ctx context.Context) error {
+	var folds bool
+	if err := db.pool.QueryRow(ctx, `
+		SELECT count(*) - count(DISTINCT (profile, revision, state, background)) > $1 FROM tenant_counts`, foldedFrom).Scan(&folds); err != nil || !folds {
+		return translate("look for changes of the number of tenants", err)
+	}
+	return translate("add up the number of tenants", db.inTx(ctx, func(tx pgx.Tx) error {
+		var alone bool
+		if err := tx.QueryRow(ctx, `SELECT pg_try_advisory_xact_lock(`+tenantCountsLock+`)`).Scan(&alone); err != nil || !alone {
+			return err
+		}
+		_, err := tx.Exec(ctx, `
+			WITH folded AS (DELETE FROM tenant_counts WHERE state <> '' RETURNING *)
+			INSERT INTO tenant_counts (profile, revision, state, background, n)
+			SELECT profile, revision, state, background, sum(n) FROM folded GROUP BY 1, 2, 3, 4 HAVING sum(n) <> 0`)
+		return err
+	}))
 }

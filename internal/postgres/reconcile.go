@@ -205,7 +205,7 @@ func scanFinding(row pgx.CollectableRow) (tenant.Finding, error) {
 // CountFindings counts findings by kind and by state.
 func (db *DB) CountFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, map[tenant.FindingState]int, error) {
 	kinds, states := map[tenant.FindingKind]int{}, map[tenant.FindingState]int{}
-	err := db.countFindings(ctx, r, func(kind tenant.FindingKind, state tenant.FindingState, n int) {
+	err := db.countFindings(ctx, r, findingsOf, func(kind tenant.FindingKind, state tenant.FindingState, n int) {
 		kinds[kind] += n
 		states[state] += n
 	})
@@ -215,16 +215,14 @@ func (db *DB) CountFindings(ctx context.Context, r tenant.Reconciliation) (map[t
 // CountOpenFindings counts the findings that no repair has ended, by kind.
 func (db *DB) CountOpenFindings(ctx context.Context, r tenant.Reconciliation) (map[tenant.FindingKind]int, error) {
 	kinds := map[tenant.FindingKind]int{}
-	err := db.countFindings(ctx, r, func(kind tenant.FindingKind, state tenant.FindingState, n int) {
-		if state == tenant.FindingOpen || state == tenant.FindingFailed {
-			kinds[kind] += n
-		}
+	err := db.countFindings(ctx, r, `reconciliation_id = $1 AND state IN ('open', 'failed')`, func(kind tenant.FindingKind, _ tenant.FindingState, n int) {
+		kinds[kind] += n
 	})
 	return kinds, err
 }
 
-func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, add func(tenant.FindingKind, tenant.FindingState, int)) error {
-	rows, _ := db.pool.Query(ctx, `SELECT kind, state, count(*) FROM reconciliation_items WHERE `+findingsOf+` GROUP BY kind, state`, reportOf(r))
+func (db *DB) countFindings(ctx context.Context, r tenant.Reconciliation, where string, add func(tenant.FindingKind, tenant.FindingState, int)) error {
+	rows, _ := db.pool.Query(ctx, `SELECT kind, state, count(*) FROM reconciliation_items WHERE `+where+` GROUP BY kind, state`, reportOf(r))
 	var kind tenant.FindingKind
 	var state tenant.FindingState
 	var n int

@@ -44,6 +44,9 @@ func (db *DB) repair(ctx context.Context, r tenant.Reconciliation, f tenant.Find
 		if err != nil {
 			return err
 		}
+		if err := settle(ctx, tx, owner, tenant.Actor{Name: r.RequestedBy}); err != nil { // act may have ended its last key
+			return err
+		}
 		if !changed {
 			return endFinding(ctx, tx, r, f, tenant.FindingSkipped, "the row has moved on since the report")
 		}

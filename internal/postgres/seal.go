@@ -17,17 +17,19 @@ const sealedBy = `substring(ciphertext from 2 for 4)`
 // index for each, however many rows there are.
 func (db *DB) Sealed(ctx context.Context) (tenant.Sealed, error) {
 	var s tenant.Sealed
-	var ids [][]byte
-	err := db.pool.QueryRow(ctx, `
-		WITH RECURSIVE ids AS (
-			(SELECT `+sealedBy+` AS id FROM keys WHERE ciphertext IS NOT NULL ORDER BY 1 LIMIT 1)
+	var by [][]byte
+	// ids selects the ids of the keys that sealed rows of a table.
+	ids := func(table string) string {
+		return `(WITH RECURSIVE ids AS (
+			(SELECT ` + sealedBy + ` AS id FROM ` + table + ` WHERE ciphertext IS NOT NULL ORDER BY 1 LIMIT 1)
 			UNION ALL
-			SELECT (SELECT `+sealedBy+` FROM keys WHERE ciphertext IS NOT NULL AND `+sealedBy+` > ids.id ORDER BY 1 LIMIT 1)
+			SELECT (SELECT ` + sealedBy + ` FROM ` + table + ` WHERE ciphertext IS NOT NULL AND ` + sealedBy + ` > ids.id ORDER BY 1 LIMIT 1)
 			FROM ids WHERE ids.id IS NOT NULL
-		)
-		SELECT array(SELECT id FROM ids WHERE id IS NOT NULL UNION SELECT `+sealedBy+` FROM adoptions WHERE ciphertext IS NOT NULL
-			UNION SELECT `+sealedBy+` FROM quarantines WHERE ciphertext IS NOT NULL), (SELECT keyset_probe FROM deployment)`).Scan(&ids, &s.Probe)
-	for _, id := range ids {
+		) SELECT id FROM ids WHERE id IS NOT NULL)`
+	}
+	err := db.pool.QueryRow(ctx, `
+		SELECT array(`+ids("keys")+` UNION `+ids("adoptions")+` UNION `+ids("quarantines")+`), (SELECT keyset_probe FROM deployment)`).Scan(&by, &s.Probe)
+	for _, id := range by {
 		if len(id) == 4 {
 			s.By = append(s.By, tenant.SealKeyID(binary.BigEndian.Uint32(id)))
 		}
@@ -84,14 +86,18 @@ func (db *DB) ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.
 // the keys by sealed, or no one knows which. It keeps at most that many held apps
 // pending, whatever for. It returns how many it gave.
 func (db *DB) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error) {
+	// One condition at a time: with both the planner may read all held apps for the few that are left.
+	const left = `$2 - (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'held' AND pending LIMIT $2) busy)`
 	tag, err := db.pool.Exec(ctx, `
+		WITH older AS MATERIALIZED (
+			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id = ANY ($1::bigint[]) ORDER BY marker_key_id
+			LIMIT greatest(0, `+left+`) FOR UPDATE SKIP LOCKED
+		), unknown AS MATERIALIZED (
+			SELECT id FROM apps WHERE state = 'held' AND marked_at IS NOT NULL AND marker_key_id IS NULL
+			LIMIT greatest(0, `+left+` - (SELECT count(*) FROM older)) FOR UPDATE SKIP LOCKED
+		)
 		UPDATE apps SET pending = true, marked_at = NULL, next_attempt_at = now()
-		WHERE id = ANY (ARRAY(
-			SELECT id FROM apps
-			WHERE state = 'held' AND marked_at IS NOT NULL AND (marker_key_id = ANY ($1::bigint[]) OR marker_key_id IS NULL)
-			LIMIT greatest(0, $2 - (SELECT count(*) FROM (SELECT FROM apps WHERE state = 'held' AND pending LIMIT $2) busy))
-			FOR UPDATE SKIP LOCKED))
-			AND marked_at IS NOT NULL`, planForValues, bigints(by), most)
+		WHERE id = ANY (ARRAY(SELECT id FROM older UNION ALL SELECT id FROM unknown)) AND marked_at IS NOT NULL`, planForValues, bigints(by), most)
 	return int(tag.RowsAffected()), translate("have apps marked anew", err)
 }
 

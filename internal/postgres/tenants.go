@@ -31,7 +31,7 @@ var problemSQL = `coalesce(t.problem, CASE
 		CASE WHEN t.state IN ('suspending', 'resuming', 'purging') OR t.state = 'deleting' AND (` + waitsForPurge + ` OR NOT ` + keysDead + `)
 			THEN coalesce(` + upstreamHalted + `) END,
 		CASE WHEN t.state = 'purging' OR t.state = 'deleting' AND ` + waitsForPurge + ` THEN ` + pauseProblem + ` END,
-		(SELECT a.problem FROM apps a WHERE a.id = t.app_id AND ` + ofRow("a") + `),
+		(SELECT CASE WHEN ` + ofRow("a") + ` THEN a.problem END FROM apps a WHERE a.id = t.app_id),
 		(SELECT k.problem FROM keys k
 		WHERE k.app_id = t.app_id AND k.state IN ('creating', 'revoking', 'lost') AND ` + ofRow("k") + `
 		ORDER BY k.next_attempt_at LIMIT 1)) END)`
@@ -122,15 +122,29 @@ func interpreted(ctx context.Context, tx pgx.Tx) error {
 	return err
 }
 
-// mayHaveProblem selects the tenants of which problemSQL may say something, each state
-// in the order of lists: those that nothing is the matter with, nearly all, are not read.
+// mayHaveProblem selects the tenants of which problemSQL may return a problem: those with a problem of their
+// own, those that wait for something while all work or their builds have a problem, and those whose app or
+// key has one. Other tenants are not read.
 var mayHaveProblem = func() string {
-	selects := []string{`SELECT * FROM tenants WHERE problem IS NOT NULL AND state IN ('active', 'deleted')`}
-	for _, s := range tenant.States {
-		if s != tenant.Active && s != tenant.Deleted {
-			selects = append(selects, `SELECT * FROM tenants WHERE state = '`+string(s)+`'`)
-		}
+	const halted = `coalesce(` + upstreamHalted + `) IS NOT NULL OR ` + inRecovery
+	selects := []string{
+		`SELECT * FROM tenants WHERE problem IS NOT NULL`,
+		`SELECT * FROM tenants WHERE problem IS NULL AND state = 'provisioning'
+			AND ((` + halted + `) OR profile = ANY (ARRAY(SELECT profile FROM apps WHERE state = 'building' AND problem IS NOT NULL)))`,
 	}
+	for _, s := range []tenant.State{tenant.Suspending, tenant.Resuming, tenant.Deleting, tenant.Purging} {
+		waits := halted
+		if s == tenant.Deleting || s == tenant.Purging {
+			waits += ` OR ` + removalsPaused
+		}
+		selects = append(selects, `SELECT * FROM tenants WHERE problem IS NULL AND state = '`+string(s)+`' AND (`+waits+`)`)
+	}
+	selects = append(selects, `
+		SELECT * FROM tenants WHERE problem IS NULL AND (state = 'suspended' OR state IN ('suspending', 'resuming') AND NOT (`+halted+`)
+				OR state IN ('deleting', 'purging') AND NOT (`+halted+` OR `+removalsPaused+`))
+			AND app_id IN (
+				SELECT id FROM apps WHERE problem IS NOT NULL AND tenant_id IS NOT NULL
+				UNION SELECT app_id FROM keys WHERE problem IS NOT NULL AND state IN ('creating', 'revoking', 'lost'))`)
 	return strings.Join(selects, ` UNION ALL `)
 }()
 
@@ -205,41 +219,12 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	return tenants, translate("list tenants", err)
 }
 
-// mostCounted is how many rows are counted; what is more is estimated, or left at that.
+// mostCounted is how many rows are counted; more are left at that.
 const mostCounted = 10_000
 
 // countUpTo counts the rows that from selects, up to mostCounted.
 func countUpTo(from string) string {
 	return fmt.Sprintf(`(SELECT count(*) FROM (SELECT FROM %s LIMIT %d) few)`, from, mostCounted)
-}
-
-// estimatedTenants estimates the number of tenants by state, for the more common states.
-const estimatedTenants = `
-	SELECT v.state, (v.share * greatest(c.reltuples, 0) / greatest(c.relpages, 1)
-		* (pg_relation_size(c.oid) / current_setting('block_size')::int))::bigint AS n
-	FROM pg_class c JOIN pg_stats st ON st.schemaname = c.relnamespace::regnamespace::text AND st.tablename = c.relname AND st.attname = 'state',
-		unnest(st.most_common_vals::text::text[], st.most_common_freqs) AS v (state, share)
-	WHERE c.oid = 'tenants'::regclass`
-
-// CountTenants counts tenants by state. Of a state with more than mostCounted it
-// estimates how many: its share in Postgres's last look at the table, times how many
-// rows the table has by its size now. So it reads as much of ten million as of a
-// hundred thousand.
-func (db *DB) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
-	rows, _ := db.pool.Query(ctx, `
-		WITH counted AS (
-			SELECT s.state, (SELECT count(*) FROM (
-				SELECT FROM tenants t WHERE t.state = s.state ORDER BY t.created_at, t.id LIMIT $2) few) AS n
-			FROM unnest($1::text[]) AS s (state)
-		), estimated AS (`+estimatedTenants+`
-		)
-		SELECT state, CASE WHEN c.n < $2 THEN c.n ELSE greatest(c.n, e.n) END
-		FROM counted c LEFT JOIN estimated e USING (state) WHERE c.n > 0`, tenant.States, mostCounted)
-	counts := map[tenant.State]int{}
-	var s tenant.State
-	var n int
-	_, err := pgx.ForEachRow(rows, []any{&s, &n}, func() error { counts[s] = n; return nil })
-	return counts, translate("count tenants", err)
 }
 
 // claimSQL gives the ready app that waited longest to the tenant of the profile

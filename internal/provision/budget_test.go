@@ -46,9 +46,21 @@ func contextOf(t *testing.T) (context.Context, context.CancelFunc) {
 
 func eventuallyActive(t testing.TB, r *provisiontest.Replica, n int) {
 	t.Helper()
-	provisiontest.Eventually(t, fmt.Sprintf("%d tenants are active", n), func() bool {
-		counts, err := r.DB.CountTenants(t.Context())
-		return err == nil && counts[tenant.Active] == n
+	eventuallyIn(t, r, tenant.Active, n)
+}
+
+// eventuallyIn waits until n tenants are in a state.
+func eventuallyIn(t testing.TB, r *provisiontest.Replica, state tenant.State, n int) {
+	t.Helper()
+	provisiontest.Eventually(t, fmt.Sprintf("%d tenants are %s", n, state), func() bool {
+		counts, err := r.DB.TenantCounts(t.Context())
+		is := 0
+		for _, c := range counts {
+			if c.State == state {
+				is += c.Tenants
+			}
+		}
+		return err == nil && is == n
 	})
 }
 
@@ -334,10 +346,7 @@ func TestRefusalsOfSingleKeysInterruptNothing(t *testing.T) {
 				}
 			}
 			w.Faults()
-			provisiontest.Eventually(t, "all are suspended", func() bool {
-				counts, err := replicas[0].DB.CountTenants(t.Context())
-				return err == nil && counts[tenant.Suspended] == n
-			})
+			eventuallyIn(t, replicas[0], tenant.Suspended, n)
 		})
 	}
 }
@@ -360,10 +369,7 @@ func TestRefusedPATIsNoticedBySingleKeys(t *testing.T) {
 		return err == nil && health.State == provision.PATRefused
 	})
 	w.AddPAT(provisiontest.PAT, string(provisiontest.Operator))
-	provisiontest.Eventually(t, "all are suspended", func() bool {
-		counts, err := r.DB.CountTenants(t.Context())
-		return err == nil && counts[tenant.Suspended] == n
-	})
+	eventuallyIn(t, r, tenant.Suspended, n)
 }
 
 // A new PAT of the same operator takes over without a call that fails; all else

@@ -136,21 +136,18 @@ func (s *Service) logCampaign(what string, c tenant.Campaign) {
 
 // rotateAged begins campaigns for the keys that are older than their profiles allow.
 func (s *Service) rotateAged(ctx context.Context) error {
-	for _, p := range s.Profiles {
+	return s.eachProfile(func(ctx context.Context, p tenant.Profile) error {
 		if p.MaxKeyAge <= 0 {
-			continue
+			return nil
 		}
 		began, err := s.Store.StartDueRotation(ctx, tenant.NewCampaign{ID: newRowID(), Kind: tenant.RotateKeys,
 			Overlap: min(tenant.DefaultOverlap, p.MaxKeyAge), // or the old key would outlast the new one
 			Filter:  tenant.KeyFilter{Profile: p.Name, OlderThan: p.MaxKeyAge}}, worker)
-		if err != nil {
-			return fmt.Errorf("look for keys of the profile %s that are too old: %w", p.Name, err)
-		}
 		if began {
 			s.Log.Info("keys are older than their profile allows, and are rotated", zap.String("profile", p.Name), zap.Duration("max_key_age", p.MaxKeyAge))
 		}
-	}
-	return nil
+		return err
+	})(ctx)
 }
 
 // actorOfCampaign is who changes what c changes.

@@ -52,7 +52,7 @@ var crashScenarios = map[string]crashScenario{
 			"SignUp Watch", "SignUp SignUp",
 			"lease LeaseApps", "makeApp BeginApp", "createApp CreateApp", "build AppMade", "makeKey BeginKey", "createKey CreateKey",
 			"build FinishBuild", "tend AddExtraKeys", "tag MarkApp", "tag AppMarked 2", "reserve ReserveSlot",
-			"steps MakeAuditPartitions", "steps NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "steps Claim", "steps StartBuilds", "steps EndDueKeys", "steps SettleTenants", "start DueWork", "search WorkDue", "steps ForgetAdoptions", "measure CountTenants", "measure RecoveryStatus", "measure LastReport",
+			"steps MakeAuditPartitions", "steps NoteProfiles", "measure CountCampaigns", "SealAudit SealAudit", "steps Claim", "steps StartBuilds", "steps EndDueKeys", "steps SettleTenants", "start DueWork", "search WorkDue", "steps ForgetAdoptions", "steps FoldTenantCounts", "measure TenantCounts", "measure RecoveryStatus", "measure LastReport",
 			"beat Beat", "startDueReports StartDueDecisions", "startDueReports StartDueReport",
 		},
 		prepare: first, act: signUpSecond, newcomers: []tenant.ID{"user_2"},
@@ -103,7 +103,7 @@ var crashScenarios = map[string]crashScenario{
 	},
 	"other requests": {
 		points: []string{"Tenant Watch", "Tenant Tenant", "Retry Retry", "Reveal Reveal", "Identify Identify", "UpstreamStatus Upstream",
-			"countByRevision CountByRevision"},
+			"ProfileUses TenantCounts"},
 		prepare: first,
 		act: func(s *scene) {
 			_, _ = s.r.Tenant(s.t.Context(), "user_1", 0)

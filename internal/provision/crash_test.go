@@ -227,7 +227,7 @@ var crashReads = map[string]bool{
 	"DefaultKeyOf": true, "KeyExists": true, "Whoami": true, "Opens": true, "App": true, "Apps": true, "AppKeys": true, "AppOf": true,
 	"Rotation": true, "Sealed": true, "CountSealed": true, "NextFinding": true, "Finding": true, "CountFindings": true, "CountOpenFindings": true,
 	"LastReport": true, "Reconciliation": true, "RemovalsInLastHour": true, "Pools": true, "CountCampaign": true, "CountCampaigns": true,
-	"CountByRevision": true, "CountTenants": true, "CountKeys": true, "NextMisfit": true, "Misfits": true, "QuarantineState": true,
+	"TenantCounts": true, "CountKeys": true, "NextMisfit": true, "Misfits": true, "QuarantineState": true,
 	"HasAdoption": true, "SlotHolds": true, "Deployment": true, "Upstream": true, "UnknownKeys": true, "PurgeWait": true, "WorkDue": true, "DueWork": true,
 }
 

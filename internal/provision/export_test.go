@@ -79,3 +79,8 @@ const (
 
 // PoolTarget is poolTarget.
 var PoolTarget = poolTarget
+
+// PauseAfter is the pause after a turn of a step that is due every so often, after so many failures.
+func (s *Service) PauseAfter(every time.Duration, failures int) time.Duration {
+	return s.pauseAfter(step{every: every}, failures)
+}

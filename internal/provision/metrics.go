@@ -48,7 +48,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 			Buckets: []float64{.05, .1, .2, .3, .5, .75, 1, 1.5, 2, 3, 5, 10, 15},
 		}),
 		tenants: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "tenantry_tenants", Help: "Tenants by state, counted every 15 seconds; of a state with more than 10,000, an estimate.",
+			Name: "tenantry_tenants", Help: "Tenants by state, read every 15 seconds.",
 		}, []string{"state"}),
 	}
 	m.sweepFailures = prometheus.NewCounterVec(prometheus.CounterOpts{
@@ -85,7 +85,7 @@ func NewMetrics(reg prometheus.Registerer) *Metrics {
 		Name: "tenantry_keyset_missing_keys", Help: "Keys that sealed something in the database and that this replica's keyset lacks."})
 	reg.MustRegister(m.keysetKeys, m.resealLeft, m.unknownKeys)
 	m.importing = prometheus.NewGauge(prometheus.GaugeOpts{
-		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, counted every 15 seconds; of a profile with more than 10,000, an estimate."})
+		Name: "tenantry_importing_tenants", Help: "Those of the tenants provisioning that wait in the background, from batches, read every 15 seconds."})
 	m.callItems = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name: "tenantry_upstream_call_items", Help: "Apps or keys that a call was to make which builds in the background may share.",
 		Buckets: []float64{1, 2, 5, 10, 20, 50, 100}}, []string{"call"})
@@ -133,13 +133,21 @@ func (m *Metrics) signedUp(profile string, hit bool) {
 
 // measure reads what the metrics say of the whole fleet.
 func (s *Service) measure(ctx context.Context) error {
-	counts, err := s.Store.CountTenants(ctx)
+	counts, err := s.Store.TenantCounts(ctx)
 	if err != nil {
 		return err
 	}
-	for _, state := range tenant.States {
-		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(counts[state]))
+	byState, importing := map[tenant.State]int{}, 0
+	for _, c := range counts {
+		byState[c.State] += c.Tenants
+		if c.State == tenant.Provisioning && c.Background {
+			importing += c.Tenants
+		}
 	}
+	for _, state := range tenant.States {
+		s.Metrics.tenants.WithLabelValues(string(state)).Set(float64(byState[state]))
+	}
+	s.Metrics.importing.Set(float64(importing))
 	recovery, err := s.Store.RecoveryStatus(ctx)
 	if err != nil {
 		return err
@@ -158,7 +166,6 @@ func (s *Service) measure(ctx context.Context) error {
 		s.Metrics.manualPause.WithLabelValues(string(scope)).Set(oneIf(upstream.Pause.Scope == scope))
 	}
 	s.Metrics.patRefused.Set(oneIf(pat.State == PATRefused))
-	s.Metrics.importing.Set(float64(upstream.Importing))
 	campaigns, err := s.Store.CountCampaigns(ctx)
 	if err != nil {
 		return err

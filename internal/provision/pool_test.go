@@ -693,3 +693,19 @@ func testLockedTables(t *testing.T, mode string) {
 		return false
 	})
 }
+
+// A rare step that fails is retried soon, and then less and less often; a frequent one at its next turn.
+func TestFailedStepsBackOff(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Idle: true, Adjust: func(c *provision.Config) { c.SweepEvery = time.Second }})
+	for failures, want := range []time.Duration{10 * time.Minute, 10 * time.Second, 20 * time.Second, 40 * time.Second, 80 * time.Second,
+		160 * time.Second, 320 * time.Second, 10 * time.Minute, 10 * time.Minute} {
+		if got := r.PauseAfter(10*time.Minute, failures); got != want {
+			t.Errorf("after %d failures a step that is due every 10 minutes pauses for %s; want %s", failures, got, want)
+		}
+		if got := r.PauseAfter(0, failures); got != time.Second {
+			t.Errorf("after %d failures a step of each turn pauses for %s; want 1s", failures, got)
+		}
+	}
+}

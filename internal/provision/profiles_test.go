@@ -1,11 +1,8 @@
 package provision_test
 
 import (
-	"context"
 	"encoding/json"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -129,7 +126,7 @@ func TestProfileUses(t *testing.T) {
 	signUp(t, r, "user_4")
 	signUpTo(t, r, "user_5", "a-pro")
 	uses := check(r, use{"a-pro", 0, 1, 0}, use{"default", 0, 2, 2})
-	want := []tenant.RevisionCount{{Profile: "default", Revision: old.Revision(), Tenants: 2}}
+	want := []tenant.RevisionCount{{Revision: old.Revision(), Tenants: 2}}
 	if diff := cmp.Diff(want, uses[1].Older); diff != "" {
 		t.Errorf("older revisions (- want, + got):\n%s", diff)
 	}
@@ -146,53 +143,6 @@ func TestProfileUses(t *testing.T) {
 	}
 	if missing := provision.MissingProfiles([]string{"a-pro", "default"}, r.Profiles); !cmp.Equal(missing, []string{"a-pro"}) {
 		t.Errorf("missing profiles are %v", missing)
-	}
-}
-
-// countingStore counts the counts of tenants, and holds each up.
-type countingStore struct {
-	provision.Store
-	counted *atomic.Int32
-	begun   chan struct{}
-	goOn    chan struct{}
-}
-
-func (s countingStore) CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error) {
-	s.counted.Add(1)
-	s.begun <- struct{}{}
-	<-s.goOn
-	return s.Store.CountByRevision(ctx)
-}
-
-// However many ask, the tenants are counted once.
-func TestProfileUsesCountOnce(t *testing.T) {
-	t.Parallel()
-	w := provisiontest.New(t)
-	store := countingStore{counted: &atomic.Int32{}, begun: make(chan struct{}, 10), goOn: make(chan struct{})}
-	r := w.Start(provisiontest.Options{Idle: true, Store: func(s provision.Store) provision.Store { store.Store = s; return store }})
-	gone, leave := context.WithCancel(t.Context())
-	first := make(chan error)
-	go func() {
-		_, _, err := r.ProfileUses(gone)
-		first <- err
-	}()
-	<-store.begun
-	leave()
-	if err := <-first; err == nil {
-		t.Error("who went away was answered")
-	}
-	var asking sync.WaitGroup
-	for range 5 {
-		asking.Go(func() {
-			if uses, _, err := r.ProfileUses(t.Context()); err != nil || len(uses) != 2 {
-				t.Errorf("ProfileUses: %v, %v", uses, err)
-			}
-		})
-	}
-	close(store.goOn)
-	asking.Wait()
-	if n := store.counted.Load(); n != 1 {
-		t.Errorf("the tenants were counted %d times; want once", n)
 	}
 }
 

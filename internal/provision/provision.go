@@ -176,7 +176,6 @@ type Store interface {
 	SetBack(ctx context.Context, l tenant.Lease, s tenant.Setback) error
 	ForgetAdoptions(ctx context.Context) error
 	MakeAuditPartitions(ctx context.Context) error
-	CountTenants(ctx context.Context) (map[tenant.State]int, error)
 	SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error)
 
 	Sealed(ctx context.Context) (tenant.Sealed, error)
@@ -184,7 +183,8 @@ type Store interface {
 	Reseal(ctx context.Context, by tenant.SealKeyID, after uuid.UUID, most int, seal func(id uuid.UUID, ciphertext []byte) []byte) (tenant.Resealed, error)
 	ResealProbe(ctx context.Context, old, sealed []byte, actor tenant.Actor) (bool, error)
 	MarkAnew(ctx context.Context, by []tenant.SealKeyID, most int) (int, error)
-	CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error)
+	TenantCounts(ctx context.Context) ([]tenant.TenantCount, error)
+	FoldTenantCounts(ctx context.Context) error
 
 	NoteProfiles(ctx context.Context, profiles []tenant.Profile) error
 	StartCampaign(ctx context.Context, n tenant.NewCampaign, actor tenant.Actor) (tenant.Campaign, error)
@@ -356,7 +356,6 @@ func (c Config) WithDefaults() Config {
 type Service struct {
 	Config
 	profiles   map[string]tenant.Profile
-	byRevision profileCount
 	calls      sync.Map // by callTurn, a chan struct{} that the one call holds that waits for a slot
 	reread     rereading
 	controlDue chan struct{} // holds one while the control record or an unknown key is due

@@ -148,6 +148,8 @@ const (
 	// resealCountEvery is how often the rows that are left are counted meanwhile, unless
 	// that takes long.
 	resealCountEvery = 15 * time.Second
+	// seldom is how many times as long as it took a count of all keys is not repeated.
+	seldom = 20
 	// markAnewMost bounds the apps that wait for their markers at once, so that other
 	// work on held apps does not queue behind them.
 	markAnewMost = 16

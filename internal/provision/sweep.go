@@ -51,6 +51,7 @@ func (s *Service) steps() []step {
 		{"settle tenants", 0, func(ctx context.Context) error { return s.Store.SettleTenants(ctx, worker) }},
 		{"note profiles", partitionEvery, func(ctx context.Context) error { return s.Store.NoteProfiles(ctx, s.Profiles) }},
 		{"rotate by age", s.AgeEvery, s.rotateAged},
+		{"add up tenant counts", measureEvery, func(ctx context.Context) error { return s.Store.FoldTenantCounts(ctx) }},
 		{"measure", measureEvery, s.measure},
 		{"forget adoptions", forgetEvery, func(ctx context.Context) error { return s.Store.ForgetAdoptions(ctx) }},
 		{"make audit partitions", partitionEvery, func(ctx context.Context) error { return s.Store.MakeAuditPartitions(ctx) }},
@@ -82,7 +83,7 @@ func (s *Service) Sweep(ctx context.Context) error {
 
 // repeat does a step again and again until ctx ends.
 func (s *Service) repeat(ctx context.Context, st step) {
-	failing := false
+	failures := 0 // in a row
 	for {
 		err := s.turnOf(ctx, st)
 		if ctx.Err() != nil {
@@ -90,16 +91,15 @@ func (s *Service) repeat(ctx context.Context, st step) {
 		}
 		field := zap.String("step", st.name)
 		switch {
-		case err != nil && !failing:
+		case err != nil && failures == 0:
 			s.Log.Warn("step of the sweep failed; retrying", field, zap.Error(err))
-		case err == nil && failing:
+		case err == nil && failures > 0:
 			s.Log.Info("step of the sweep works again", field)
 		}
-		failing = err != nil
-		every := max(s.SweepEvery, st.every)
-		if failing { // a rare step is repeated sooner, but not at each turn: it may lock a table
-			every = max(s.SweepEvery, st.every/60)
+		if failures++; err == nil {
+			failures = 0
 		}
+		every := s.pauseAfter(st, failures)
 		select {
 		case <-ctx.Done():
 			return
@@ -107,6 +107,16 @@ func (s *Service) repeat(ctx context.Context, st step) {
 		case <-time.After(every*3/4 + rand.N(every/2)):
 		}
 	}
+}
+
+// pauseAfter returns the time until the next turn of a step, after so many failures in a row. A rare step is
+// retried sooner than it is due, but less and less often: each turn may read much or lock a table.
+func (s *Service) pauseAfter(st step, failures int) time.Duration {
+	every := max(s.SweepEvery, st.every)
+	if failures == 0 {
+		return every
+	}
+	return min(every, max(s.SweepEvery, st.every/60)<<min(failures-1, 6))
 }
 
 func (s *Service) turnOf(ctx context.Context, st step) error {

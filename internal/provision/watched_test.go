@@ -518,11 +518,6 @@ func (s watchedStore) MakeAuditPartitions(ctx context.Context) error {
 	return s.Store.MakeAuditPartitions(ctx)
 }
 
-func (s watchedStore) CountTenants(ctx context.Context) (map[tenant.State]int, error) {
-	defer s.returned()
-	return s.Store.CountTenants(ctx)
-}
-
 func (s watchedStore) SealAudit(ctx context.Context, patience time.Duration) (tenant.Sealing, error) {
 	defer s.returned()
 	return s.Store.SealAudit(ctx, patience)
@@ -723,9 +718,14 @@ func (s watchedStore) MarkAnew(ctx context.Context, by []tenant.SealKeyID, most 
 	return s.Store.MarkAnew(ctx, by, most)
 }
 
-func (s watchedStore) CountByRevision(ctx context.Context) ([]tenant.RevisionCount, error) {
+func (s watchedStore) TenantCounts(ctx context.Context) ([]tenant.TenantCount, error) {
 	defer s.returned()
-	return s.Store.CountByRevision(ctx)
+	return s.Store.TenantCounts(ctx)
+}
+
+func (s watchedStore) FoldTenantCounts(ctx context.Context) error {
+	defer s.returned()
+	return s.Store.FoldTenantCounts(ctx)
 }
 
 func (s watchedStore) BeginAdoption(ctx context.Context, n tenant.NewAdoption, agrees func(t tenant.Tenant, first []byte) error, actor tenant.Actor) (tenant.BegunAdoption, error) {

@@ -141,10 +141,17 @@ func (p Profile) Description(shown string) string {
 	return text
 }
 
-// A RevisionCount is how many tenants that are not deleted are on one revision of a
-// profile.
+// A TenantCount is the number of tenants of one profile, revision and state.
+type TenantCount struct {
+	Profile    string
+	Revision   string // of the profile, that their apps have; empty for tenants without an app
+	State      State
+	Background bool // signed up by an import
+	Tenants    int
+}
+
+// A RevisionCount is the number of tenants with apps of one revision of a profile.
 type RevisionCount struct {
-	Profile  string
-	Revision string // of what their apps were made; empty for tenants that have no app yet
+	Revision string
 	Tenants  int
 }

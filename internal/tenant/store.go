@@ -169,7 +169,7 @@ type UpstreamStatus struct {
 	PATRefused   *Problem  // why the PAT is not used; nil while it is
 	Waiting      int       // tenants that wait for an app, counted up to 10,000 of each profile
 	OldestSince  time.Time // since when the oldest of them waits; zero if none
-	Importing    int       // tenants beside those that wait for one in the background; more than 10,000 of a profile are estimated
+	Importing    int       // tenants beside those that wait for one in the background
 	Building     int       // apps being built; this and what follows is counted up to 10,000
 	Revoking     int       // keys being revoked
 	Purging      int       // apps being removed

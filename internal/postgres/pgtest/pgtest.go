@@ -243,6 +243,7 @@ func empty(url tenant.Secret) error {
 	_, err = conn.Exec(ctx, `SET session_replication_role = replica;
 		TRUNCATE `+strings.Join(tables, ", ")+` RESTART IDENTITY CASCADE;
 		INSERT INTO upstream_budget DEFAULT VALUES;
+		INSERT INTO tenant_counts VALUES ('', '', '', false, 0);
 		WITH first AS (INSERT INTO incarnations (reason) VALUES ('first start') RETURNING id)
 		INSERT INTO current_incarnation (id) SELECT id FROM first`)
 	return err

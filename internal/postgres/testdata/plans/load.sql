@@ -43,15 +43,15 @@ INSERT INTO pools (profile, revision, target, planned_at, sign_ups, hits, misses
 SELECT p, 'revision', 20, now(), 0, 0, 0 FROM unnest(ARRAY['default', 'pro']) p;
 
 -- One in ten was rotated. Ids rise with time.
-INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, hint, next_attempt_at, created_at, updated_at, activated_at, revoked_at)
+INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, hint, next_attempt_at, created_at, updated_at, activated_at, revoked_at, profile)
 SELECT format('%s-0000-7000-8000-00000000000%s', lpad(to_hex(i), 8, '0'), k)::uuid, app, 'default',
 	CASE WHEN state = 'suspending' THEN 'revoking' WHEN state = 'resuming' THEN 'creating' WHEN k = 1 OR state IN ('suspended', 'deleting', 'deleted', 'purging') THEN 'revoked' ELSE 'active' END,
 	'{All}', CASE WHEN k = 1 OR state IN ('suspended', 'deleting', 'deleted', 'purging', 'resuming') THEN NULL ELSE '\x0101020304'::bytea || sha256(app::bytea) END,
 	CASE WHEN state <> 'resuming' THEN sha256((app || k)::bytea) END, 'abcd', at, at, at, at,
-	CASE WHEN state NOT IN ('suspending', 'resuming') AND (k = 1 OR state IN ('suspended', 'deleting', 'deleted', 'purging')) THEN at END
+	CASE WHEN state NOT IN ('suspending', 'resuming') AND (k = 1 OR state IN ('suspended', 'deleting', 'deleted', 'purging')) THEN at END, profile
 FROM made, generate_series(1, 2) k WHERE state <> 'provisioning' AND (k = 2 OR i % 10 = 0 AND state = 'active');
-INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at)
-SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x0101020304'::bytea || sha256(id::bytea), sha256(id::bytea), ready_at
+INSERT INTO keys (id, app_id, name, state, scopes, ciphertext, fingerprint, activated_at, profile)
+SELECT gen_random_uuid(), id, 'default', 'active', '{All}', '\x0101020304'::bytea || sha256(id::bytea), sha256(id::bytea), ready_at, profile
 FROM apps WHERE state = 'ready' AND id LIKE 'pool-%';
 
 -- In all partitions, so that what is planned depends on no date.
@@ -63,5 +63,6 @@ FROM made, generate_series(1, 2) k;
 INSERT INTO audit_seals (number, after_id, last_id, entries, previous_hash, hash, sealed_at)
 SELECT 1, 0, :n * 2 - 1000, repeat('x', 24)::bytea, repeat('x', 32)::bytea, repeat('x', 32)::bytea, now();
 
+SELECT tenant_counts_recount();
 DROP TABLE made;
 RESET session_replication_role;
