@@ -46,8 +46,9 @@ func (db *DB) LeaseApps(ctx context.Context, ids []tenant.AppID, lease time.Dura
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
-			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND NOT t.background),
-			EXISTS (SELECT FROM tenants t WHERE t.state = 'provisioning' AND t.profile = l.profile AND t.background),
+			-- In the order of their index: by another one, all that wait in the background might be read.
+			(SELECT true FROM tenants WHERE `+waits+` AND profile = l.profile ORDER BY state_since LIMIT 1) IS TRUE,
+			(SELECT true FROM tenants WHERE `+imports+` AND profile = l.profile ORDER BY state_since LIMIT 1) IS TRUE,
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,
 			l.purge_after, l.tagged_purge_after, l.tagging, l.tagging_purge_after, l.end_unknown_keys, l.removal_confirmed,
 			l.for_pool, coalesce((SELECT revision FROM pools WHERE profile = l.profile AND l.for_pool), ''), (l.state = 'held' AND l.extra_keys_at IS NULL AND l.incarnation = `+currentIncarnation+` AND coalesce(l.proven_at, l.ready_at) < now() - `+claimedAge+`) IS TRUE,
