@@ -94,6 +94,8 @@ func TestCallersReadTheirWrites(t *testing.T) {
 		{"POST " + tenants + "/suspend", "/v1/tenants/u/suspend", "", tenant.Admin, 200},
 		{"POST " + tenants + "/resume", "/v1/tenants/u/resume", "", tenant.Admin, 200},
 		{"DELETE " + tenants, "/v1/tenants/u", "", tenant.Admin, 200},
+		{"POST /v1/upstream/pause", "/v1/upstream/pause", `{"scope":"removals","reason":"incident"}`, tenant.Admin, 200},
+		{"POST /v1/upstream/resume", "/v1/upstream/resume", "", tenant.Admin, 200},
 		{"POST " + tenants + "/restore", "/v1/tenants/u/restore", "", tenant.Admin, 200},
 		{"DELETE " + tenants, "/v1/tenants/u?purge=now", "", tenant.Admin, 200},
 		{"PUT " + tenants, "/v1/tenants/u?on_deleting=replace", `{"display_name":"Ada","labels":{"plan":"pro"}}`, tenant.Provisioner, 201},

@@ -349,6 +349,57 @@ func TestHungPrimary(t *testing.T) {
 	}
 }
 
+// Nothing comes from Postgres for 30 s, or its role moves meanwhile: nothing is lost. Prints how soon sign-ups
+// that need a build go on.
+func TestBlackHole(t *testing.T) {
+	cluster.SkipUnlessFull(t)
+	for _, promoted := range []bool{false, true} {
+		t.Run(fmt.Sprint("promoted=", promoted), func(t *testing.T) {
+			d := deploy(t, cluster.Options{Standbys: 1, Replicas: 2, Env: map[string]string{"TENANTRY_UPSTREAM_RATE": "14", "TENANTRY_POOL_MIN": "0", "TENANTRY_POOL_MAX": "0"}})
+			standby, database := d.Standbys[0], d.Primary
+			var stops []func() []time.Time
+			for i := range 4 {
+				stops = append(stops, d.load(fmt.Sprint("during_", i), 50*time.Millisecond, d.Replicas...))
+			}
+			began := time.Now()
+			d.within(time.Minute, "sign-ups are under way", func() bool { return d.Primary.Text(`SELECT count(*) > 20 FROM tenants WHERE state = 'active'`) == "t" })
+			if promoted {
+				d.Primary.SetSynchronous(standby)
+			}
+			d.Proxy.BlackHole()
+			hole := time.Now()
+			d.within(time.Minute, "the black hole lasts", func() bool { return time.Since(hole) > 30*time.Second })
+			if promoted {
+				d.Primary.Kill()
+				standby.Promote()
+				d.Proxy.SetTarget(standby)
+				database = standby
+			}
+			d.Proxy.Forward()
+			over := time.Now()
+			d.within(time.Minute, "sign-ups go on for a while", func() bool { return time.Since(over) > 15*time.Second })
+			var times []time.Time
+			for _, stop := range stops {
+				times = append(times, stop()...)
+			}
+			slices.SortFunc(times, time.Time.Compare)
+			each := make([]int, 15)
+			before := 0
+			for _, at := range times {
+				if second := int(at.Sub(over) / time.Second); at.Before(hole) {
+					before++
+				} else if !at.Before(over) && second < len(each) {
+					each[second]++
+				}
+			}
+			t.Logf("%.1f sign-ups a second before; the first %s after the black hole; in each second after it %v",
+				float64(before)/hole.Sub(began).Seconds(), after(over, times), each)
+			d.waitRecovery(d.Replicas[0], "none")
+			d.check(database)
+		})
+	}
+}
+
 // A copy of production with a campaign, a rotation by age and a removal due, and with commands
 // of its own, stops. Production goes on.
 func TestCopy(t *testing.T) {
