@@ -101,6 +101,9 @@ func (db *DB) startBuilds(ctx context.Context, calls []tenant.NextBuilds) ([]str
 	for _, other := range calls[1:] {
 		n.IDs = append(n.IDs[:len(n.IDs):len(n.IDs)], other.IDs...)
 	}
+	// The others wait for this one, whose caller may have more time than they have.
+	ctx, cancel := context.WithTimeout(ctx, afterCommit)
+	defer cancel()
 	var begun bool
 	batch := &pgx.Batch{}
 	queueBuilds(batch, n, &begun)
@@ -114,7 +117,7 @@ func (db *DB) startBuilds(ctx context.Context, calls []tenant.NextBuilds) ([]str
 	return make([]struct{}, len(calls)), nil
 }
 
-// afterCommit limits what is done for a change that is committed.
+// afterCommit limits the decision about builds, which may follow a change that is committed.
 const afterCommit = 3 * time.Second
 
 // startBuildsAfter is StartBuilds after the commit of a change that may need builds. The change is done, so a

@@ -694,6 +694,28 @@ func testLockedTables(t *testing.T, mode string) {
 	})
 }
 
+// hangingStore never responds to the first search of each kind of work.
+type hangingStore struct {
+	provision.Store
+	hung *sync.Map
+}
+
+func (s hangingStore) DueWork(ctx context.Context, kind tenant.WorkKind, slots [tenant.Priorities]int) ([]tenant.DueWork, error) {
+	if _, again := s.hung.LoadOrStore(kind, true); !again {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}
+	return s.Store.DueWork(ctx, kind, slots)
+}
+
+// A search that an outage has left without a response does not hold up work for long after the outage.
+func TestSearchThatHangs(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{Store: func(s provision.Store) provision.Store { return hangingStore{s, &sync.Map{}} }})
+	signUp(t, r, "user_1")
+}
+
 // A rare step that fails is retried soon, and then less and less often; a frequent one at its next turn.
 func TestFailedStepsBackOff(t *testing.T) {
 	t.Parallel()

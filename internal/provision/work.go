@@ -33,9 +33,11 @@ type Workers struct {
 }
 
 // How often workers look for due rows: while they have work, often, since other replicas make work due,
-// too. A search follows the last one of its kind after searchGap, or after as long as the last one took.
+// too. A search follows the last one of its kind after searchGap, or after as long as the last one took. It has
+// searchTimeout: one whose connection no longer leads to Postgres would else outlast the outage.
 const (
 	searchGap        = 5 * time.Millisecond
+	searchTimeout    = 3 * time.Second
 	searchesPerSweep = 4
 	idleSweeps       = 2
 )
@@ -93,13 +95,13 @@ func (w *Workers) search(ctx, work context.Context, kind tenant.WorkKind) {
 		case err == nil && failing:
 			w.s.Log.Info("search for due work succeeds again", field)
 		}
-		next := idleSweeps * w.s.SweepEvery
+		gap, next := max(searchGap, time.Since(began)), idleSweeps*w.s.SweepEvery
 		if failing = err != nil; failing {
-			next = w.s.SweepEvery
+			gap, next = searchGap, w.s.SweepEvery
 		} else if busy {
 			next = w.s.SweepEvery / searchesPerSweep
 		}
-		if !sleep(ctx, max(searchGap, time.Since(began))) {
+		if !sleep(ctx, gap) {
 			return
 		}
 		timer := time.NewTimer(next)
@@ -123,7 +125,7 @@ func (w *Workers) start(ctx, work context.Context, kind tenant.WorkKind) (busy b
 		w.take(kind, free, nil)
 		return true, nil
 	}
-	searching, cancel := context.WithTimeout(ctx, stepTimeout)
+	searching, cancel := context.WithTimeout(ctx, searchTimeout)
 	defer cancel()
 	due, err := w.s.Store.DueWork(searching, kind, free)
 	if err != nil {
