@@ -72,8 +72,7 @@ func (r *recorder) TraceBatchStart(ctx context.Context, _ *pgx.Conn, data pgx.Tr
 func (r *recorder) TraceBatchQuery(context.Context, *pgx.Conn, pgx.TraceBatchQueryData) {}
 func (r *recorder) TraceBatchEnd(context.Context, *pgx.Conn, pgx.TraceBatchEndData)     {}
 
-// What may grow with the tenants. River's statements are not ours, but what we ask its
-// table is.
+// growing are the tables that may grow with the tenants.
 var growing = []string{"tenants", "apps", "keys", "audit_events"}
 
 // few is how many rows a statement may read of such a table: what changes now, or one
