@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	signUpsPerSecond = 3
-	mostAtOnce       = 300
+	signUpsPerSecond = 2
+	mostAtOnce       = 60 // more wait for a later turn, so that what waits at the end fits into settle
 	lookers          = 4
 )
 

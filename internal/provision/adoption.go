@@ -260,6 +260,8 @@ func (s *Service) lookAtAdoptable(ctx context.Context, a tenant.LeasedAdoption) 
 			"the app has the ownership tag of another Tenantry deployment (%.32q), and belongs or belonged to one of its tenants", marker.Deployment)
 	case up == nil:
 		return app, err
+	case up.Class == tenant.UpstreamNotFound && a.Attempts == 0:
+		return app, err // one response is not enough: the app may be young
 	case up.Class == tenant.UpstreamNotFound && a.AppUserID != "":
 		return app, refuse(err, "adopt_app_unknown", "Clarifai has no app %s of the user %s, or it is not shared with the operator: %s", a.AppID, a.AppUserID, up.Detail)
 	case up.Class == tenant.UpstreamNotFound:
@@ -288,6 +290,8 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 		owner = s.Deployment.Operator
 	}
 	switch {
+	case up != nil && up.Class == tenant.UpstreamNotFound && a.Attempts == 0:
+		return key, nil, err
 	case up != nil && up.Class == tenant.UpstreamNotFound:
 		return key, nil, refuse(err, "adopt_key_refused", "Clarifai does not take the key: %s", up.Detail)
 	case up != nil && (up.Class == tenant.UpstreamRefused || up.Class == tenant.UpstreamForbidden):
@@ -303,7 +307,7 @@ func (s *Service) checkGivenKey(ctx context.Context, a tenant.LeasedAdoption, ou
 		// A key that somebody else's account made of the operator's app can be neither
 		// listed nor deleted with the operator's PAT.
 		err = s.call(ctx, interactive, func(ctx context.Context) error { return s.Upstream.KeyExists(ctx, secret) })
-		if tenant.ClassOf(err) == tenant.UpstreamNotFound {
+		if tenant.ClassOf(err) == tenant.UpstreamNotFound && a.Attempts > 0 {
 			return key, nil, refuse(err, "adopt_key_not_ours",
 				"the key works, and is not among the operator's: Tenantry could never revoke it; leave it out, and one is made")
 		}

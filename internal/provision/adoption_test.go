@@ -189,7 +189,7 @@ func TestAdoptRefused(t *testing.T) {
 	if n := countOf(t, conn, `adoptions WHERE ciphertext IS NOT NULL OR state = 'checking'`); n != 0 {
 		t.Errorf("%d adoptions keep a key or go on", n)
 	}
-	w.Faults(map[string]any{"call": "GetKey", "count": 1, "status": 11101})
+	w.Faults(map[string]any{"call": "GetKey", "count": 2, "status": 11101})
 	_, err := adopt(t, r, "user_1", tenant.AdoptRequest{AppID: "one", Key: key})
 	refusedAs(t, err, "adopt_key_not_ours", "never revoke")
 	w.Faults()
@@ -209,6 +209,21 @@ func TestAdoptRefused(t *testing.T) {
 }
 
 // A dry run makes all checks, says the same, and changes nothing.
+// An app or key that Clarifai does not know once may be young: the next response counts.
+func TestAdoptionAsksTwice(t *testing.T) {
+	t.Parallel()
+	w := provisiontest.New(t)
+	r := w.Start(provisiontest.Options{})
+	for i, call := range []string{"GetApp", "ListApps", "GetKey"} {
+		id := tenant.AppID(fmt.Sprint("made-", i))
+		key := w.AppByHand(provisiontest.PAT, id, nil)
+		w.Faults(map[string]any{"call": call, "count": 1, "status": 11101})
+		if a, err := adopt(t, r, tenant.ID(fmt.Sprint("user_", i)), tenant.AdoptRequest{AppID: id, Key: key}); err != nil || a.Tenant.State != tenant.Active {
+			t.Errorf("after one 11101 of %s the adoption is %+v, %v", call, a.Adoption, err)
+		}
+	}
+}
+
 func TestAdoptDryRun(t *testing.T) {
 	t.Parallel()
 	w := provisiontest.New(t)
