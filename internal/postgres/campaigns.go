@@ -116,8 +116,10 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 		_, err := insertCampaign(ctx, tx, n, actor, `
 			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
 			AND EXISTS (
-				SELECT FROM keys k JOIN tenants t ON t.app_id = k.app_id
-				WHERE k.state = 'active' AND k.profile = $10 AND k.activated_at <= now() - $9::interval AND t.profile = $10 AND t.state = 'active'
+				-- In the order of the index: only old keys are read.
+				SELECT FROM (SELECT * FROM keys WHERE state = 'active' AND profile = $10 AND activated_at <= now() - $9::interval ORDER BY activated_at, id) k
+					JOIN tenants t ON t.app_id = k.app_id
+				WHERE t.profile = $10 AND t.state = 'active'
 					AND NOT EXISTS (SELECT FROM keys o WHERE o.app_id = k.app_id AND o.name = k.name AND (o.state IN ('creating', 'retiring')
 						OR o.replaces = k.id AND o.updated_at > now() - $11::interval)))`,
 			n.Filter.OlderThan, n.Filter.Profile, rotationRetry)

@@ -492,9 +492,6 @@ func (db *DB) knowLists(ctx context.Context, r tenant.Reconciliation) error {
 }
 
 func compare(ctx context.Context, tx pgx.Tx, r tenant.Reconciliation, from, to tenant.AppID) error {
-	if err := interpreted(ctx, tx); err != nil {
-		return err
-	}
 	// A parameter that a statement does not use must have a type all the same.
 	find := func(given, sql string, args ...any) error {
 		_, err := tx.Exec(ctx, `

@@ -115,13 +115,6 @@ type Position struct {
 // and Postgres would by and by take one plan for all.
 const planForValues = pgx.QueryExecModeCacheDescribe
 
-// interpreted has the statements of a transaction run as they are planned. Where much may
-// be read Postgres compiles them first, by default, which takes seconds for one of ours.
-func interpreted(ctx context.Context, tx pgx.Tx) error {
-	_, err := tx.Exec(ctx, `SET LOCAL jit = off`)
-	return err
-}
-
 // mayHaveProblem selects the tenants of which problemSQL may return a problem: those with a problem of their
 // own, those that wait for something while all work or their builds have a problem, and those whose app or
 // key has one. Other tenants are not read.
@@ -208,10 +201,8 @@ func (db *DB) Tenants(ctx context.Context, f TenantFilter, after Position, limit
 	if f.HasProblem == nil {
 		tenants, err = read(db.pool)
 	} else {
+		// Behind a pooler, only a transaction keeps Postgres from compiling it.
 		err = db.inTx(ctx, func(tx pgx.Tx) error {
-			if err := interpreted(ctx, tx); err != nil {
-				return err
-			}
 			tenants, err = read(tx)
 			return err
 		})
