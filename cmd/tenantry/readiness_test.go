@@ -35,6 +35,8 @@ func TestReadinessOf(t *testing.T) {
 			text: "stopped: another database of this deployment is in use; run a copy with TENANTRY_READ_ONLY=true"},
 		"starting":      {database: &databaseState{}, starting: true, check: "started", text: "starting: the database, its schema, the keyset and the PAT are being checked"},
 		"shutting down": {database: &databaseState{}, ending: true, check: "serving", text: "shutting down"},
+		"paused": {database: &databaseState{Health: postgres.Health{Pause: tenant.UpstreamPause{Scope: tenant.PauseAll, Reason: "a test"}}}, writes: true, lookups: true,
+			check: "upstream", text: "paused by an operator (all): a test"},
 	} {
 		s := &service{}
 		s.ReadOnly = c.reading
@@ -53,7 +55,7 @@ func TestReadinessOf(t *testing.T) {
 				t.Errorf("%s: the check %s is %q; want %q", name, check, text, want)
 			}
 		}
-		if len(got.Checks) != 4 {
+		if len(got.Checks) != 5 {
 			t.Errorf("%s: the checks are %v", name, got.Checks)
 		}
 	}

@@ -309,7 +309,8 @@ func (m *model) sweep(rt *rapid.T) {
 func (m *model) timePasses() {
 	m.exec(`UPDATE apps SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
 		WHERE state <> 'deleted'`)
-	m.exec(`UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s'
+	m.exec(`UPDATE keys SET leased_until = '-infinity', next_attempt_at = now(), in_doubt_since = in_doubt_since - interval '2 s',
+			end_unconfirmed_since = end_unconfirmed_since - interval '2 s'
 		WHERE state IN ('creating', 'revoking')`)
 	m.exec(`UPDATE reconciliations SET leased_until = '-infinity', next_attempt_at = now() WHERE state = 'running'`)
 	m.exec(`UPDATE upstream_budget SET paused_until = now(), probe_until = 'epoch'`)
@@ -422,7 +423,10 @@ func (m *model) rest() {
 	m.w.Faults()
 	for round := 0; ; round++ {
 		if round == 30 {
-			rt.Fatalf("no rest after %d rounds: apps %v, tenants %v", round, query[string](m, `SELECT id || ' ' || state || coalesce(' ' || problem::text, '') FROM apps WHERE state IN ('building', 'purging') OR pending AND state = 'held'`),
+			rt.Fatalf("no rest after %d rounds: keys %v, reconciliations %v, apps %v, tenants %v", round,
+				query[string](m, `SELECT concat_ws(' ', id, app_id, end_reason, attempts, now(), next_attempt_at, leased_until, in_doubt_since, problem) FROM keys WHERE state = 'revoking'`),
+				query[string](m, `SELECT concat_ws(' ', id, kind, phase, attempts, now(), next_attempt_at, leased_until, problem) FROM reconciliations WHERE state = 'running'`),
+				query[string](m, `SELECT id || ' ' || state || coalesce(' ' || problem::text, '') FROM apps WHERE state IN ('building', 'purging') OR pending AND state = 'held'`),
 				query[string](m, `SELECT id || ' ' || state FROM tenants WHERE state <> 'active'`))
 		}
 		m.timePasses()
