@@ -32,7 +32,7 @@ test: ## run the tests, all but the longest with the race detector (make check v
 .PHONY: check-full
 check-full: ## run what takes too long for test: failovers and restores of real servers, all crashes, and HISTORIES (300) random histories
 	CHECK_FULL=1 $(GO) test -timeout 60m -count 1 ./test/cluster
-	CHECK_FULL=1 $(GO) test -timeout 30m -count 1 -run '^TestCrash$$' ./internal/provision
+	CHECK_FULL=1 $(GO) test -timeout 30m -count 1 -run '^(TestCrash|TestAnyOrder)$$' ./internal/provision
 	HISTORIES=$(HISTORIES) $(GO) test -timeout 120m -count 1 -run '^TestHistories$$' ./internal/provision
 
 .PHONY: check
