@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net/http"
@@ -55,11 +56,12 @@ type injector struct {
 	locked atomic.Bool
 }
 
-// An injection is a fault of the stage. It ends with all up, and says what it does, other than that.
+// An injection is a fault of the stage. Its do ends with all programs up, and returns what it has done; nothing
+// if it did nothing.
 type injection struct {
-	name string
-	of   int // how often it is taken, of the sum of all
-	do   func(*injector, context.Context) (what string, err error)
+	name   string
+	weight int // how often it is chosen, relative to the others
+	do     func(*injector, context.Context) (what string, err error)
 }
 
 var injections = []injection{
@@ -85,7 +87,7 @@ func (s *stage) inject(ctx context.Context, during time.Duration, r *rand.Rand, 
 	all := 0
 	for _, i := range injections {
 		n.counts[i.name] = 0
-		all += i.of
+		all += i.weight
 	}
 	began := time.Now()
 	if err := s.faults(ctx, upstreamFaults); err != nil {
@@ -113,16 +115,18 @@ func (s *stage) inject(ctx context.Context, during time.Duration, r *rand.Rand, 
 		}
 		place := r.IntN(all)
 		for _, i := range injections {
-			if place -= i.of; place >= 0 {
+			if place -= i.weight; place >= 0 {
 				continue
 			}
 			at := time.Since(began).Round(100 * time.Millisecond)
 			what, err := i.do(n, ctx)
-			say("%8s  %s", at, what)
 			if err != nil {
 				return nil, fmt.Errorf("%s: %w", what, err)
 			}
-			n.counts[i.name]++
+			if what != "" {
+				say("%8s  %s", at, what)
+				n.counts[i.name]++
+			}
 			break
 		}
 	}
@@ -188,33 +192,35 @@ func (n *injector) crashPostgres(ctx context.Context) (string, error) {
 	return what, n.cluster.Start(starting)
 }
 
-// lockTable locks a table against readers or writers for up to a minute, while other faults go on. It
-// locks one at a time.
+// lockTable locks a table against readers or writers for up to a minute, while other faults go on. A crash of
+// Postgres ends the lock. One table is locked at a time.
 func (n *injector) lockTable(ctx context.Context) (string, error) {
 	tables := []string{"tenants", "apps", "keys", "audit_events", "upstream_budget", "pools", "campaigns", "adoptions", "replicas", "reconciliations", "callers"}
 	table := tables[n.rand.IntN(len(tables))]
 	mode := []string{"ACCESS EXCLUSIVE", "SHARE"}[n.rand.IntN(2)]
 	longest := min(time.Minute, n.during/4)
 	held := (longest/4 + time.Duration(n.rand.Int64N(int64(longest)*3/4))).Round(time.Millisecond)
-	if !n.locked.CompareAndSwap(false, true) {
-		return "a table is locked already", nil
+	if n.locked.Load() {
+		return "", nil
 	}
+	what := fmt.Sprintf("lock %s in mode %s for %s", table, mode, held)
+	conn, err := pgx.Connect(ctx, n.cluster.URL("tenantry"))
+	if err != nil {
+		return what, err
+	}
+	if _, err := conn.Exec(ctx, "BEGIN; LOCK TABLE "+table+" IN "+mode+" MODE"); err != nil {
+		return what, errors.Join(err, conn.Close(ctx))
+	}
+	n.locked.Store(true)
 	n.locks.Go(func() {
 		defer n.locked.Store(false)
-		conn, err := pgx.Connect(ctx, n.cluster.URL("tenantry"))
-		if err != nil {
-			return
-		}
-		defer func() { _ = conn.Close(context.WithoutCancel(ctx)) }()
-		if _, err := conn.Exec(ctx, "BEGIN; LOCK TABLE "+table+" IN "+mode+" MODE"); err != nil { // Postgres has crashed
-			return
-		}
 		select {
 		case <-ctx.Done():
 		case <-time.After(held):
 		}
+		_ = conn.Close(context.WithoutCancel(ctx))
 	})
-	return fmt.Sprintf("lock %s in mode %s for %s", table, mode, held), nil
+	return what, nil
 }
 
 // asSuperuser runs statements as the superuser, in another database than Tenantry's.

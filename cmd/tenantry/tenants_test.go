@@ -133,10 +133,10 @@ func TestTenantCommands(t *testing.T) {
 	admin.exits(2, words("upstream pause some --reason x"), "all", "removals")
 	ops.exits(5, words("upstream pause --reason x"), "role_forbidden")
 	_, log = admin.exits(0, words("upstream pause --reason incident-7"))
-	if !strings.Contains(log, "incident-7") || !strings.Contains(log, "go on working") {
+	if !strings.Contains(log, "incident-7") || !strings.Contains(log, "work until the pause ends") {
 		t.Errorf("pause says %q", log)
 	}
-	ops.exits(0, words("upstream"), "paused by an operator", "all work", "incident-7", "unknown: no work is done at Clarifai")
+	ops.exits(0, words("upstream"), "paused by an operator", "all work", "incident-7", "unknown: no work is in progress at Clarifai")
 	admin.exits(0, words("upstream pause removals --reason incident-7"))
 	ops.exits(0, words("upstream"), "removals since")
 	admin.exits(0, words("upstream resume"))

@@ -73,7 +73,7 @@ func (c upstreamShowCmd) Run(ctx context.Context, e env) error {
 // shownETA is how long work takes; it is not known while no work is done.
 func shownETA(seconds *float32) string {
 	if seconds == nil {
-		return "unknown: no work is done at Clarifai"
+		return "unknown: no work is in progress at Clarifai"
 	}
 	return span(time.Duration(float64(*seconds) * float64(time.Second)))
 }
@@ -128,7 +128,7 @@ func (c upstreamPauseCmd) Run(ctx context.Context, e env) error {
 	if p := got.value.Pause; p != nil {
 		_, _ = fmt.Fprintln(e.stderr, "paused: "+plain(shownPause(*p, time.Now())))
 		if p.Scope == client.PauseAll {
-			_, _ = fmt.Fprintln(e.stderr, "keys that are revoked, suspended or quarantined from now on go on working until then")
+			_, _ = fmt.Fprintln(e.stderr, "keys that are revoked or quarantined now, and keys of tenants that are suspended now, work until the pause ends")
 		}
 	}
 	return nil
@@ -151,7 +151,7 @@ func (c upstreamResumeCmd) Run(ctx context.Context, e env) error {
 	if c.json() {
 		return printBody(e.stdout, got.body)
 	}
-	text := "nothing was paused by an operator"
+	text := "no operator had paused work"
 	if was := got.value.Ended; was != nil {
 		text = fmt.Sprintf("resumed: %s, paused since %s: %s", shownScope(was.Scope), exactly(&was.Since, time.Now()), plain(was.Reason))
 	}

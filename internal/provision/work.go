@@ -33,8 +33,8 @@ type Workers struct {
 }
 
 // How often workers look for due rows: while they have work, often, since other replicas make work due,
-// too. A search follows the last one of its kind after searchGap, or after as long as the last one took. It has
-// searchTimeout: one whose connection no longer leads to Postgres would else outlast the outage.
+// too. A search follows the last one of its kind after searchGap, or after as long as the last one took. Without
+// searchTimeout, a search on a dead connection would outlast the outage.
 const (
 	searchGap        = 5 * time.Millisecond
 	searchTimeout    = 3 * time.Second
@@ -158,8 +158,8 @@ func (w *Workers) start(ctx, work context.Context, kind tenant.WorkKind) (busy b
 }
 
 // take takes slots for due rows of a kind, and returns the rows that it has slots for. Found is how many
-// slots of each priority were free when the rows were looked for. A share that has rows at work leaves a quarter of the
-// slots to others: slow calls of one must not hold all.
+// slots of each priority were free before the search. A share that has rows in progress leaves a quarter of the
+// slots free for other shares: slow calls for one share must not occupy all slots.
 func (w *Workers) take(kind tenant.WorkKind, found [tenant.Priorities]int, due []tenant.DueWork) (taken []tenant.DueWork) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
