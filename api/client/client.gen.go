@@ -1392,7 +1392,7 @@ type Problem struct {
 	Code   string `json:"code"`
 	Detail string `json:"detail"`
 
-	// NextAttemptAt Never in the past. Missing while it is due, or nobody knows.
+	// NextAttemptAt Time of the next attempt; never in the past. Missing if the attempt is due now, or if its time is unknown.
 	NextAttemptAt *time.Time `json:"next_attempt_at,omitempty"`
 	Since         time.Time  `json:"since"`
 

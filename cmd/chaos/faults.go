@@ -77,7 +77,7 @@ var injections = []injection{
 }
 
 // keysetRotated is a step of the operator rather than a fault.
-const keysetRotated = "keys that seal the keyset got anew"
+const keysetRotated = "keyset rotations"
 
 // inject does something to the stage every few seconds, and ends with all up and
 // no faults. It returns how often it did what.

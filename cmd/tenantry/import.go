@@ -569,7 +569,7 @@ func (r *importRun) pace(u client.Upstream, left int, passed time.Duration, serv
 	return text + "about " + roughly(callsTake(2*(left+u.Queue.WaitingTenants), rate)) + " to go"
 }
 
-// halted says that no work is done at Clarifai, so that nobody knows how long it takes.
+// halted reports whether no work is in progress at Clarifai, so that the remaining time is unknown.
 func halted(u client.Upstream) bool { return u.Queue.EtaSeconds == nil }
 
 // show shows how far it is; done of less than 0 means that it is not known anew.
