@@ -46,7 +46,7 @@ func (db *DB) LeaseApps(ctx context.Context, ids []tenant.AppID, lease time.Dura
 			RETURNING *
 		)
 		SELECT l.id, l.profile, l.profile_revision, l.state, l.attempts, l.problem, l.leased_until, l.made_at IS NOT NULL, l.in_doubt_since IS NOT NULL,
-			-- In the order of their index: by another one, all that wait in the background might be read.
+			-- ORDER BY selects tenants_waiting: with another index Postgres might read all importing tenants.
 			(SELECT true FROM tenants WHERE `+waits+` AND profile = l.profile ORDER BY state_since LIMIT 1) IS TRUE,
 			(SELECT true FROM tenants WHERE `+imports+` AND profile = l.profile ORDER BY state_since LIMIT 1) IS TRUE,
 			coalesce(l.tenant_id, ''), coalesce(l.tenant_generation, 0), coalesce(l.user_id, ''), l.marked_at IS NOT NULL, l.extra_keys_at IS NOT NULL,

@@ -9,11 +9,11 @@ import (
 	"github.com/tenantry/tenantry/internal/tenant"
 )
 
-// What changes with each call is in sequences: a sequence has one version, whatever snapshots are held. A sequence
-// does not obey transactions: each change takes effect at once, also if its transaction comes to nothing. So slots
-// go forward only, and a reservation that comes to nothing is a slot that nobody uses. Who changes a sequence
-// has locked the row of upstream_budget before, and read the sequence after: not in the SELECT that locks, whose columns
-// are evaluated before it has the lock.
+// Values that change with each call are in sequences: a sequence has one version, whatever snapshots are held.
+// A sequence is not transactional: each change takes effect at once, even if its transaction is rolled back. So
+// slots only go forward, and a reservation that is rolled back wastes its slot. A statement that changes a
+// sequence first locks the row of upstream_budget, and then reads the sequence. It must not read the sequence in
+// the SELECT that locks: the columns of that SELECT are evaluated before it has the lock.
 const (
 	// nextSlot is the time of the next slot, and failedInARow how many calls in a row Clarifai has failed. The
 	// statement may add a condition to them.

@@ -116,7 +116,7 @@ func (db *DB) StartDueRotation(ctx context.Context, n tenant.NewCampaign, actor 
 		_, err := insertCampaign(ctx, tx, n, actor, `
 			NOT `+inRecovery+` AND NOT EXISTS (SELECT FROM campaigns WHERE kind = $2::text AND filter = $3::jsonb AND state IN ('running', 'paused'))
 			AND EXISTS (
-				-- In the order of the index: only old keys are read.
+				-- ORDER BY selects the index by age, so that only old keys are read.
 				SELECT FROM (SELECT * FROM keys WHERE state = 'active' AND profile = $10 AND activated_at <= now() - $9::interval ORDER BY activated_at, id) k
 					JOIN tenants t ON t.app_id = k.app_id
 				WHERE t.profile = $10 AND t.state = 'active'

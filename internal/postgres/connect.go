@@ -31,8 +31,8 @@ const (
 )
 
 // Limits at the server. Without them, a replica that is cut off within a transaction keeps its locks
-// for hours, and stops the work of all replicas. Nor is any statement compiled: Postgres takes longer for that, from 20 ms
-// to seconds, than for the statements.
+// for hours, and stops the work of all replicas. Just-in-time compilation is off: it takes 20 ms to seconds, longer
+// than the statements.
 var (
 	limits = []string{`statement_timeout = '60s'`, `lock_timeout = '2s'`, `idle_in_transaction_session_timeout = '10s'`, `jit = off`}
 	// sessionLimits are those of a session.
