@@ -286,14 +286,18 @@ func freeAddr() (string, error) {
 func await(ctx context.Context, limit time.Duration, what string, ok func() (bool, error)) error {
 	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	var last error
 	for {
 		done, err := ok()
 		if done {
 			return nil
 		}
+		if ctx.Err() == nil { // or else err is about the end of the wait
+			last = err
+		}
 		select {
 		case <-ctx.Done():
-			return errors.Join(fmt.Errorf("waited in vain: %s", what), err)
+			return errors.Join(fmt.Errorf("waited in vain: %s", what), last)
 		case <-time.After(200 * time.Millisecond):
 		}
 	}
