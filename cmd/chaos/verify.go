@@ -396,8 +396,10 @@ func (s *stage) deadMembers(ctx context.Context, conn *pgx.Conn, known *keyring.
 	return dead, nil
 }
 
-// upload adds an input to an app with a key, as a tenant's backend does.
+// upload adds an input to an app with a key, as a tenant's backend does. A fault may keep Clarifai from responding.
 func (s *stage) upload(ctx context.Context, app, key string) (int, error) {
+	ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
+	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodPost, fmt.Sprintf("%s/v2/users/%s/apps/%s/inputs", s.clarifai.url, operator, app),
 		strings.NewReader(`{"inputs":[{"data":{"text":{"raw":"hello"}}}]}`))
 	if err != nil {
